@@ -1,0 +1,47 @@
+"""Hashes of files, and room for them."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from quantize.errors import StorageError
+from quantize.records import FileRecord
+
+CHUNK = 1 << 20
+
+
+def hash_file(path: Path, advance: Callable[[int], None] = lambda amount: None) -> tuple[int, str]:
+    """Size in bytes and sha256 of a file; `advance` is told of every chunk read."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+            advance(len(chunk))
+    return size, digest.hexdigest()
+
+
+def records_of(folder: Path, *, without: tuple[str, ...] = ()) -> tuple[FileRecord, ...]:
+    """Every file below `folder`, in order of path."""
+    paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return tuple(FileRecord(path, *hash_file(folder / path)) for path in paths if path not in without)
+
+
+def require_space(folder: Path, needed: int, purpose: str) -> None:
+    """Raise StorageError unless the disk that holds `folder` has `needed` bytes free."""
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise StorageError(
+            f"{purpose} needs {needed / 1e9:.2f} GB and the disk of {existing} has {free / 1e9:.2f} GB free: "
+            f"make room or choose another place"
+        )
+
+
+def git_blob_id(path: Path) -> str:
+    """The name that git, and so the Hub, gives to a file that is stored without LFS."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

@@ -1,0 +1,146 @@
+"""The folder that a run leaves behind: built beside its final name, sealed with hashes, moved into place."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantize.errors import PackageError, storage_errors
+from quantize.files import records_of
+from quantize.records import Checkout, Parity, Provenance, Recipe, Source, read_record, to_json
+
+PROVENANCE, PARITY, CARD, FIGURES = "provenance.json", "parity.json", "README.md", "figures"
+RECEIPT = "receipt.json"
+BUILDING, REFUSED = ".building", "-refused"
+
+
+@dataclass(frozen=True)
+class Package:
+    """A sealed folder with what it says about itself."""
+
+    folder: Path
+    provenance: Provenance
+    parity: Parity
+
+
+@contextmanager
+def building_site(output: Path) -> Iterator[Path]:
+    """An empty folder beside `output` to build in, for this process alone; gone afterwards, whatever happens.
+
+    What a killed run left there is removed first. Raises PackageError when another run builds the same package.
+    """
+    from filelock import FileLock, Timeout
+
+    site = output.with_name(f"{output.name}{BUILDING}")
+    lock = FileLock(output.with_name(f".{output.name}.lock"))
+    with storage_errors(output.parent):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise PackageError(f"another run is building {output}: wait for it, or name another --output") from None
+    try:
+        with storage_errors(site):
+            shutil.rmtree(site, ignore_errors=True)
+            site.mkdir()
+            yield site
+    finally:
+        shutil.rmtree(site, ignore_errors=True)
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def finished(output: Path, source: Source, recipe: Recipe) -> Package | None:
+    """The package that already stands at `output`, when it was made from this source by this recipe.
+
+    Raises PackageError when something else stands there, or when the package was changed since.
+    """
+    if not output.exists():
+        return None
+    package = open_package(output)
+    made_from = package.provenance
+    if made_from.source.fingerprint() != source.fingerprint() or made_from.recipe != recipe:
+        raise PackageError(
+            f"{output} holds a package of another source or recipe: name another --output, or replace it with --force"
+        )
+    require_unchanged(package)
+    return package
+
+
+def copy_carried(checkout: Checkout, names: tuple[str, ...], site: Path) -> None:
+    """Copy tokenizer, template and legal files from the source byte for byte."""
+    for name in names:
+        target = site / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checkout.folder / name, target)
+
+
+def write_evidence(site: Path, parity: Parity) -> None:
+    (site / PARITY).write_text(to_json(parity), "utf-8")
+
+
+def write_card(site: Path, card: str) -> None:
+    (site / CARD).write_text(card, "utf-8", newline="\n")
+
+
+def seal(site: Path, provenance: Provenance) -> Provenance:
+    """Write provenance.json with the hashes of everything else in the folder."""
+    for path in site.glob("*.safetensors"):
+        shutil.copymode(site / "config.json", path)  # safetensors makes files that only their owner may read
+    sealed = dataclasses.replace(provenance, files=records_of(site, without=(PROVENANCE, RECEIPT)))
+    (site / PROVENANCE).write_text(to_json(sealed), "utf-8")
+    return sealed
+
+
+def move_into_place(site: Path, output: Path, *, passed: bool) -> Path:
+    """Give a sealed folder its final name in one rename; a refused one gets a name that shows it."""
+    final = output if passed else output.with_name(f"{output.name}{REFUSED}")
+    _flush(site)
+    outdated = final.with_name(f"{final.name}{BUILDING}-old")
+    shutil.rmtree(outdated, ignore_errors=True)
+    if final.exists():
+        open_package(final)
+        final.rename(outdated)
+    site.rename(final)
+    shutil.rmtree(outdated, ignore_errors=True)
+    return final
+
+
+def require_replaceable(output: Path) -> None:
+    """Raise PackageError unless `output` is free or holds a package: nothing else is ever replaced."""
+    if not output.exists():
+        return
+    if not (output / PROVENANCE).is_file():
+        raise PackageError(f"{output} exists and is not a package: name another --output")
+
+
+def open_package(folder: Path) -> Package:
+    """Read a package's records; raises PackageError when it is none."""
+    if not folder.is_dir():
+        raise PackageError(f"no such package: {folder}")
+    return Package(folder, read_record(Provenance, folder / PROVENANCE), read_record(Parity, folder / PARITY))
+
+
+def require_unchanged(package: Package) -> None:
+    """Raise PackageError when a file is missing, added or other than provenance.json says."""
+    expected = {file.path: file for file in package.provenance.files}
+    present = {file.path: file for file in records_of(package.folder, without=(PROVENANCE, RECEIPT))}
+    for path in sorted(expected.keys() | present.keys()):
+        if expected.get(path) != present.get(path):
+            state = "missing" if path not in present else "new" if path not in expected else "changed"
+            raise PackageError(
+                f"{package.folder} is not as it was sealed: {path} is {state}; restore it, or make the package again"
+            )
+
+
+def _flush(folder: Path) -> None:
+    """Files reach the disk before the name does, so that a power cut leaves no half package."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

@@ -1,0 +1,85 @@
+"""The text that both models read, cut into windows of tokens in a seeded order."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantize.errors import CorpusError
+from quantize.records import CorpusRecord
+
+if TYPE_CHECKING:
+    import torch
+
+BUILTIN = "builtin"
+FEWEST_WINDOWS = 8
+"""Below this an interval over windows says nothing."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text and the name it goes by in the evidence."""
+
+    name: str
+    text: str
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def load(name: str) -> Corpus:
+    """The built-in corpus, or a UTF-8 text file; raises CorpusError, and never takes one for the other."""
+    if name == BUILTIN:
+        return Corpus(BUILTIN, builtin_text())
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise CorpusError(f"no corpus {name!r}: name a text file, or {BUILTIN!r}")
+    try:
+        return Corpus(path.name, path.read_text("utf-8"))
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{path} is not UTF-8 text (byte {error.start})") from error
+
+
+def builtin_text() -> str:
+    """English technical prose that every Python brings: its language reference, as `help()` shows it.
+
+    The topics share paragraphs; each is taken once. Half of the topics, chosen by the hash of their name and so
+    the same in every version of Python, are reserved for measuring: a test model may be trained on the others.
+    """
+    from pydoc_data.topics import topics
+
+    reserved = [topics[name] for name in sorted(topics) if is_reserved(name)]
+    paragraphs = (part.strip() for topic in reserved for part in topic.split("\n\n"))
+    return "\n\n".join(part for part in dict.fromkeys(paragraphs) if part) + "\n"
+
+
+def is_reserved(topic: str) -> bool:
+    return hashlib.sha256(topic.encode()).digest()[0] % 2 == 1
+
+
+def windows_of(corpus: Corpus, tokenizer: Any, window: int, most: int, seed: int) -> tuple[torch.Tensor, CorpusRecord]:
+    """Whole windows [count, window] of token ids in a seeded random order, at most `most`, and their record."""
+    import torch
+
+    encoded = tokenizer(corpus.text, add_special_tokens=False, verbose=False, return_attention_mask=False)
+    ids = torch.tensor(encoded["input_ids"], dtype=torch.long)
+    count = len(ids) // window
+    if count < FEWEST_WINDOWS:
+        raise CorpusError(
+            f"corpus {corpus.name} has {len(ids)} tokens, which makes {count} windows of {window}: "
+            f"at least {FEWEST_WINDOWS} are needed; take a longer text or a smaller --window"
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most]
+    record = CorpusRecord(
+        name=corpus.name,
+        sha256=corpus.sha256,
+        characters=len(corpus.text),
+        tokens=len(ids),
+        window=window,
+        windows=count,
+        scored=len(order),
+    )
+    return ids[: count * window].view(count, window)[order], record

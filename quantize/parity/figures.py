@@ -1,0 +1,85 @@
+"""Pictures of the evidence for the card, legible at the width of a phone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantize.parity.verdict import IMPLAUSIBLE_RATIO, LIMITS
+from quantize.records import Parity, Scores
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH, HEIGHT, DPI = 6.0, 3.4, 150
+INK, ACCENT = "#1f2933", "#2b6cb0"
+GRADE_COLOURS = {"lossless": "#2f855a", "parity": "#68a357", "good": "#b7b04a", "degraded": "#d08c3f"}
+
+
+def draw(parity: Parity, folder: Path) -> tuple[str, ...]:
+    """Write the figures as PNG files into `folder`; their names, or none where nothing was scored."""
+    if parity.scores is None:
+        return ()
+    folder.mkdir(parents=True, exist_ok=True)
+    drawings = {"perplexity-ratio.png": _ratio, "kld-distribution.png": _kld_distribution}
+    for name, drawing in drawings.items():
+        figure = drawing(parity.scores)
+        figure.savefig(folder / name, dpi=DPI, metadata={"Software": None})
+    return tuple(drawings)
+
+
+def _ratio(scores: Scores) -> Figure:
+    """The perplexity ratio with its interval over the bands of the grades."""
+    figure, axes = _canvas("Perplexity: quantized / original")
+    ratio = scores.perplexity_ratio
+    left = min(0.99, ratio.low - 0.005)
+    right = max(1.06, ratio.high + 0.01)
+    edges = [max(left, IMPLAUSIBLE_RATIO), *(limit for limit, _ in LIMITS.values())]
+    for grade, start, end in zip(LIMITS, edges, edges[1:], strict=False):
+        axes.axvspan(start, end, color=GRADE_COLOURS[grade], alpha=0.35, lw=0)
+        axes.text((start + end) / 2, 0.86, grade, ha="center", va="bottom", fontsize=9, rotation=40)
+    axes.errorbar(
+        [ratio.value],
+        [0.4],
+        xerr=[[ratio.value - ratio.low], [ratio.high - ratio.value]],
+        fmt="o",
+        color=INK,
+        capsize=6,
+        lw=2.5,
+        markersize=8,
+    )
+    axes.text(ratio.value, 0.52, f"{ratio.value:.4f}", ha="center", fontsize=12, color=INK)
+    axes.axvline(1.0, color=INK, lw=1, ls=":")
+    axes.set(xlim=(left, right), ylim=(0, 1.3), yticks=[], xlabel="ratio with its 95 % interval")
+    return figure
+
+
+def _kld_distribution(scores: Scores) -> Figure:
+    """How many tokens diverge by how much, on a logarithmic axis."""
+    figure, axes = _canvas("Divergence per token")
+    edges, counts = scores.kld_histogram.edges, scores.kld_histogram.counts
+    total = sum(counts)
+    axes.stairs([100 * count / total for count in counts], edges, fill=True, color=ACCENT, alpha=0.75)
+    axes.set_xscale("log")
+    kld = scores.kld
+    marks = {"median": kld.percentiles["p50"], "mean": kld.mean.value, "99 %": kld.percentiles["p99"]}
+    for style, (name, value) in zip((":", "-", "--"), marks.items(), strict=True):
+        axes.axvline(max(value, edges[0]), color=INK, lw=1.4, ls=style, label=f"{name} {value:.2g}")
+    axes.legend(loc="upper left", frameon=False)
+    filled = [edge for edge, count in zip(edges, counts, strict=False) if count > total / 1000]
+    axes.set(xlim=(min(filled) / 2, max(filled) * 4), xlabel="KL divergence of one token (nats)", ylabel="% of tokens")
+    return figure
+
+
+def _canvas(title: str) -> tuple[Figure, Axes]:
+    """A figure without pyplot's global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=13, loc="left", color=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes

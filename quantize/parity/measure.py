@@ -1,0 +1,90 @@
+"""The whole comparison of a finished folder with its source, from structure to verdict."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from quantize import devices
+from quantize.parity import corpus, generation, scoring, statistics, structure, verdict
+from quantize.parity.loading import Pair, load_candidate, load_reference, load_tokenizer
+from quantize.progress import Progress
+from quantize.records import Check, Checkout, CorpusRecord, Generation, Parity, ParitySettings, Scores, Sizes
+
+
+def measure(
+    checkout: Checkout,
+    candidate: Path,
+    settings: ParitySettings,
+    device: str,
+    progress: Progress,
+    promised: structure.Expected | None = None,
+) -> Parity:
+    """Compare the checkpoint in `candidate` with its source, both loaded from disk onto `device`.
+
+    `promised` is what the recipe meant; without it the checkpoint's own config is taken at its word.
+    Raises CorpusError or DeviceError; a bad candidate is no error but a verdict.
+    """
+    started = time.monotonic()
+    text = corpus.load(settings.corpus)
+    expected = promised or structure.expected_from(candidate)
+    checks = structure.check_files(candidate, expected)
+    reference, reference_dtype = load_reference(checkout, device)
+    pair, loads = _pair(checkout, candidate, reference, reference_dtype, device)
+    checks.append(loads)
+    errors: dict[str, float] = {}
+    if pair is not None and expected is not None:
+        checks += structure.check_models(pair, candidate, expected, checkout.source.remote_code)
+        errors = structure.weight_errors(pair)
+        checks.append(structure.weight_check(errors, expected.bits))
+    scores, generated, record = None, None, None
+    if pair is not None and all(check.passed for check in checks):
+        scores, record = _score(pair, text, settings, progress)
+        generated = _generate(pair, settings, progress)
+    return Parity(
+        reference_dtype=reference_dtype,
+        corpus=record,
+        checks=tuple(checks),
+        weight_errors=errors,
+        scores=scores,
+        generation=generated,
+        verdict=verdict.judge(checks, scores, settings.require),
+        sizes=_sizes(checkout, candidate),
+        environment=devices.describe(device),
+        seconds=round(time.monotonic() - started, 3),
+    )
+
+
+def _pair(
+    checkout: Checkout, candidate: Path, reference: object, reference_dtype: str, device: str
+) -> tuple[Pair | None, Check]:
+    tokenizer = load_tokenizer(checkout.folder, checkout.source.remote_code)
+    try:
+        model = load_candidate(candidate, device, checkout.source.remote_code)
+    except (RuntimeError, ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return None, Check("loads", False, f"stock transformers cannot load it: {reason}")
+    detail = "stock transformers loads it"
+    return Pair(reference, model, tokenizer, reference_dtype, device), Check("loads", True, detail)
+
+
+def _score(
+    pair: Pair, text: corpus.Corpus, settings: ParitySettings, progress: Progress
+) -> tuple[Scores, CorpusRecord]:
+    window = min(settings.window, pair.context)
+    windows, record = corpus.windows_of(text, pair.tokenizer, window, settings.max_windows, settings.seed)
+    with progress.task(f"scoring {record.scored} windows of {window} tokens", record.scored, "windows") as advance:
+        tokens = scoring.score(pair.reference, pair.candidate, windows, pair.device, advance)
+    return statistics.summarize(tokens, settings.seed), record
+
+
+def _generate(pair: Pair, settings: ParitySettings, progress: Progress) -> Generation:
+    with progress.task("generating side by side", len(generation.prompts()), "prompts") as advance:
+        return generation.compare(pair, settings.new_tokens, settings.seed, advance)
+
+
+def _sizes(checkout: Checkout, candidate: Path) -> Sizes:
+    source_bytes = sum(file.size for file in checkout.source.files if file.path.endswith(".safetensors"))
+    package_bytes = sum(path.stat().st_size for path in candidate.glob("*.safetensors"))
+    parameters = checkout.source.parameters
+    return Sizes(source_bytes, package_bytes, parameters, round(8 * package_bytes / parameters, 4))

@@ -1,0 +1,88 @@
+"""Token scores become estimates with intervals: windows are the unit, since tokens in one are correlated."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from quantize.parity.scoring import TokenScores
+from quantize.records import Distribution, Estimate, Histogram, Scores
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+RESAMPLES = 9999
+LEVEL = 0.95
+KLD_PERCENTILES = {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0, "p99.9": 99.9}
+DELTA_P_PERCENTILES = {"p1": 1.0, "p5": 5.0, "p25": 25.0, "p50": 50.0, "p75": 75.0, "p95": 95.0, "p99": 99.0}
+POSITION_BINS = 16
+HISTOGRAM_EDGES = tuple(float(edge) for edge in np.round(np.logspace(-7, 1, 49), 12))
+
+
+def summarize(tokens: TokenScores, seed: int) -> Scores:
+    """All the protocol's statistics of `tokens`."""
+    difference = tokens.nll_candidate - tokens.nll_reference
+    kld = np.maximum(tokens.kld, 0.0)
+    return Scores(
+        reference_perplexity=_exp(mean_estimate(tokens.nll_reference, seed)),
+        candidate_perplexity=_exp(mean_estimate(tokens.nll_candidate, seed)),
+        perplexity_ratio=_exp(mean_estimate(difference, seed)),
+        kld=_distribution(kld, KLD_PERCENTILES, seed),
+        same_top=mean_estimate(tokens.same_top, seed),
+        delta_p=_distribution(tokens.delta_p, DELTA_P_PERCENTILES, seed),
+        delta_p_rms=_root(mean_estimate(tokens.delta_p.astype(np.float64) ** 2, seed)),
+        kld_histogram=_histogram(kld),
+        kld_by_position=tuple(float(part.mean(dtype=np.float64)) for part in _stretches(kld)),
+    )
+
+
+def mean_estimate(values: NDArray[np.generic], seed: int) -> Estimate:
+    """Mean of `values` [windows, tokens] with its 95 % interval by a bias-corrected bootstrap over windows.
+
+    Every window has equally many tokens, so the mean of window means is the mean of tokens. Resampling windows of
+    token-wise differences is what makes the comparison paired. BCa interval after Efron (1987), by scipy.
+    """
+    from scipy.stats import bootstrap
+
+    means = values.astype(np.float64).mean(axis=1)
+    middle = float(means.mean())
+    if np.ptp(means) <= 1e-12 * max(1.0, abs(middle)):
+        return Estimate(middle, middle, middle)
+    interval = bootstrap(
+        (means,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        batch=max(1, 2_000_000 // len(means)),
+        confidence_level=LEVEL,
+        method="BCa",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Estimate(middle, float(interval.low), float(interval.high))
+
+
+def _exp(estimate: Estimate) -> Estimate:
+    return Estimate(*(float(np.exp(value)) for value in (estimate.value, estimate.low, estimate.high)))
+
+
+def _root(estimate: Estimate) -> Estimate:
+    return Estimate(*(float(np.sqrt(max(value, 0.0))) for value in (estimate.value, estimate.low, estimate.high)))
+
+
+def _distribution(values: NDArray[np.float32], percentiles: dict[str, float], seed: int) -> Distribution:
+    return Distribution(
+        mean=mean_estimate(values, seed),
+        percentiles={name: float(np.percentile(values, level)) for name, level in percentiles.items()},
+        minimum=float(values.min()),
+        maximum=float(values.max()),
+    )
+
+
+def _histogram(values: NDArray[np.float32]) -> Histogram:
+    clipped = np.clip(values, HISTOGRAM_EDGES[0], HISTOGRAM_EDGES[-1])
+    counts, _ = np.histogram(clipped, bins=np.asarray(HISTOGRAM_EDGES))
+    return Histogram(HISTOGRAM_EDGES, tuple(int(count) for count in counts))
+
+
+def _stretches(values: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+    return np.array_split(values, min(POSITION_BINS, values.shape[1]), axis=1)

@@ -1,0 +1,262 @@
+"""Is the package what its recipe says? Facts that are checked before anything is scored."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantize.parity.loading import Pair, load_tokenizer
+from quantize.records import Check
+
+if TYPE_CHECKING:
+    import torch
+
+QUANTIZED_CLASSES = {4: "Linear4bit", 8: "Linear8bitLt"}
+CODE_DTYPES = {4: "U8", 8: "I8"}
+STATE_MARKS = {4: ".quant_state.bitsandbytes__", 8: ".SCB"}
+WEIGHT_ERROR_LIMITS = {4: 0.25, 8: 0.05}
+"""Relative RMS error of a module: nearest NF4 gives about 0.09, FP4 0.13, int8 0.01, a wrong matrix above 1."""
+SIZE_TOLERANCE = 0.02
+TOKENIZER_SAMPLE = (
+    "Plain words, numbers 3.14159 and 1,000,000; CamelCase, snake_case.\n\tdef f(x): return x**2  # code\n"
+    "Ünïcödé, 中文字, 日本語, العربية, emoji 🙂👩‍👩‍👧, a  b   c, <|endoftext|> <s> </s>"
+)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the recipe, or the checkpoint's own config, says about it.
+
+    A recipe skips the head and `skipped` besides; a config that lists modules skips those alone.
+    """
+
+    bits: int
+    quant_type: str
+    double_quant: bool
+    skipped: tuple[str, ...] = ()
+    skips_head: bool = True
+
+
+def expected_from(folder: Path) -> Expected | None:
+    """What config.json in `folder` promises; None when it promises no bitsandbytes quantization."""
+    config = json.loads((folder / "config.json").read_text("utf-8")).get("quantization_config") or {}
+    if not (config.get("load_in_4bit") or config.get("load_in_8bit")):
+        return None
+    skipped = config.get("llm_int8_skip_modules")
+    return Expected(
+        bits=4 if config.get("load_in_4bit") else 8,
+        quant_type=config.get("bnb_4bit_quant_type", "fp4"),
+        double_quant=bool(config.get("bnb_4bit_use_double_quant")),
+        skipped=tuple(skipped or ()),
+        skips_head=skipped is None,
+    )
+
+
+def check_files(folder: Path, expected: Expected | None) -> list[Check]:
+    """What can be seen without loading a model: config against tensors, and every value finite."""
+    tensors = {name: dtype for name, dtype, _ in _tensors(folder)}
+    states = {bits: {n.split(mark)[0] for n in tensors if mark in n} for bits, mark in STATE_MARKS.items()}
+    if expected is None:
+        found = "quantized tensors" if states[4] or states[8] else "16-bit weights"
+        return [
+            Check(
+                "config",
+                False,
+                f"config.json has no bitsandbytes quantization_config; the files hold {found}",
+            )
+        ]
+    codes = {name for name, dtype in tensors.items() if dtype == CODE_DTYPES[expected.bits] and name.endswith("weight")}
+    marked = states[expected.bits] if expected.bits == 4 else {f"{name}.weight" for name in states[8]}
+    checks = [_config_check(expected, codes, marked)]
+    if expected.bits == 4:
+        checks.append(_state_check(expected, codes, set(tensors)))
+    checks.append(_finite_check(folder))
+    return checks
+
+
+def check_models(pair: Pair, folder: Path, expected: Expected, trust_remote_code: bool) -> list[Check]:
+    """What the reloaded model shows: modules, ties, size, tokenizer."""
+    return [
+        _module_check(pair, expected),
+        _tie_check(pair),
+        _size_check(pair, folder, expected),
+        _tokenizer_check(pair, folder, trust_remote_code),
+    ]
+
+
+def weight_errors(pair: Pair) -> dict[str, float]:
+    """Relative RMS error of every quantized module: |dequantized - source| / |source|, Frobenius norms."""
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    originals = dict(_linear_modules(pair.reference))
+    errors = {}
+    for name, module in pair.candidate.named_modules():
+        if type(module).__name__ in QUANTIZED_CLASSES.values() and name in originals:
+            source = _input_major(originals[name]).float()
+            stored = dequantize_bnb_weight(module.weight, state=getattr(module, "state", None)).float()
+            distance = (stored - source).norm() if stored.shape == source.shape else math.inf
+            errors[name] = float(distance / source.norm().clamp_min(1e-30))
+    return errors
+
+
+def weight_check(errors: dict[str, float], bits: int) -> Check:
+    limit = WEIGHT_ERROR_LIMITS[bits]
+    beyond = {name: error for name, error in errors.items() if not error <= limit}
+    if beyond:
+        worst = max(beyond, key=lambda name: beyond[name])
+        detail = f"{len(beyond)} modules do not hold their source's weights, {worst} is off by {beyond[worst]:.2f}"
+    else:
+        detail = f"largest relative error {max(errors.values(), default=0.0):.3f} (limit {limit})"
+    return Check("weights", not beyond, detail)
+
+
+def predicted_bytes(pair: Pair, expected: Expected, modules: set[str]) -> int:
+    """Size of the tensors that the recipe leads one to expect, in bytes, with ties counted once."""
+    seen, total = set(), 0
+    for name, module in pair.reference.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.data_ptr() in seen:
+                continue
+            seen.add(parameter.data_ptr())
+            if name in modules and key == "weight":
+                total += _quantized_bytes(parameter.shape, expected)
+            else:
+                total += parameter.numel() * _stored_width(pair, name, key)
+    return total
+
+
+def _quantized_bytes(shape: torch.Size, expected: Expected) -> int:
+    count = math.prod(shape)
+    if expected.bits == 8:
+        return count + 4 * min(shape)
+    blocks = math.ceil(count / 64)
+    scales = blocks + 4 * math.ceil(blocks / 256) + 4 * 256 if expected.double_quant else 4 * blocks
+    return math.ceil(count / 2) + scales + 4 * 16 + 200
+
+
+def _stored_width(pair: Pair, module: str, key: str) -> int:
+    parameter = getattr(pair.candidate.get_submodule(module), key)
+    return int(parameter.element_size())
+
+
+def _config_check(expected: Expected, codes: set[str], marked: set[str]) -> Check:
+    promise = f"config.json says {expected.bits}-bit"
+    if not codes:
+        return Check("config", False, f"{promise}, the files hold 16-bit weights only")
+    if codes != marked:
+        odd = sorted(codes ^ marked)
+        return Check(
+            "config",
+            False,
+            f"{promise}; {odd[0]} has codes without quant_state or the reverse ({len(odd)} such)",
+        )
+    return Check(
+        "config",
+        True,
+        f"{promise} {expected.quant_type if expected.bits == 4 else ''}".strip() + ", so do the files",
+    )
+
+
+def _state_check(expected: Expected, codes: set[str], names: set[str]) -> Check:
+    parts = [".absmax", ".quant_map", f".quant_state.bitsandbytes__{expected.quant_type}"]
+    if expected.double_quant:
+        parts += [".nested_absmax", ".nested_quant_map"]
+    missing = sorted(code + part for code in codes for part in parts if code + part not in names)
+    detail = f"missing {missing[0]} ({len(missing)} in all)" if missing else f"complete for {len(codes)} weights"
+    return Check("quant_state", not missing, detail)
+
+
+def _finite_check(folder: Path) -> Check:
+    import torch
+
+    count = 0
+    for name, _, tensor in _tensors(folder, load=True):
+        count += 1
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return Check("finite", False, f"{name} holds NaN or infinity")
+    return Check("finite", True, f"no NaN or infinity in {count} tensors")
+
+
+def _module_check(pair: Pair, expected: Expected) -> Check:
+    linear = {name for name, _ in _linear_modules(pair.reference)}
+    wanted = {name for name in linear if not _skipped(name, _skip_list(pair, expected))}
+    kind = QUANTIZED_CLASSES[expected.bits]
+    found = {name for name, module in pair.candidate.named_modules() if type(module).__name__ == kind}
+    if left := sorted(wanted - found):
+        return Check("modules", False, f"{left[0]} was left in 16 bits ({len(left)} of {len(wanted)} were)")
+    if extra := sorted(found - wanted):
+        return Check("modules", False, f"{extra[0]} was quantized and should not be ({len(extra)} such)")
+    return Check(
+        "modules",
+        True,
+        f"{len(found)} modules are {expected.bits}-bit, {len(linear - found)} are not by design",
+    )
+
+
+def _skip_list(pair: Pair, expected: Expected) -> list[str]:
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    head = get_keys_to_not_convert(pair.reference) if expected.skips_head else []
+    return [*head, *expected.skipped, *(pair.reference._keep_in_fp32_modules or [])]
+
+
+def _skipped(name: str, patterns: list[str]) -> bool:
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    return not should_convert_module(name, patterns)
+
+
+def _tie_check(pair: Pair) -> Check:
+    tied = [_is_tied(model) for model in (pair.reference, pair.candidate)]
+    words = ["tied" if state else "separate" for state in tied]
+    return Check("ties", tied[0] == tied[1], f"head and embeddings: {words[0]} in the source, {words[1]} here")
+
+
+def _is_tied(model: Any) -> bool:
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and head.weight.data_ptr() == embeddings.weight.data_ptr()
+
+
+def _size_check(pair: Pair, folder: Path, expected: Expected) -> Check:
+    kind = QUANTIZED_CLASSES[expected.bits]
+    modules = {name for name, module in pair.candidate.named_modules() if type(module).__name__ == kind}
+    predicted = predicted_bytes(pair, expected, modules)
+    actual = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    headers = 200 * sum(1 for _ in _tensors(folder)) + 4096
+    low, high = predicted * (1 - SIZE_TOLERANCE), predicted * (1 + SIZE_TOLERANCE) + headers
+    detail = f"{actual / 1e6:.2f} MB, the recipe predicts {predicted / 1e6:.2f} MB"
+    return Check("size", low <= actual <= high, detail)
+
+
+def _tokenizer_check(pair: Pair, folder: Path, trust_remote_code: bool) -> Check:
+    try:
+        own = load_tokenizer(folder, trust_remote_code)
+    except (OSError, ValueError) as error:
+        return Check("tokenizer", False, f"does not load: {str(error).splitlines()[0]}")
+    same = own(TOKENIZER_SAMPLE).input_ids == pair.tokenizer(TOKENIZER_SAMPLE).input_ids
+    return Check("tokenizer", same, "same ids for a mixed sample" if same else "other ids than the source's")
+
+
+def _linear_modules(model: Any) -> Iterator[tuple[str, Any]]:
+    """The modules that bitsandbytes can replace."""
+    return ((name, module) for name, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D"))
+
+
+def _input_major(module: Any) -> torch.Tensor:
+    """A linear layer's weight as [outputs, inputs]; Conv1D keeps its transpose."""
+    weight: torch.Tensor = module.weight.detach()
+    return weight.t() if type(module).__name__ == "Conv1D" else weight
+
+
+def _tensors(folder: Path, load: bool = False) -> Iterator[tuple[str, str, Any]]:
+    """Name, stored type and, where asked for, value of every tensor in the folder's safetensors files."""
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                yield name, file.get_slice(name).get_dtype(), file.get_tensor(name) if load else None

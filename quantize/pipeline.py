@@ -1,0 +1,142 @@
+"""What the commands do: a source becomes a package that is quantized, proved, documented and published."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import model_card
+from quantize import __version__, card, devices, files, package, publish, recipes, source
+from quantize.errors import PackageError, ParityRefused, storage_errors
+from quantize.package import Package
+from quantize.parity import figures, measure, structure
+from quantize.progress import Progress
+from quantize.records import Checkout, Parity, ParitySettings, Provenance, Receipt, Recipe, to_json
+
+TOOL = "quantize-bnb"
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What one `quantize run` was asked for; `output` None means a folder named after the model."""
+
+    model: str
+    revision: str | None = None
+    output: Path | None = None
+    recipe: Recipe = field(default_factory=Recipe)
+    settings: ParitySettings = field(default_factory=ParitySettings)
+    device: str = "auto"
+    trust_remote_code: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The finished package, and whether this run made it."""
+
+    package: Package
+    created: bool
+
+
+def run(request: RunRequest, progress: Progress) -> RunResult:
+    """Fetch, quantize, measure, document and seal; a refused package is kept under a name that shows it."""
+    output = request.output or default_output(request.model, request.recipe)
+    package.require_replaceable(output)
+    with package.building_site(output) as site:
+        progress.stage(f"source {request.model}")
+        checkout = source.fetch(
+            request.model,
+            revision=request.revision,
+            trust_remote_code=request.trust_remote_code,
+            progress=progress,
+        )
+        if not request.force and (done := package.finished(output, checkout.source, request.recipe)):
+            return RunResult(done, created=False)
+        device = devices.choose(request.device)
+        files.require_space(site, source.weight_bytes(checkout.source), "the package")
+        progress.stage(f"quantize to {request.recipe.bits} bits on {device}")
+        quantized = recipes.quantize(checkout, site, request.recipe, device, progress)
+        package.copy_carried(checkout, source.carried_files(checkout.source), site)
+        progress.stage("verify against the source")
+        parity = measure(checkout, site, request.settings, device, progress, _promise(request.recipe))
+        progress.stage("write card and provenance")
+        provenance = Provenance(
+            tool=TOOL,
+            tool_version=__version__,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            source=checkout.source,
+            recipe=request.recipe,
+            quantized=quantized,
+            settings=request.settings,
+            environment=parity.environment,
+        )
+        package.write_evidence(site, parity)
+        figures.draw(parity, site / package.FIGURES)
+        _write_card(site, output.name, provenance, parity, checkout)
+        provenance = package.seal(site, provenance)
+        final = package.move_into_place(site, output, passed=parity.verdict.passed)
+    return RunResult(Package(final, provenance, parity), created=True)
+
+
+def verify(folder: Path, against: str | None, settings: ParitySettings, device: str, progress: Progress) -> Parity:
+    """Measure a package against its pinned source, or any bitsandbytes checkpoint against the source named."""
+    chosen = devices.choose(device)
+    progress.stage(f"source of {folder.name}")
+    if (folder / package.PROVENANCE).is_file():
+        provenance = package.open_package(folder).provenance
+        checkout, promise = source.refetch(provenance.source, against, progress), _promise(provenance.recipe)
+    elif against is None:
+        raise PackageError(f"{folder} has no {package.PROVENANCE}: name its original model with --against")
+    elif not (folder / "config.json").is_file():
+        raise PackageError(f"{folder} holds no model: it has no config.json")
+    else:
+        checkout = source.fetch(against, revision=None, trust_remote_code=False, progress=progress)
+        promise = None
+    progress.stage(f"verify {folder.name} on {chosen}")
+    return measure(checkout, folder, settings, chosen, progress, promise)
+
+
+def rewrite_card(folder: Path, against: str | None, progress: Progress) -> Package:
+    """Render the card of a package again from its evidence; nothing is measured."""
+    made = package.open_package(folder)
+    package.require_unchanged(made)
+    progress.stage(f"source of {folder.name}")
+    checkout = source.refetch(made.provenance.source, against, progress)
+    with storage_errors(folder):
+        _write_card(folder, folder.name, made.provenance, made.parity, checkout)
+        return Package(folder, package.seal(folder, made.provenance), made.parity)
+
+
+def push(folder: Path, repo_id: str, *, private: bool, message: str | None, progress: Progress) -> Receipt:
+    """Publish a package that passed and is unchanged since, in one commit; leaves a receipt beside its files."""
+    made = package.open_package(folder)
+    package.require_unchanged(made)
+    if not made.parity.verdict.passed:
+        raise ParityRefused(f"{folder} did not pass parity ({made.parity.verdict.grade}): it is not published")
+    progress.stage(f"push to {repo_id}")
+    receipt = publish.push(
+        folder,
+        files.records_of(folder, without=(package.RECEIPT,)),
+        repo_id,
+        private=private,
+        message=message or f"{made.provenance.source.name} in {made.provenance.recipe.bits} bits",
+        progress=progress,
+    )
+    with storage_errors(folder):
+        (folder / package.RECEIPT).write_text(to_json(receipt), "utf-8")
+    return receipt
+
+
+def default_output(model: str, recipe: Recipe) -> Path:
+    """`distilgpt2-bnb-4bit` in the current folder, for `distilbert/distilgpt2`."""
+    return Path(f"{source.name_of(model)}-bnb-{recipe.bits}bit")
+
+
+def _promise(recipe: Recipe) -> structure.Expected:
+    return structure.Expected(recipe.bits, recipe.quant_type, recipe.double_quant, recipe.skip_modules)
+
+
+def _write_card(folder: Path, name: str, provenance: Provenance, parity: Parity, checkout: Checkout) -> None:
+    facts = card.facts(name, provenance, parity, source.card_text(checkout), card.figure_names(folder))
+    package.write_card(folder, model_card.render(facts))

@@ -1,0 +1,117 @@
+"""Nearest rounding as stock transformers and bitsandbytes do it: `from_pretrained`, `save_pretrained`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from quantize.errors import CorruptModel, DeviceError, UnsupportedModel, storage_errors
+from quantize.progress import Progress
+from quantize.records import Checkout, Quantized, Recipe
+
+MAX_SHARD = "5GB"
+QUANTIZED_CLASSES = ("Linear4bit", "Linear8bitLt")
+LINEAR_CLASSES = ("Linear", "Conv1D")
+HALF_TYPES = {"F16": "float16", "BF16": "bfloat16"}
+
+
+def quantize(checkout: Checkout, output: Path, recipe: Recipe, device: str, progress: Progress) -> Quantized:
+    """Load the source through `BitsAndBytesConfig` on `device` and save it into `output`."""
+    started = time.monotonic()
+    dtype = _inspect_weights(checkout, progress)
+    if recipe.compute_dtype != "auto":
+        dtype = recipe.compute_dtype
+    model = _load_quantized(checkout, recipe, dtype, device)
+    modules = _modules_of(model, QUANTIZED_CLASSES)
+    if not modules:
+        raise UnsupportedModel(f"{checkout.source.name} has no linear layer left to quantize: skip fewer modules")
+    with storage_errors(output):
+        model.save_pretrained(output, max_shard_size=MAX_SHARD)
+    kept = _modules_of(model, LINEAR_CLASSES)
+    return Quantized(modules, kept, dtype, device, round(time.monotonic() - started, 3))
+
+
+def skipped_modules(checkout: Checkout, recipe: Recipe) -> list[str]:
+    """What stays as it is: the head and what is tied to it, always, and what the recipe names besides.
+
+    Stock `llm_int8_skip_modules` replaces the default list, so a skip list of one's own would quantize the head.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    trust = checkout.source.remote_code
+    config = AutoConfig.from_pretrained(checkout.folder, local_files_only=True, trust_remote_code=trust)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    names = {name for name, _ in model.named_modules()}
+    for wanted in recipe.skip_modules:
+        if not any(wanted == name or name.endswith(wanted) or name.startswith(f"{wanted}.") for name in names):
+            raise UnsupportedModel(f"--skip-modules {wanted}: {checkout.source.name} has no such module")
+    return sorted({*get_keys_to_not_convert(model), *recipe.skip_modules})
+
+
+def _modules_of(model: Any, classes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name, module in model.named_modules() if type(module).__name__ in classes)
+
+
+def _load_quantized(checkout: Checkout, recipe: Recipe, dtype: str, device: str) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            checkout.folder,
+            quantization_config=_bitsandbytes_config(checkout, recipe, dtype),
+            dtype=getattr(torch, dtype),
+            device_map={"": device},
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=checkout.source.remote_code,
+        )
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(f"{checkout.source.name} does not fit on {device}: try --device cpu") from error
+
+
+def _bitsandbytes_config(checkout: Checkout, recipe: Recipe, dtype: str) -> Any:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    skip = skipped_modules(checkout, recipe) if recipe.skip_modules else None
+    if recipe.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=recipe.quant_type,
+        bnb_4bit_use_double_quant=recipe.double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+        llm_int8_skip_modules=skip,
+    )
+
+
+def _inspect_weights(checkout: Checkout, progress: Progress) -> str:
+    """The half-precision type that suits the source; raises CorruptModel at the first NaN or infinity.
+
+    Half-precision sources keep their type. Float32 ones become float16, which has three more bits of precision
+    than bfloat16, unless a value lies beyond its range.
+    """
+    import torch
+    from safetensors import safe_open
+
+    source, largest = checkout.source, 0.0
+    shards = [file for file in source.files if file.path.endswith(".safetensors")]
+    with progress.task("reading weights", source.parameters, "weights") as advance:
+        for shard in shards:
+            with safe_open(checkout.folder / shard.path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    tensor = file.get_tensor(name)
+                    if tensor.is_floating_point() and tensor.numel():
+                        bound = float(tensor.abs().max())
+                        if not bound < float("inf"):
+                            raise CorruptModel(f"{name} in {shard.path} holds NaN or infinity: the source is damaged")
+                        largest = max(largest, bound)
+                    advance(tensor.numel())
+    if source.dtype in HALF_TYPES:
+        return HALF_TYPES[source.dtype]
+    return "float16" if largest <= torch.finfo(torch.float16).max else "bfloat16"

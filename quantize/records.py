@@ -1,0 +1,320 @@
+"""Every value that passes between stages: frozen records that round-trip through JSON.
+
+Defaults of the command line stand here, once.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from quantize.errors import PackageError
+
+FORMAT_VERSION = 1
+"""Of the package: raised when an older `quantize` could not read what a newer one wrote."""
+
+DEFAULT_MODEL = "distilbert/distilgpt2"
+
+QUANT_TYPES = ("nf4", "fp4")
+COMPUTE_DTYPES = ("auto", "float16", "bfloat16", "float32")
+GRADES = ("lossless", "parity", "good", "degraded", "failed")
+"""From best to worst; `changed` stands outside the order."""
+
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file: `path` relative to its folder with forward slashes, `size` in bytes."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """The original model, pinned: `commit` is None for a local folder, whose hashes pin it instead."""
+
+    name: str
+    repo_id: str | None
+    revision: str | None
+    commit: str | None
+    files: tuple[FileRecord, ...]
+    architecture: str
+    model_type: str
+    dtype: str
+    parameters: int
+    remote_code: bool
+
+    def fingerprint(self) -> dict[str, str]:
+        """What has to agree for two sources to be the same one."""
+        return {file.path: file.sha256 for file in self.files}
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """A source and the local folder that holds its files."""
+
+    source: Source
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How weights become 4-bit (or 8-bit, where only `skip_modules` and `compute_dtype` matter)."""
+
+    name: str = "stock"
+    bits: int = 4
+    quant_type: str = "nf4"
+    double_quant: bool = True
+    compute_dtype: str = "auto"
+    skip_modules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a recipe did: module names, the half-precision type of the rest, where and how long (seconds)."""
+
+    modules: tuple[str, ...]
+    kept_modules: tuple[str, ...]
+    dtype: str
+    device: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ParitySettings:
+    """How a candidate is measured. `window` and `new_tokens` in tokens."""
+
+    corpus: str = "builtin"
+    window: int = 1024
+    max_windows: int = 512
+    new_tokens: int = 64
+    seed: int = 0
+    require: str = "good"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured value with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class CorpusRecord:
+    """The text that was scored: `windows` whole windows of `window` tokens, `scored` of them read."""
+
+    name: str
+    sha256: str
+    characters: int
+    tokens: int
+    window: int
+    windows: int
+    scored: int
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """A per-token quantity: its mean with an interval, its percentiles by name (`p50` ...), its extremes."""
+
+    mean: Estimate
+    percentiles: dict[str, float]
+    minimum: float
+    maximum: float
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """`counts[i]` values between `edges[i]` and `edges[i + 1]`; the outermost bins take what lies beyond."""
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Reference against candidate on the same tokens; nats throughout.
+
+    `kld_by_position` holds mean divergences of equal stretches of the window, from its start to its end.
+    """
+
+    reference_perplexity: Estimate
+    candidate_perplexity: Estimate
+    perplexity_ratio: Estimate
+    kld: Distribution
+    same_top: Estimate
+    delta_p: Distribution
+    delta_p_rms: Estimate
+    kld_histogram: Histogram
+    kld_by_position: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt continued by both models, greedily and by sampling with the same seed.
+
+    `first_divergence` counts new tokens up to the first greedy one that differs, None when all agree.
+    Nll values are mean nats per new token of the sampled texts, under the reference.
+    """
+
+    prompt: str
+    reference_greedy: str
+    candidate_greedy: str
+    first_divergence: int | None
+    reference_sampled: str
+    candidate_sampled: str
+    reference_sampled_nll: float
+    candidate_sampled_nll: float
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Generation parity over all prompts; shares lie in 0..1.
+
+    `prefill_agreement` and `cached_agreement`: on the reference's own greedy text, how often the candidate's
+    top token is the reference's, reading all at once and one token at a time with the cache.
+    Repetition: share of 4-grams of the greedy text that occurred in it before.
+    """
+
+    new_tokens: int
+    seed: int
+    temperature: float
+    top_k: int
+    top_p: float
+    identical_at_16: float
+    identical_at_32: float
+    prefill_agreement: float
+    cached_agreement: float
+    reference_repetition: float
+    candidate_repetition: float
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One structural fact about the package, true or not, with what was seen."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What parity concludes; `reasons` says why it did not pass, and is empty otherwise."""
+
+    grade: str
+    required: str
+    passed: bool
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of the weight files, and what a weight costs: bits of those files per logical parameter."""
+
+    source_bytes: int
+    package_bytes: int
+    parameters: int
+    bits_per_parameter: float
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What a measurement ran on: versions by distribution name, and the processor that computed."""
+
+    python: str
+    platform: str
+    device: str
+    device_name: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The evidence. Scores and generation are None when a structural check already failed."""
+
+    reference_dtype: str
+    corpus: CorpusRecord | None
+    checks: tuple[Check, ...]
+    weight_errors: dict[str, float]
+    scores: Scores | None
+    generation: Generation | None
+    verdict: Verdict
+    sizes: Sizes
+    environment: Environment
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a package comes from, and the hashes that show it is unchanged (of every file but this one)."""
+
+    tool: str
+    tool_version: str
+    created: str
+    source: Source
+    recipe: Recipe
+    quantized: Quantized
+    settings: ParitySettings
+    environment: Environment
+    files: tuple[FileRecord, ...] = ()
+    format_version: int = field(default=FORMAT_VERSION)
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a push did: the commit that holds the package now, and whether this push made it."""
+
+    repo_id: str
+    commit: str
+    url: str
+    created_commit: bool
+    files: tuple[FileRecord, ...]
+
+
+def to_json(record: object) -> str:
+    """The record as JSON text; refuses NaN, which JSON cannot say."""
+    return json.dumps(_converter().unstructure(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def from_json(kind: type[Record], text: str, where: object) -> Record:
+    """The record that `to_json` wrote; `where` names the file for the error line."""
+    try:
+        return _converter().structure(json.loads(text), kind)  # type: ignore[no-any-return]
+    except Exception as error:
+        names = ", ".join(item.name for item in fields(kind))  # type: ignore[arg-type]
+        raise PackageError(f"{where} is not readable as {kind.__name__} ({names}): {error}") from error
+
+
+def read_record(kind: type[Record], path: Path) -> Record:
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        raise PackageError(f"{path.parent} is not a package: {path.name} is missing") from None
+    return from_json(kind, text, path)
+
+
+def grade_at_least(grade: str, required: str) -> bool:
+    """Whether `grade` is as good as `required`; a model graded `changed` never is."""
+    return grade in GRADES and GRADES.index(grade) <= GRADES.index(required)
+
+
+def finite(value: float) -> float | None:
+    """JSON has no NaN or infinity: None stands for them."""
+    return value if math.isfinite(value) else None
+
+
+@functools.cache
+def _converter() -> Any:
+    from cattrs.preconf.json import make_converter
+
+    return make_converter()
