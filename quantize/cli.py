@@ -29,6 +29,12 @@ if TYPE_CHECKING:
     from quantize.progress import Progress
 
 INTERRUPTED = 130
+ENVIRONMENT = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
+    # Threads that wait for each other by spinning slow a shared machine down several times.
+    "OMP_WAIT_POLICY": "passive",
+}
 FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
@@ -293,8 +299,8 @@ def doctor(output: Output) -> None:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
-    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
-        os.environ.setdefault(name, "error")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         cli.main(arguments, prog_name="quantize", standalone_mode=False)

@@ -240,9 +240,14 @@ class Environment:
 
 @dataclass(frozen=True)
 class Parity:
-    """The evidence. Scores and generation are None when a structural check already failed."""
+    """The evidence. Scores and generation are None when a structural check already failed.
+
+    The two types are those of the arithmetic; on a CPU the candidate's stored half-precision values are summed
+    in float32 after a check that this makes no difference.
+    """
 
     reference_dtype: str
+    candidate_dtype: str
     corpus: CorpusRecord | None
     checks: tuple[Check, ...]
     weight_errors: dict[str, float]

@@ -47,6 +47,22 @@ def load_candidate(folder: Path, device: str, trust_remote_code: bool) -> Any:
     return _load(folder, device, trust_remote_code)
 
 
+def widen(model: Any) -> None:
+    """Let a quantized model compute in float32, over exactly the weights that it stores.
+
+    CPUs without half-precision units compute several times slower in it. Dequantized weights, embeddings, norms
+    and biases keep their stored values; only products and sums are done in more digits.
+    """
+    import torch
+
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.float()
+        if getattr(module, "compute_dtype", None) is not None:
+            module.compute_dtype = torch.float32
+
+
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from quantize import devices
 from quantize.parity import corpus, generation, scoring, statistics, structure, verdict
-from quantize.parity.loading import Pair, load_candidate, load_reference, load_tokenizer
+from quantize.parity.loading import Pair, load_candidate, load_reference, load_tokenizer, widen
 from quantize.progress import Progress
-from quantize.records import Check, Checkout, CorpusRecord, Generation, Parity, ParitySettings, Scores, Sizes
+from quantize.records import Check, Checkout, Generation, Parity, ParitySettings, Scores, Sizes
+
+if TYPE_CHECKING:
+    import torch
+
+ARITHMETIC_WINDOWS = 2
 
 
 def measure(
@@ -39,10 +45,15 @@ def measure(
         checks.append(structure.weight_check(errors, expected.bits))
     scores, generated, record = None, None, None
     if pair is not None and all(check.passed for check in checks):
-        scores, record = _score(pair, text, settings, progress)
+        window = min(settings.window, pair.context)
+        windows, record = corpus.windows_of(text, pair.tokenizer, window, settings.max_windows, settings.seed)
+        if device == "cpu":
+            checks.append(_widened(pair, windows[:ARITHMETIC_WINDOWS]))
+        scores = _score(pair, windows, settings, progress)
         generated = _generate(pair, settings, progress)
     return Parity(
         reference_dtype=reference_dtype,
+        candidate_dtype=_dtype_name(pair.candidate) if pair is not None else "none",
         corpus=record,
         checks=tuple(checks),
         weight_errors=errors,
@@ -53,6 +64,19 @@ def measure(
         environment=devices.describe(device),
         seconds=round(time.monotonic() - started, 3),
     )
+
+
+def _widened(pair: Pair, windows: torch.Tensor) -> Check:
+    """Switch the candidate to float32 sums, and check that they say what its own type said before."""
+    before = scoring.outputs(pair.candidate, windows, pair.device)
+    widen(pair.candidate)
+    return structure.arithmetic_check(
+        scoring.mean_divergence(before, scoring.outputs(pair.candidate, windows, pair.device))
+    )
+
+
+def _dtype_name(model: Any) -> str:
+    return str(model.dtype).removeprefix("torch.")
 
 
 def _pair(
@@ -68,14 +92,11 @@ def _pair(
     return Pair(reference, model, tokenizer, reference_dtype, device), Check("loads", True, detail)
 
 
-def _score(
-    pair: Pair, text: corpus.Corpus, settings: ParitySettings, progress: Progress
-) -> tuple[Scores, CorpusRecord]:
-    window = min(settings.window, pair.context)
-    windows, record = corpus.windows_of(text, pair.tokenizer, window, settings.max_windows, settings.seed)
-    with progress.task(f"scoring {record.scored} windows of {window} tokens", record.scored, "windows") as advance:
+def _score(pair: Pair, windows: torch.Tensor, settings: ParitySettings, progress: Progress) -> Scores:
+    count, window = windows.shape
+    with progress.task(f"scoring {count} windows of {window} tokens", count, "windows") as advance:
         tokens = scoring.score(pair.reference, pair.candidate, windows, pair.device, advance)
-    return statistics.summarize(tokens, settings.seed), record
+    return statistics.summarize(tokens, settings.seed)
 
 
 def _generate(pair: Pair, settings: ParitySettings, progress: Progress) -> Generation:

@@ -50,6 +50,21 @@ def score(
     return TokenScores(*columns)
 
 
+def outputs(model: Any, windows: torch.Tensor, device: str) -> torch.Tensor:
+    """Logits of a few windows, [count, window, vocabulary], in float32 on the CPU."""
+    import torch
+
+    with torch.inference_mode():
+        return torch.cat([model(window[None].to(device)).logits.float().cpu() for window in windows])
+
+
+def mean_divergence(reference: torch.Tensor, candidate: torch.Tensor) -> float:
+    """Mean KLD over all positions of two sets of logits."""
+    import torch
+
+    return float(compare_logits(reference, candidate, torch.zeros(reference.shape[:-1], dtype=torch.long))[2].mean())
+
+
 def _score_batch(reference: torch.Tensor, candidate: torch.Tensor, tokens: torch.Tensor) -> list[torch.Tensor]:
     """The five per-token figures of a batch, each [batch, window - 1]; logits are [batch, window, vocabulary]."""
     import torch

@@ -20,6 +20,8 @@ CODE_DTYPES = {4: "U8", 8: "I8"}
 STATE_MARKS = {4: ".quant_state.bitsandbytes__", 8: ".SCB"}
 WEIGHT_ERROR_LIMITS = {4: 0.25, 8: 0.05}
 """Relative RMS error of a module: nearest NF4 gives about 0.09, FP4 0.13, int8 0.01, a wrong matrix above 1."""
+ARITHMETIC_LIMIT = 0.001
+"""Mean KLD in nats, a sixth of what the grade lossless allows."""
 SIZE_TOLERANCE = 0.02
 TOKENIZER_SAMPLE = (
     "Plain words, numbers 3.14159 and 1,000,000; CamelCase, snake_case.\n\tdef f(x): return x**2  # code\n"
@@ -112,6 +114,12 @@ def weight_check(errors: dict[str, float], bits: int) -> Check:
     else:
         detail = f"largest relative error {max(errors.values(), default=0.0):.3f} (limit {limit})"
     return Check("weights", not beyond, detail)
+
+
+def arithmetic_check(shift: float) -> Check:
+    """Whether float32 sums of the stored weights and the package's own half precision say the same."""
+    detail = f"mean KLD {shift:.6f} between float32 sums, used for speed on this CPU, and the package's own type"
+    return Check("arithmetic", shift <= ARITHMETIC_LIMIT, f"{detail} (limit {ARITHMETIC_LIMIT})")
 
 
 def predicted_bytes(pair: Pair, expected: Expected, modules: set[str]) -> int:

@@ -1,0 +1,5 @@
+"""`python -m quantize` is the same as `quantize`."""
+
+from quantize.cli import main
+
+main()

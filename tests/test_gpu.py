@@ -1,0 +1,74 @@
+"""The main job on a CUDA device; run by hand with `pytest -m gpu`, figures recorded in docs/gpu.md."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantize import package, pipeline
+from quantize.progress import Silent
+from quantize.records import ParitySettings, Recipe
+from tests.conftest import POCKET
+from tests.hub import LoopbackHub
+from tests.hub.distilgpt2 import seed_distilgpt2
+from tests.test_hub_run import MODEL, TARGET, quantize
+
+pytestmark = pytest.mark.gpu
+SETTINGS = ParitySettings(new_tokens=16, require="degraded")
+
+
+@pytest.fixture(scope="module")
+def on_gpu(tmp_path_factory: pytest.TempPathFactory) -> package.Package:
+    output = tmp_path_factory.mktemp("gpu") / "pocket-gpt2-bnb-4bit"
+    return pipeline.run(pipeline.RunRequest(str(POCKET), output=output, settings=SETTINGS), Silent()).package
+
+
+def test_auto_takes_the_gpu_and_the_package_passes(on_gpu: package.Package) -> None:
+    assert on_gpu.provenance.quantized.device.startswith("cuda")
+    assert on_gpu.parity.environment.device_name == torch.cuda.get_device_name()
+    assert on_gpu.parity.verdict.passed and on_gpu.parity.candidate_dtype == "float16"
+
+
+def test_a_separate_process_loads_and_generates(on_gpu: package.Package) -> None:
+    script = (
+        "import sys; from transformers import AutoModelForCausalLM, pipeline\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "text = pipeline('text-generation', model=sys.argv[1])('The function', max_new_tokens=5, do_sample=False)\n"
+        "print(model.is_loaded_in_4bit, model.device.type, len(text[0]['generated_text']) > 12)"
+    )
+    outcome = subprocess.run([sys.executable, "-c", script, str(on_gpu.folder)], capture_output=True, text=True)
+    assert outcome.stdout.split() == ["True", "cuda", "True"], outcome.stderr
+
+
+@pytest.mark.parametrize("recipe", [{"bits": 8}, {"quant_type": "fp4", "double_quant": False}], ids=["int8", "fp4"])
+def test_other_recipes(tmp_path: Path, recipe: dict[str, object]) -> None:
+    request = pipeline.RunRequest(
+        str(POCKET),
+        output=tmp_path / "out",
+        recipe=Recipe(**recipe),  # type: ignore[arg-type]
+        settings=SETTINGS,
+    )
+    made = pipeline.run(request, Silent()).package
+    assert not [check for check in made.parity.checks if not check.passed]
+
+
+def test_a_package_made_on_the_gpu_verifies_on_the_cpu(on_gpu: package.Package) -> None:
+    parity = pipeline.verify(on_gpu.folder, str(POCKET), SETTINGS, "cpu", Silent())
+    assert parity.verdict.passed and parity.scores is not None and on_gpu.parity.scores is not None
+    assert parity.scores.kld.mean.value == pytest.approx(on_gpu.parity.scores.kld.mean.value, rel=0.05)
+
+
+def test_the_whole_job_over_http(tmp_path: Path) -> None:
+    with LoopbackHub() as hub:
+        seed_distilgpt2(hub, POCKET)
+        made = quantize(hub, tmp_path, "run", "--bits", "4", "--require", "degraded", "--json")
+        assert made.returncode == 0, made.stderr
+        pushed = quantize(hub, tmp_path, "push", "distilgpt2-bnb-4bit", "--to", TARGET, "--json")
+        assert pushed.returncode == 0, pushed.stderr
+        assert json.loads(pushed.stdout)["commit"] == hub.head(TARGET)
+        assert MODEL in hub.files(TARGET)["README.md"].decode()

@@ -1,0 +1,126 @@
+"""A package appears whole or not at all, and shows when it was changed."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from quantize import package
+from quantize.errors import PackageError, StorageError, storage_errors
+from tests.conftest import Outcome
+
+
+def test_the_site_is_gone_after_success_failure_and_interruption(tmp_path: Path) -> None:
+    output = tmp_path / "deep" / "model-bnb-4bit"
+    with package.building_site(output) as site:
+        assert site.is_dir() and site.parent == output.parent
+    for error in (RuntimeError, KeyboardInterrupt, SystemExit):
+        with pytest.raises(error), package.building_site(output) as site:
+            (site / "half").write_text("x")
+            raise error
+        assert list(output.parent.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_removed_first(tmp_path: Path) -> None:
+    output = tmp_path / "model-bnb-4bit"
+    left = output.with_name(f"{output.name}{package.BUILDING}")
+    left.mkdir()
+    (left / "half").write_text("x")
+    with package.building_site(output) as site:
+        assert list(site.iterdir()) == []
+
+
+def test_two_runs_do_not_build_the_same_package(tmp_path: Path) -> None:
+    waiter = (
+        "from pathlib import Path; from quantize import package; import sys\n"
+        "with package.building_site(Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
+    )
+    output = str(tmp_path / "model-bnb-4bit")
+    with subprocess.Popen(
+        [sys.executable, "-c", waiter, output], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "in\n"
+        with pytest.raises(PackageError, match="another run is building"), package.building_site(Path(output)):
+            pass
+        other.kill()
+    with package.building_site(Path(output)) as site:
+        assert site.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "config.json").write_text("{}"), r"config\.json is changed"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), r"tokenizer\.json is missing"),
+        (lambda folder: (folder / "extra.txt").write_text("x"), r"extra\.txt is new"),
+    ],
+)
+def test_changes_are_seen(package_copy: Path, damage: Callable[[Path], None], message: str) -> None:
+    package.require_unchanged(package.open_package(package_copy))
+    damage(package_copy)
+    with pytest.raises(PackageError, match=message):
+        package.require_unchanged(package.open_package(package_copy))
+
+
+def test_one_changed_byte_of_the_weights_is_seen(package_copy: Path) -> None:
+    with (package_copy / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    with pytest.raises(PackageError, match=r"model\.safetensors is changed"):
+        package.require_unchanged(package.open_package(package_copy))
+
+
+def test_only_packages_are_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    with pytest.raises(PackageError, match="exists and is not a package"):
+        package.require_replaceable(tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "chapter.txt").exists()
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, pocket: Path) -> None:
+    """The operating system refuses to write more than 1 MB a file, as a full disk would."""
+    outcome = subprocess.run(
+        [sys.executable, "-m", "quantize", "run", str(pocket), "--output", str(tmp_path / "out"), "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)),
+    )
+    assert outcome.returncode == 1, outcome.stderr
+    assert outcome.stderr.splitlines()[-1].startswith("error: no space left while writing")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_write_permission_is_one_line(tmp_path: Path, command: Callable[..., Outcome], pocket: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    locked.chmod(0o555)
+    script = (
+        "import os, sys, filelock; from pathlib import Path; from quantize import package, cli\n"
+        "if os.geteuid() == 0: os.seteuid(65534)\n"
+        "from quantize.errors import StorageError\n"
+        "try:\n  with package.building_site(Path(sys.argv[1])): pass\n"
+        "except StorageError as error: print(error)"
+    )
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder != Path("/") and folder.owner() == locked.owner() and folder.name.startswith("pytest"):
+            folder.chmod(0o755)
+    outcome = subprocess.run(
+        [sys.executable, "-c", script, str(locked / "out")], capture_output=True, text=True, check=True
+    )
+    assert outcome.stdout.startswith(f"no permission while writing {locked}"), outcome
+
+
+def test_other_errors_keep_their_type() -> None:
+    with pytest.raises(FileNotFoundError), storage_errors("here"):
+        raise FileNotFoundError(2, "No such file")
+    with pytest.raises(StorageError, match="no space left while writing here"), storage_errors("here"):
+        raise OSError(28, "No space left on device")

@@ -1,0 +1,125 @@
+"""Scores and statistics against plain float64 arithmetic, and intervals that cover what they should."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from quantize.parity.scoring import SLICE_LOGITS, TokenScores, compare_logits, score
+from quantize.parity.statistics import mean_estimate, summarize
+
+logits = arrays.arrays(np.float32, (2, 5, 11), elements=st.floats(-20, 20, width=32))
+
+
+def reference_scores(p_logits: np.ndarray, q_logits: np.ndarray, targets: np.ndarray) -> list[np.ndarray]:
+    """The protocol's definitions, token by token in float64."""
+
+    def log_softmax(values: np.ndarray) -> np.ndarray:
+        shifted = values.astype(np.float64) - values.max()
+        return np.asarray(shifted - np.log(np.exp(shifted).sum()))
+
+    rows: list[list[float]] = []
+    for index in np.ndindex(targets.shape):
+        log_p, log_q, right = log_softmax(p_logits[index]), log_softmax(q_logits[index]), targets[index]
+        kld = sum(np.exp(p) * (p - q) for p, q in zip(log_p, log_q, strict=True))
+        rows.append([-log_p[right], -log_q[right], kld, np.exp(log_q[right]) - np.exp(log_p[right])])
+    return [np.array(column).reshape(targets.shape) for column in zip(*rows, strict=True)]
+
+
+@given(logits, logits, arrays.arrays(np.int64, (2, 5), elements=st.integers(0, 10)))
+@settings(max_examples=60, deadline=None)
+def test_token_scores_equal_plain_arithmetic(p: np.ndarray, q: np.ndarray, targets: np.ndarray) -> None:
+    found = compare_logits(torch.tensor(p), torch.tensor(q), torch.tensor(targets))
+    nll_p, nll_q, kld, delta = reference_scores(p, q, targets)
+    for ours, plain in zip((found[0], found[1], found[2], found[4]), (nll_p, nll_q, kld, delta), strict=True):
+        np.testing.assert_allclose(ours.numpy(), plain, rtol=1e-5, atol=5e-6)
+
+
+def test_same_top_counts_equal_first_choices() -> None:
+    p, q = torch.tensor([[[0.0, 1.0, 2.0], [3.0, 1.0, 0.0]]]), torch.tensor([[[0.0, 5.0, 2.0], [1.0, 0.0, 0.5]]])
+    assert compare_logits(p, q, torch.zeros(1, 2, dtype=torch.long))[3].tolist() == [[False, True]]
+
+
+def test_padded_vocabularies_are_compared_where_both_exist() -> None:
+    p = torch.randn(1, 3, 8)
+    q = torch.cat([p, torch.full((1, 3, 4), 50.0)], dim=-1)
+    _, _, kld, same, _ = compare_logits(p, q, torch.zeros(1, 3, dtype=torch.long))
+    assert float(kld.abs().max()) < 1e-6 and bool(same.all())
+
+
+class Fixed(torch.nn.Module):
+    """A model that answers with logits that depend on the token alone."""
+
+    def __init__(self, vocabulary: int, seed: int) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(vocabulary, vocabulary)
+        torch.nn.init.normal_(self.table.weight, generator=torch.Generator().manual_seed(seed))
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.table
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        class Answer:
+            logits = self.table(tokens)
+
+        return Answer()  # type: ignore[return-value]
+
+
+def test_slices_and_batches_do_not_change_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = Fixed(31, 1), Fixed(31, 2)
+    windows = torch.randint(0, 31, (7, 20), generator=torch.Generator().manual_seed(0))
+    whole = score(one, other, windows, "cpu", lambda amount: None)
+    monkeypatch.setattr("quantize.parity.scoring.SLICE_LOGITS", 31 * 3)
+    monkeypatch.setattr("quantize.parity.scoring.BATCH_LOGITS", 31 * 20 * 2)
+    sliced = score(one, other, windows, "cpu", lambda amount: None)
+    assert whole.kld.shape == (7, 19) and SLICE_LOGITS > 31 * 3
+    for name in TokenScores.__dataclass_fields__:
+        np.testing.assert_allclose(getattr(whole, name), getattr(sliced, name), rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_against_itself_is_lossless() -> None:
+    model = Fixed(31, 1)
+    windows = torch.randint(0, 31, (9, 20), generator=torch.Generator().manual_seed(0))
+    scores = summarize(score(model, model, windows, "cpu", lambda amount: None), seed=0)
+    assert scores.perplexity_ratio.low == scores.perplexity_ratio.high == 1.0
+    assert scores.kld.mean.value == 0.0 and scores.same_top.value == 1.0
+
+
+def test_summary_equals_plain_arithmetic() -> None:
+    random = np.random.default_rng(3)
+    nll = random.gamma(2.0, 1.5, (12, 40)).astype(np.float32)
+    shift = random.normal(0.02, 0.1, (12, 40)).astype(np.float32)
+    kld = random.gamma(0.5, 0.05, (12, 40)).astype(np.float32)
+    top = random.random((12, 40)) < 0.9
+    scores = summarize(TokenScores(nll, nll + shift, kld, top, shift * 0.1), seed=0)
+    difference = (nll + shift).astype(np.float64) - nll.astype(np.float64)
+    assert scores.reference_perplexity.value == pytest.approx(np.exp(nll.astype(np.float64).mean()), rel=1e-9)
+    assert scores.perplexity_ratio.value == pytest.approx(np.exp(difference.mean()), rel=1e-6)
+    assert scores.kld.mean.value == pytest.approx(kld.astype(np.float64).mean(), rel=1e-9)
+    assert scores.kld.percentiles["p99"] == pytest.approx(np.percentile(kld, 99))
+    assert scores.same_top.value == pytest.approx(top.mean())
+    assert sum(scores.kld_histogram.counts) == kld.size
+    assert len(scores.kld_by_position) == 16
+    assert scores.perplexity_ratio.low < scores.perplexity_ratio.value < scores.perplexity_ratio.high
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
+    covered = 0
+    for trial in range(200):
+        random = np.random.default_rng(trial)
+        windows = 0.05 + 0.02 * random.standard_normal((40, 1)) + 0.1 * random.standard_normal((40, 30))
+        estimate = mean_estimate(windows, seed=trial)
+        covered += estimate.low <= 0.05 <= estimate.high
+    assert 0.89 <= covered / 200 <= 0.99
+
+
+def test_correlated_tokens_widen_the_interval() -> None:
+    random = np.random.default_rng(0)
+    shared = np.repeat(random.standard_normal((50, 1)), 30, axis=1)
+    independent = random.standard_normal((50, 30))
+    wide, narrow = mean_estimate(shared, 0), mean_estimate(independent, 0)
+    assert (wide.high - wide.low) > 3 * (narrow.high - narrow.low)
