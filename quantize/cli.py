@@ -131,6 +131,9 @@ device_option = click.option(
     show_default=True,
     help="cpu, cuda, cuda:1, xpu; auto takes a GPU when there is one.",
 )
+trust_option = click.option(
+    "--trust-remote-code", is_flag=True, help="Allow code from the model's repo. Read it first."
+)
 against_option = click.option(
     "--against",
     metavar="MODEL",
@@ -172,7 +175,7 @@ def cli() -> None:
 )
 @click.option("--skip-modules", multiple=True, metavar="NAME", help="Leave this module as it is. May be repeated.")
 @device_option
-@click.option("--trust-remote-code", is_flag=True, help="Allow code from the model's repo. Read it first.")
+@trust_option
 @click.option("--force", is_flag=True, help="Replace a finished package.")
 @parity_options
 @output_options
@@ -227,9 +230,17 @@ def run(
 @click.argument("folder", type=FOLDER)
 @against_option
 @device_option
+@trust_option
 @parity_options
 @output_options
-def verify(folder: Path, against: str | None, device: str, settings: ParitySettings, output: Output) -> None:
+def verify(
+    folder: Path,
+    against: str | None,
+    device: str,
+    trust_remote_code: bool,
+    settings: ParitySettings,
+    output: Output,
+) -> None:
     """Measure a package again, or any bitsandbytes checkpoint --against its original.
 
     \b
@@ -238,7 +249,7 @@ def verify(folder: Path, against: str | None, device: str, settings: ParitySetti
     """
     from quantize import console, pipeline
 
-    parity = pipeline.verify(folder, against, settings, device, output.progress)
+    parity = pipeline.verify(folder, against, settings, device, output.progress, trust_remote_code)
     output.show(parity, lambda terminal: console.show_parity(terminal, parity))
     if not parity.verdict.passed:
         raise ParityRefused(f"{folder} was refused: {parity.verdict.reasons[0]}")

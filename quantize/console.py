@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -105,7 +106,7 @@ def _scores_table(parity: Parity) -> Table:
     assert scores is not None and text is not None
     ratio_limit, kld_limit = LIMITS[parity.verdict.required]
     caption = f"{text.scored} windows of {text.window} tokens of {text.name}; intervals are 95 %"
-    table = Table(title="parity", caption=caption, title_justify="left", caption_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
     for name in ("metric", "original", "quantized", "interval", "limit", "pass"):
         table.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
     ratio, kld, top = scores.perplexity_ratio, scores.kld.mean, scores.same_top
@@ -127,8 +128,8 @@ def _scores_table(parity: Parity) -> Table:
     table.add_row("same top token", "1", f"{top.value:.4f}", _range(top))
     table.add_row("RMS delta p", "0", f"{scores.delta_p_rms.value:.4f}", _range(scores.delta_p_rms))
     if generated is not None:
-        table.add_row("greedy text equal at 16", "1", f"{generated.identical_at_16:.2f}")
-        table.add_row("agreement, cached decoding", "1", f"{generated.cached_agreement:.4f}")
+        table.add_row("greedy equal at 16", "1", f"{generated.identical_at_16:.2f}")
+        table.add_row("cached agreement", "1", f"{generated.cached_agreement:.4f}")
     return table
 
 

@@ -79,19 +79,27 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
     return RunResult(Package(final, provenance, parity), created=True)
 
 
-def verify(folder: Path, against: str | None, settings: ParitySettings, device: str, progress: Progress) -> Parity:
+def verify(
+    folder: Path,
+    against: str | None,
+    settings: ParitySettings,
+    device: str,
+    progress: Progress,
+    trust_remote_code: bool = False,
+) -> Parity:
     """Measure a package against its pinned source, or any bitsandbytes checkpoint against the source named."""
     chosen = devices.choose(device)
     progress.stage(f"source of {folder.name}")
     if (folder / package.PROVENANCE).is_file():
         provenance = package.open_package(folder).provenance
-        checkout, promise = source.refetch(provenance.source, against, progress), _promise(provenance.recipe)
+        checkout = source.refetch(provenance.source, against, trust_remote_code=trust_remote_code, progress=progress)
+        promise = _promise(provenance.recipe)
     elif against is None:
         raise PackageError(f"{folder} has no {package.PROVENANCE}: name its original model with --against")
     elif not (folder / "config.json").is_file():
         raise PackageError(f"{folder} holds no model: it has no config.json")
     else:
-        checkout = source.fetch(against, revision=None, trust_remote_code=False, progress=progress)
+        checkout = source.fetch(against, revision=None, trust_remote_code=trust_remote_code, progress=progress)
         promise = None
     progress.stage(f"verify {folder.name} on {chosen}")
     return measure(checkout, folder, settings, chosen, progress, promise)
@@ -102,7 +110,8 @@ def rewrite_card(folder: Path, against: str | None, progress: Progress) -> Packa
     made = package.open_package(folder)
     package.require_unchanged(made)
     progress.stage(f"source of {folder.name}")
-    checkout = source.refetch(made.provenance.source, against, progress)
+    # Nothing is loaded for a card, so code of the source's cannot run here.
+    checkout = source.refetch(made.provenance.source, against, trust_remote_code=True, progress=progress)
     with storage_errors(folder):
         _write_card(folder, folder.name, made.provenance, made.parity, checkout)
         return Package(folder, package.seal(folder, made.provenance), made.parity)

@@ -57,21 +57,15 @@ def fetch(reference: str, *, revision: str | None, trust_remote_code: bool, prog
     return _from_hub(reference, revision, trust_remote_code, progress)
 
 
-def refetch(source: Source, against: str | None, progress: Progress) -> Checkout:
+def refetch(source: Source, against: str | None, *, trust_remote_code: bool, progress: Progress) -> Checkout:
     """The checkout that a record describes: the same commit, or the folder `against` with the same hashes."""
-    if against is None and source.repo_id is None:
+    reference = against or source.repo_id
+    if reference is None:
         raise SourceNotFound(f"{source.name} came from a local folder: say where it is with --against FOLDER")
-    if against is not None:
-        found = fetch(against, revision=None, trust_remote_code=source.remote_code, progress=progress)
-    else:
-        found = fetch(
-            str(source.repo_id),
-            revision=source.commit,
-            trust_remote_code=source.remote_code,
-            progress=progress,
-        )
+    revision = None if is_local(reference) else source.commit
+    found = fetch(reference, revision=revision, trust_remote_code=trust_remote_code, progress=progress)
     if found.source.fingerprint() != source.fingerprint():
-        raise PackageError(f"{against or source.repo_id} is not the source that this package was made from")
+        raise PackageError(f"{reference} is not the source that this package was made from")
     return found
 
 

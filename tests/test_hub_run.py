@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,10 +42,15 @@ def quantize(
     hub: LoopbackHub, folder: Path, *arguments: str, token: str | None = TOKEN
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line in `folder` as a person would, against the loopback Hub."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= hub.env(token=token, home=folder / "hf-home")
     command = [sys.executable, "-m", "quantize", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    env = environment(hub, folder, token)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+
+
+def environment(hub: LoopbackHub, folder: Path, token: str | None) -> dict[str, str]:
+    """This process's environment, with the loopback Hub in place of the real one."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return own | hub.env(token=token, home=folder / "hf-home")
 
 
 def error_line(outcome: subprocess.CompletedProcess[str]) -> str:
@@ -87,8 +94,8 @@ def test_run_and_push_over_http(hub: LoopbackHub, commit: str, tmp_path: Path) -
         "tokens = AutoTokenizer.from_pretrained(sys.argv[1])\n"
         "print(model.is_loaded_in_4bit, model(**tokens('The function', return_tensors='pt')).logits.shape[-1])"
     )
-    environment = {**os.environ, **hub.env(token=TOKEN, home=tmp_path / "fresh-home")}
-    loaded = subprocess.run([sys.executable, "-c", script, TARGET], env=environment, capture_output=True, text=True)
+    fresh = environment(hub, tmp_path / "fresh", TOKEN)
+    loaded = subprocess.run([sys.executable, "-c", script, TARGET], env=fresh, capture_output=True, text=True)
     assert loaded.stdout.split() == ["True", "4096"], loaded.stderr
 
     (folder / "config.json").write_text("{}")
@@ -147,6 +154,30 @@ def test_damage_on_the_way_is_noticed_and_mended(hub: LoopbackHub, commit: str, 
     expected = {one.rfilename: one.lfs.sha256 for one in siblings if one.lfs}
     files = json.loads((tmp_path / "distilgpt2-bnb-4bit" / "provenance.json").read_text())["source"]["files"]
     assert {file["path"]: file["sha256"] for file in files}["model.safetensors"] == expected["model.safetensors"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_download_that_is_stopped(hub: LoopbackHub, commit: str, tmp_path: Path, number: signal.Signals) -> None:
+    """The weights never arrive; after the signal nothing is left but the Hub's cache, and the next run succeeds."""
+    hub.inject(Fault(method="GET", path=r"^/lfs/", kind="hang"))
+    arguments = ("run", "--device", "cpu", *QUICK_OPTIONS, "-q")
+    with subprocess.Popen(
+        [sys.executable, "-m", "quantize", *arguments],
+        cwd=tmp_path,
+        env=environment(hub, tmp_path, TOKEN),
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while not any(request.fault for request in hub.requests):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(number)
+        hub.clear_faults()
+        said = process.stderr.read() if process.stderr else ""
+    assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL), said
+    assert "Traceback" not in said
+    assert not (tmp_path / "distilgpt2-bnb-4bit").exists()
+    assert quantize(hub, tmp_path, *arguments).returncode == 0
 
 
 def test_lasting_damage_is_refused(hub: LoopbackHub, commit: str, tmp_path: Path) -> None:
