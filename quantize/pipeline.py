@@ -143,7 +143,7 @@ def default_output(model: str, recipe: Recipe) -> Path:
 
 
 def _promise(recipe: Recipe) -> structure.Expected:
-    return structure.Expected(recipe.bits, recipe.quant_type, recipe.double_quant, recipe.skip_modules)
+    return structure.Expected(recipe.bits, recipe.quant_type, recipe.double_quant, recipe.skips)
 
 
 def _write_card(folder: Path, name: str, provenance: Provenance, parity: Parity, checkout: Checkout) -> None:

@@ -66,7 +66,11 @@ class Checkout:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How weights become 4-bit (or 8-bit, where only `skip_modules` and `compute_dtype` matter)."""
+    """How weights become 4-bit (or 8-bit, where only `skip_modules` and `compute_dtype` matter).
+
+    A skipped name is a run of whole parts of a module's name: `h.0`, `attn` and `h.0.attn.c_attn` all skip
+    `transformer.h.0.attn.c_attn`.
+    """
 
     name: str = "stock"
     bits: int = 4
@@ -74,6 +78,9 @@ class Recipe:
     double_quant: bool = True
     compute_dtype: str = "auto"
     skip_modules: tuple[str, ...] = ()
+
+    def skips(self, module: str) -> bool:
+        return any(f".{name}." in f".{module}." for name in self.skip_modules)
 
 
 @dataclass(frozen=True)

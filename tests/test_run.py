@@ -149,13 +149,13 @@ def test_other_recipes(tmp_path: Path, recipe: dict[str, Any]) -> None:
     if recipe == {"bits": 8}:
         assert made.parity.scores.kld.mean.value < 0.01
     if "skip_modules" in recipe:
-        assert len(made.provenance.quantized.modules) == 16 - 2 - 3
+        assert len(made.provenance.quantized.modules) == 16 - 2 - 4
         assert "lm_head" in made.provenance.quantized.kept_modules
 
 
 def test_unknown_modules_to_skip_are_named(tmp_path: Path, command: Callable[..., Outcome]) -> None:
     outcome = command("run", POCKET, "-o", tmp_path / "out", "--skip-modules", "h.99", "--device", "cpu")
-    assert outcome.code == 1 and "--skip-modules h.99: pocket-gpt2 has no such module" in outcome.err
+    assert outcome.code == 1 and "--skip-modules h.99: pocket-gpt2 has no linear module of that name" in outcome.err
 
 
 def test_untied_llama_with_grouped_heads(tmp_path: Path, llama: Path) -> None:

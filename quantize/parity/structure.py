@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,13 +33,14 @@ TOKENIZER_SAMPLE = (
 class Expected:
     """What the recipe, or the checkpoint's own config, says about it.
 
-    A recipe skips the head and `skipped` besides; a config that lists modules skips those alone.
+    `skips` tells by a module's name whether it stays as it is; a recipe leaves the head alone besides, while a
+    config that lists modules means those and no others.
     """
 
     bits: int
     quant_type: str
     double_quant: bool
-    skipped: tuple[str, ...] = ()
+    skips: Callable[[str], bool]
     skips_head: bool = True
 
 
@@ -53,7 +54,7 @@ def expected_from(folder: Path) -> Expected | None:
         bits=4 if config.get("load_in_4bit") else 8,
         quant_type=config.get("bnb_4bit_quant_type", "fp4"),
         double_quant=bool(config.get("bnb_4bit_use_double_quant")),
-        skipped=tuple(skipped or ()),
+        skips=lambda name: _listed(name, skipped or []),
         skips_head=skipped is None,
     )
 
@@ -190,8 +191,12 @@ def _finite_check(folder: Path) -> Check:
 
 
 def _module_check(pair: Pair, expected: Expected) -> Check:
+    from transformers.quantizers.base import get_keys_to_not_convert
+
     linear = {name for name, _ in _linear_modules(pair.reference)}
-    wanted = {name for name in linear if not _skipped(name, _skip_list(pair, expected))}
+    head = get_keys_to_not_convert(pair.reference) if expected.skips_head else []
+    head += pair.reference._keep_in_fp32_modules or []
+    wanted = {name for name in linear if not (expected.skips(name) or _listed(name, head))}
     kind = QUANTIZED_CLASSES[expected.bits]
     found = {name for name, module in pair.candidate.named_modules() if type(module).__name__ == kind}
     if left := sorted(wanted - found):
@@ -205,14 +210,8 @@ def _module_check(pair: Pair, expected: Expected) -> Check:
     )
 
 
-def _skip_list(pair: Pair, expected: Expected) -> list[str]:
-    from transformers.quantizers.base import get_keys_to_not_convert
-
-    head = get_keys_to_not_convert(pair.reference) if expected.skips_head else []
-    return [*head, *expected.skipped, *(pair.reference._keep_in_fp32_modules or [])]
-
-
-def _skipped(name: str, patterns: list[str]) -> bool:
+def _listed(name: str, patterns: list[str]) -> bool:
+    """Whether transformers takes a module for one of a skip list's."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     return not should_convert_module(name, patterns)

@@ -33,7 +33,7 @@ def quantize(checkout: Checkout, output: Path, recipe: Recipe, device: str, prog
 
 
 def skipped_modules(checkout: Checkout, recipe: Recipe) -> list[str]:
-    """What stays as it is: the head and what is tied to it, always, and what the recipe names besides.
+    """Full names of what stays as it is: the head and what is tied to it, always, and what the recipe skips.
 
     Stock `llm_int8_skip_modules` replaces the default list, so a skip list of one's own would quantize the head.
     """
@@ -45,11 +45,11 @@ def skipped_modules(checkout: Checkout, recipe: Recipe) -> list[str]:
     config = AutoConfig.from_pretrained(checkout.folder, local_files_only=True, trust_remote_code=trust)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-    names = {name for name, _ in model.named_modules()}
+    linear = _modules_of(model, LINEAR_CLASSES)
     for wanted in recipe.skip_modules:
-        if not any(wanted == name or name.endswith(wanted) or name.startswith(f"{wanted}.") for name in names):
-            raise UnsupportedModel(f"--skip-modules {wanted}: {checkout.source.name} has no such module")
-    return sorted({*get_keys_to_not_convert(model), *recipe.skip_modules})
+        if not any(Recipe(skip_modules=(wanted,)).skips(name) for name in linear):
+            raise UnsupportedModel(f"--skip-modules {wanted}: {checkout.source.name} has no linear module of that name")
+    return sorted({*get_keys_to_not_convert(model), *filter(recipe.skips, linear)})
 
 
 def _modules_of(model: Any, classes: tuple[str, ...]) -> tuple[str, ...]:
