@@ -4,9 +4,9 @@ The text is the docstrings of the standard library and the topics of Python's ow
 topics are reserved: they are the toolkit's built-in evaluation text, so neither the tokenizer nor the model
 may see any paragraph of them. Which topics those are follows from a hash of their names alone.
 
-Run it from the root of the repository; it takes some minutes on a GPU and about an hour on two CPU cores:
+Run it from the root of the repository; it takes about a minute on a GPU and one to two hours on two CPU cores:
 
-    python scripts/train_pocket_model.py [OUTPUT_FOLDER] [--steps STEPS]
+    python scripts/train_pocket_model.py [OUTPUT_FOLDER] [--steps STEPS] [--library /usr/lib/python3.11]
 
 The folder (by default tests/models/pocket-gpt2) receives the float16 weights, the tokenizer, the
 configuration and a model card whose every figure comes from the run.
@@ -25,7 +25,6 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import tokenizers
@@ -97,8 +96,14 @@ def is_for_validation(module: str) -> bool:
     return first_byte(module) < PLAN.validation_share * 256
 
 
-def docstrings_by_module() -> Iterator[tuple[str, str]]:
-    library = Path(sysconfig.get_paths()["stdlib"])
+def help_topics(library: Path) -> dict[str, str]:
+    """The topics of a Python's help, read from its library without running it."""
+    module = ast.parse((library / "pydoc_data" / "topics.py").read_bytes())
+    (value,) = (statement.value for statement in module.body if isinstance(statement, ast.Assign))
+    return dict(ast.literal_eval(value))
+
+
+def docstrings_by_module(library: Path) -> Iterator[tuple[str, str]]:
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).with_suffix("").parts
@@ -119,10 +124,11 @@ def new_paragraphs(text: str, seen: set[str]) -> str:
     return "\n\n".join(kept)
 
 
-def gather_corpus() -> Corpus:
+def gather_corpus(library: Path) -> Corpus:
+    topics = help_topics(library)
     seen: set[str] = set()  # The reserved topics come first: what they hold, nothing later can hold.
     reserved = new_paragraphs("\n\n".join(topics[name] for name in sorted(topics) if is_reserved(name)), seen)
-    modules = dict(docstrings_by_module())
+    modules = dict(docstrings_by_module(library))
     validation = [new_paragraphs(text, seen) for name, text in modules.items() if is_for_validation(name)]
     training = [new_paragraphs(topics[name], seen) for name in sorted(topics) if not is_reserved(name)]
     training += [new_paragraphs(text, seen) for name, text in modules.items() if not is_for_validation(name)]
@@ -233,7 +239,9 @@ def processor() -> str:
     return torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} CPU threads"
 
 
-def card(size: int, tokens: int, run: Training, held: Measurement, checked: Measurement, text: str) -> str:
+def card(
+    library: str, size: int, tokens: int, run: Training, held: Measurement, checked: Measurement, text: str
+) -> str:
     return f"""---
 license: apache-2.0
 language: en
@@ -254,7 +262,7 @@ float16.
 
 ## What it learned from
 
-{tokens:,} tokens that come with Python {platform.python_version()}: the docstrings of the standard library and
+{tokens:,} tokens that come with {library}: the docstrings of the standard library and
 part of the topics of Python's help (`pydoc_data.topics`), each paragraph once. The topics whose name has an odd
 first byte in its SHA-256 hash are reserved for measuring: no paragraph of theirs was in the training text. The
 docstrings of about {PLAN.validation_share:.0%} of the modules are for validation; they chose the step to keep.
@@ -299,11 +307,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Trains the pocket GPT-2 that the tests quantize.")
     parser.add_argument("output_folder", nargs="?", type=Path, default=DEFAULT_FOLDER)
     parser.add_argument("--steps", type=int, default=PLAN.steps, help="fewer, to see that everything works")
+    parser.add_argument(
+        "--library", type=Path, default=Path(sysconfig.get_paths()["stdlib"]), help="text to learn from"
+    )
     arguments = parser.parse_args()
     folder: Path = arguments.output_folder
     torch.manual_seed(PLAN.seed)
 
-    corpus = gather_corpus()
+    corpus = gather_corpus(arguments.library)
     tokenizer = train_tokenizer(corpus.training)
     training, validation = encode(tokenizer, corpus.training), encode(tokenizer, corpus.validation)
     reserved = encode(tokenizer, [corpus.reserved])
@@ -315,7 +326,7 @@ def main() -> None:
     saved = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).to(DEVICE).eval()
     held_out, checked = measure(saved, reserved, training), measure(saved, validation, training)
     sample = continuation(saved, tokenizer)
-    text = card(saved.num_parameters(), len(training), run, held_out, checked, sample)
+    text = card(arguments.library.name, saved.num_parameters(), len(training), run, held_out, checked, sample)
     (folder / "README.md").write_text(text, encoding="utf-8")
     for name, result in {"reserved topics": held_out, "validation docstrings": checked}.items():
         print(f"{name}: perplexity {result.model:.2f}, unigram {result.unigram:.2f}")
