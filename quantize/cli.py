@@ -107,6 +107,7 @@ def parity_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="Tokens generated per prompt.",
         ),
+        click.option("--full", is_flag=True, help="Score every window, even when the verdict is certain before."),
         click.option("--seed", type=int, default=ParitySettings.seed, show_default=True, help="For all randomness."),
         click.option(
             "--require",
@@ -119,7 +120,7 @@ def parity_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def wrapped(**given: Any) -> Any:
-        names = ("corpus", "window", "max_windows", "new_tokens", "seed", "require")
+        names = ("corpus", "window", "max_windows", "new_tokens", "seed", "full", "require")
         return command(settings=ParitySettings(**{name: given.pop(name) for name in names}), **given)
 
     return functools.reduce(lambda inner, option: option(inner), reversed(options), wrapped)

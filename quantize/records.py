@@ -103,6 +103,7 @@ class ParitySettings:
     max_windows: int = 512
     new_tokens: int = 64
     seed: int = 0
+    full: bool = False
     require: str = "good"
 
 
@@ -162,6 +163,17 @@ class Scores:
     delta_p_rms: Estimate
     kld_histogram: Histogram
     kld_by_position: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Look:
+    """One look at the windows scored so far: intervals that may err with `error`, all looks' errors adding to 5 %."""
+
+    windows: int
+    error: float
+    perplexity_ratio: Estimate
+    kld: Estimate
+    certain: bool
 
 
 @dataclass(frozen=True)
@@ -259,6 +271,7 @@ class Parity:
     checks: tuple[Check, ...]
     weight_errors: dict[str, float]
     scores: Scores | None
+    looks: tuple[Look, ...]
     generation: Generation | None
     verdict: Verdict
     sizes: Sizes

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize import devices
-from quantize.parity import corpus, generation, scoring, statistics, structure, verdict
+from quantize.parity import corpus, generation, scoring, sequential, statistics, structure, verdict
 from quantize.parity.loading import Pair, load_candidate, load_reference, load_tokenizer, widen
 from quantize.progress import Progress
-from quantize.records import Check, Checkout, Generation, Parity, ParitySettings, Scores, Sizes
+from quantize.records import Check, Checkout, Generation, Look, Parity, ParitySettings, Scores, Sizes
 
 if TYPE_CHECKING:
     import torch
@@ -44,12 +45,14 @@ def measure(
         errors = structure.weight_errors(pair)
         checks.append(structure.weight_check(errors, expected.bits))
     scores, generated, record = None, None, None
+    looks: tuple[Look, ...] = ()
     if pair is not None and all(check.passed for check in checks):
         window = min(settings.window, pair.context)
         windows, record = corpus.windows_of(text, pair.tokenizer, window, settings.max_windows, settings.seed)
         if device == "cpu":
             checks.append(_widened(pair, windows[:ARITHMETIC_WINDOWS]))
-        scores = _score(pair, windows, settings, progress)
+        scores, looks = _score(pair, windows, settings, progress)
+        record = dataclasses.replace(record, scored=looks[-1].windows)
         generated = _generate(pair, settings, progress)
     return Parity(
         reference_dtype=reference_dtype,
@@ -58,6 +61,7 @@ def measure(
         checks=tuple(checks),
         weight_errors=errors,
         scores=scores,
+        looks=looks,
         generation=generated,
         verdict=verdict.judge(checks, scores, settings.require),
         sizes=_sizes(checkout, candidate),
@@ -92,11 +96,23 @@ def _pair(
     return Pair(reference, model, tokenizer, reference_dtype, device), Check("loads", True, detail)
 
 
-def _score(pair: Pair, windows: torch.Tensor, settings: ParitySettings, progress: Progress) -> Scores:
+def _score(
+    pair: Pair, windows: torch.Tensor, settings: ParitySettings, progress: Progress
+) -> tuple[Scores, tuple[Look, ...]]:
+    """Score windows until the verdict is certain, or all of them."""
     count, window = windows.shape
-    with progress.task(f"scoring {count} windows of {window} tokens", count, "windows") as advance:
-        tokens = scoring.score(pair.reference, pair.candidate, windows, pair.device, advance)
-    return statistics.summarize(tokens, settings.seed)
+    looks: list[Look] = []
+    tokens: scoring.TokenScores | None = None
+    with progress.task(f"scoring up to {count} windows of {window} tokens", count, "windows") as advance:
+        for stop in sequential.plan(count, full=settings.full):
+            seen = looks[-1].windows if looks else 0
+            more = scoring.score(pair.reference, pair.candidate, windows[seen : stop.windows], pair.device, advance)
+            tokens = tokens + more if tokens else more
+            looks.append(sequential.look(tokens, stop, settings.require))
+            if looks[-1].certain:
+                break
+    assert tokens is not None
+    return statistics.summarize(tokens, settings.seed, None if settings.full else looks[-1]), tuple(looks)
 
 
 def _generate(pair: Pair, settings: ParitySettings, progress: Progress) -> Generation:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +30,11 @@ class TokenScores:
     kld: NDArray[np.float32]
     same_top: NDArray[np.bool_]
     delta_p: NDArray[np.float32]
+
+    def __add__(self, later: TokenScores) -> TokenScores:
+        """These windows and the `later` ones."""
+        columns = ((getattr(self, item.name), getattr(later, item.name)) for item in fields(self))
+        return TokenScores(*(np.concatenate(pair) for pair in columns))
 
 
 def score(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from quantize.parity.scoring import TokenScores
-from quantize.records import Distribution, Estimate, Histogram, Scores
+from quantize.records import Distribution, Estimate, Histogram, Look, Scores
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -20,17 +20,21 @@ POSITION_BINS = 16
 HISTOGRAM_EDGES = tuple(float(edge) for edge in np.round(np.logspace(-7, 1, 49), 12))
 
 
-def summarize(tokens: TokenScores, seed: int) -> Scores:
-    """All the protocol's statistics of `tokens`."""
+def summarize(tokens: TokenScores, seed: int, look: Look | None = None) -> Scores:
+    """All the protocol's statistics of `tokens`.
+
+    Where scoring could have stopped earlier, the verdict's two figures take the intervals of the last `look`,
+    which hold under repeated looks.
+    """
     difference = tokens.nll_candidate - tokens.nll_reference
     kld = np.maximum(tokens.kld, 0.0)
     return Scores(
         reference_perplexity=_exp(mean_estimate(tokens.nll_reference, seed)),
         candidate_perplexity=_exp(mean_estimate(tokens.nll_candidate, seed)),
-        perplexity_ratio=_exp(mean_estimate(difference, seed)),
-        kld=_distribution(kld, KLD_PERCENTILES, seed),
+        perplexity_ratio=look.perplexity_ratio if look else _exp(mean_estimate(difference, seed)),
+        kld=_distribution(kld, KLD_PERCENTILES, look.kld if look else mean_estimate(kld, seed)),
         same_top=mean_estimate(tokens.same_top, seed),
-        delta_p=_distribution(tokens.delta_p, DELTA_P_PERCENTILES, seed),
+        delta_p=_distribution(tokens.delta_p, DELTA_P_PERCENTILES, mean_estimate(tokens.delta_p, seed)),
         delta_p_rms=_root(mean_estimate(tokens.delta_p.astype(np.float64) ** 2, seed)),
         kld_histogram=_histogram(kld),
         kld_by_position=tuple(float(part.mean(dtype=np.float64)) for part in _stretches(kld)),
@@ -69,9 +73,9 @@ def _root(estimate: Estimate) -> Estimate:
     return Estimate(*(float(np.sqrt(max(value, 0.0))) for value in (estimate.value, estimate.low, estimate.high)))
 
 
-def _distribution(values: NDArray[np.float32], percentiles: dict[str, float], seed: int) -> Distribution:
+def _distribution(values: NDArray[np.float32], percentiles: dict[str, float], mean: Estimate) -> Distribution:
     return Distribution(
-        mean=mean_estimate(values, seed),
+        mean=mean,
         percentiles={name: float(np.percentile(values, level)) for name, level in percentiles.items()},
         minimum=float(values.min()),
         maximum=float(values.max()),

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     import torch
 
 QUANTIZED_CLASSES = {4: "Linear4bit", 8: "Linear8bitLt"}
-CODE_DTYPES = {4: "U8", 8: "I8"}
-STATE_MARKS = {4: ".quant_state.bitsandbytes__", 8: ".SCB"}
 WEIGHT_ERROR_LIMITS = {4: 0.25, 8: 0.05}
 """Relative RMS error of a module: nearest NF4 gives about 0.09, FP4 0.13, int8 0.01, a wrong matrix above 1."""
 ARITHMETIC_LIMIT = 0.001
@@ -60,23 +58,16 @@ def expected_from(folder: Path) -> Expected | None:
 
 
 def check_files(folder: Path, expected: Expected | None) -> list[Check]:
-    """What can be seen without loading a model: config against tensors, and every value finite."""
-    tensors = {name: dtype for name, dtype, _ in _tensors(folder)}
-    states = {bits: {n.split(mark)[0] for n in tensors if mark in n} for bits, mark in STATE_MARKS.items()}
-    if expected is None:
-        found = "quantized tensors" if states[4] or states[8] else "16-bit weights"
-        return [
-            Check(
-                "config",
-                False,
-                f"config.json has no bitsandbytes quantization_config; the files hold {found}",
-            )
-        ]
-    codes = {name for name, dtype in tensors.items() if dtype == CODE_DTYPES[expected.bits] and name.endswith("weight")}
-    marked = states[expected.bits] if expected.bits == 4 else {f"{name}.weight" for name in states[8]}
-    checks = [_config_check(expected, codes, marked)]
+    """What can be seen without loading a model: config against recipe and tensors, and every value finite."""
+    names = {name for name, _, _ in _tensors(folder)}
+    configured = expected_from(folder)
+    if expected is None or configured is None:
+        found = "quantized tensors" if _weights_with(names, ".absmax", ".SCB") else "16-bit weights"
+        detail = f"config.json has no bitsandbytes quantization_config; the files hold {found}"
+        return [Check("config", False, detail)]
+    checks = [_config_check(configured, expected, names)]
     if expected.bits == 4:
-        checks.append(_state_check(expected, codes, set(tensors)))
+        checks.append(_state_check(expected, names))
     checks.append(_finite_check(folder))
     return checks
 
@@ -98,7 +89,7 @@ def weight_errors(pair: Pair) -> dict[str, float]:
     originals = dict(_linear_modules(pair.reference))
     errors = {}
     for name, module in pair.candidate.named_modules():
-        if type(module).__name__ in QUANTIZED_CLASSES.values() and name in originals:
+        if type(module).__name__ in QUANTIZED_CLASSES.values() and name in originals and _holds_codes(module):
             source = _input_major(originals[name]).float()
             stored = dequantize_bnb_weight(module.weight, state=getattr(module, "state", None)).float()
             distance = (stored - source).norm() if stored.shape == source.shape else math.inf
@@ -152,30 +143,35 @@ def _stored_width(pair: Pair, module: str, key: str) -> int:
     return int(parameter.element_size())
 
 
-def _config_check(expected: Expected, codes: set[str], marked: set[str]) -> Check:
-    promise = f"config.json says {expected.bits}-bit"
-    if not codes:
+def _weights_with(names: set[str], *marks: str) -> set[str]:
+    """Weights that have one of these tensors beside them: `x.weight` for `x.weight.absmax` and for `x.SCB`."""
+    beside = {name.removesuffix(mark) for name in names for mark in marks if name.endswith(mark)}
+    return {name if name.endswith("weight") else f"{name}.weight" for name in beside}
+
+
+def _config_check(configured: Expected, expected: Expected, names: set[str]) -> Check:
+    promise = f"config.json says {_words(configured)}"
+    if _words(configured) != _words(expected):
+        return Check("config", False, f"{promise}, the recipe {_words(expected)}")
+    if not _weights_with(names, ".absmax" if expected.bits == 4 else ".SCB"):
         return Check("config", False, f"{promise}, the files hold 16-bit weights only")
-    if codes != marked:
-        odd = sorted(codes ^ marked)
-        return Check(
-            "config",
-            False,
-            f"{promise}; {odd[0]} has codes without quant_state or the reverse ({len(odd)} such)",
-        )
-    return Check(
-        "config",
-        True,
-        f"{promise} {expected.quant_type if expected.bits == 4 else ''}".strip() + ", so do the files",
-    )
+    return Check("config", True, f"{promise}, so do the files")
 
 
-def _state_check(expected: Expected, codes: set[str], names: set[str]) -> Check:
-    parts = [".absmax", ".quant_map", f".quant_state.bitsandbytes__{expected.quant_type}"]
+def _words(expected: Expected) -> str:
+    if expected.bits == 8:
+        return "8-bit"
+    return f"4-bit {expected.quant_type}{' with double quantization' if expected.double_quant else ''}"
+
+
+def _state_check(expected: Expected, names: set[str]) -> Check:
+    state = f".quant_state.bitsandbytes__{expected.quant_type}"
+    parts = [".absmax", ".quant_map", state]
     if expected.double_quant:
         parts += [".nested_absmax", ".nested_quant_map"]
-    missing = sorted(code + part for code in codes for part in parts if code + part not in names)
-    detail = f"missing {missing[0]} ({len(missing)} in all)" if missing else f"complete for {len(codes)} weights"
+    weights = _weights_with(names, *parts)
+    missing = sorted(weight + part for weight in weights for part in parts if weight + part not in names)
+    detail = f"missing {missing[0]} ({len(missing)} in all)" if missing else f"complete for {len(weights)} weights"
     return Check("quant_state", not missing, detail)
 
 
@@ -197,8 +193,7 @@ def _module_check(pair: Pair, expected: Expected) -> Check:
     head = get_keys_to_not_convert(pair.reference) if expected.skips_head else []
     head += pair.reference._keep_in_fp32_modules or []
     wanted = {name for name in linear if not (expected.skips(name) or _listed(name, head))}
-    kind = QUANTIZED_CLASSES[expected.bits]
-    found = {name for name, module in pair.candidate.named_modules() if type(module).__name__ == kind}
+    found = _quantized_modules(pair.candidate, expected.bits)
     if left := sorted(wanted - found):
         return Check("modules", False, f"{left[0]} was left in 16 bits ({len(left)} of {len(wanted)} were)")
     if extra := sorted(found - wanted):
@@ -229,8 +224,7 @@ def _is_tied(model: Any) -> bool:
 
 
 def _size_check(pair: Pair, folder: Path, expected: Expected) -> Check:
-    kind = QUANTIZED_CLASSES[expected.bits]
-    modules = {name for name, module in pair.candidate.named_modules() if type(module).__name__ == kind}
+    modules = _quantized_modules(pair.candidate, expected.bits)
     predicted = predicted_bytes(pair, expected, modules)
     actual = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     headers = 200 * sum(1 for _ in _tensors(folder)) + 4096
@@ -244,8 +238,24 @@ def _tokenizer_check(pair: Pair, folder: Path, trust_remote_code: bool) -> Check
         own = load_tokenizer(folder, trust_remote_code)
     except (OSError, ValueError) as error:
         return Check("tokenizer", False, f"does not load: {str(error).splitlines()[0]}")
+    if own.get_vocab() != pair.tokenizer.get_vocab():
+        return Check("tokenizer", False, "another vocabulary than the source's")
     same = own(TOKENIZER_SAMPLE).input_ids == pair.tokenizer(TOKENIZER_SAMPLE).input_ids
-    return Check("tokenizer", same, "same ids for a mixed sample" if same else "other ids than the source's")
+    detail = "same vocabulary, same ids for a mixed sample" if same else "other ids than the source's"
+    return Check("tokenizer", same, detail)
+
+
+def _quantized_modules(model: Any, bits: int) -> set[str]:
+    """Modules that really hold codes: of bitsandbytes' class, and with a quantized weight in it."""
+    return {
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__ == QUANTIZED_CLASSES[bits] and _holds_codes(module)
+    }
+
+
+def _holds_codes(module: Any) -> bool:
+    return getattr(module.weight, "quant_state", None) is not None or not module.weight.is_floating_point()
 
 
 def _linear_modules(model: Any) -> Iterator[tuple[str, Any]]:

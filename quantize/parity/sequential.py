@@ -1,0 +1,92 @@
+"""When to stop: windows come in random order, so scoring ends as soon as the verdict is certain.
+
+The total error of 5 % is spent over the looks: half of it evenly on the early ones, half on the last. By the union
+bound all looks' intervals then hold at once with at least 95 %, however often one looks and whatever made one stop
+(Bonferroni-type alpha spending, after Lan and DeMets 1983).
+
+One look's interval is the hull of two: Student's, and Hall's (1992), which corrects for skewness. Window means of
+divergences lean to the right, and Student's interval alone would then pass bad models too often; a simulation in
+tests/test_sequential.py shows the error rates.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from quantize.parity.scoring import TokenScores
+from quantize.parity.verdict import IMPLAUSIBLE_RATIO, LIMITS
+from quantize.records import Estimate, Look
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+FIRST_LOOK = 16
+GROWTH = 1.5
+ERROR = 0.05
+EARLY_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A number of windows after which to look, and the error that its intervals may have."""
+
+    windows: int
+    error: float
+
+
+def plan(windows: int, *, full: bool = False) -> tuple[Stop, ...]:
+    """Where to look at a corpus of so many windows; the last time, or the only one when `full`, at all of them."""
+    if full:
+        return (Stop(windows, ERROR),)
+    early: list[int] = []
+    count = FIRST_LOOK
+    while count < windows:
+        early.append(count)
+        count = math.ceil(count * GROWTH)
+    spent = EARLY_SHARE * ERROR if early else 0.0
+    return (*(Stop(count, spent / len(early)) for count in early), Stop(windows, ERROR - spent))
+
+
+def look(tokens: TokenScores, stop: Stop, required: str) -> Look:
+    """What `tokens`, the scores up to `stop`, say about the verdict."""
+    difference = tokens.nll_candidate.astype(np.float64) - tokens.nll_reference
+    log_ratio = interval(difference.mean(axis=1), stop.error)
+    kld = interval(np.maximum(tokens.kld, 0.0).astype(np.float64).mean(axis=1), stop.error)
+    ratio = Estimate(*(math.exp(value) for value in (log_ratio.value, log_ratio.low, log_ratio.high)))
+    return Look(stop.windows, stop.error, ratio, kld, is_certain(ratio, kld, required))
+
+
+def interval(means: NDArray[np.float64], error: float) -> Estimate:
+    """Mean of window means [count] with its interval of level 1 - `error`."""
+    from scipy import stats
+
+    count, middle = len(means), float(means.mean())
+    spread = float(means.std(ddof=1)) / math.sqrt(count)
+    if spread <= 1e-15 * max(1.0, abs(middle)):
+        return Estimate(middle, middle, middle)
+    reach = float(stats.t.ppf(1 - error / 2, count - 1))
+    lean = float(stats.skew(means, bias=False)) / math.sqrt(count)
+    bounds = [middle - spread * _halls_inverse(sign * reach, lean) for sign in (-1, 1)]
+    return Estimate(middle, min(middle - spread * reach, *bounds), max(middle + spread * reach, *bounds))
+
+
+def is_certain(ratio: Estimate, kld: Estimate, required: str) -> bool:
+    """Whether these intervals leave only one verdict on the required grade: passed or refused."""
+    ratio_limit, kld_limit = LIMITS[required]
+    passed = ratio.low >= IMPLAUSIBLE_RATIO and ratio.high <= ratio_limit and kld.high <= kld_limit
+    refused = ratio.low > ratio_limit or kld.low > kld_limit or ratio.high < IMPLAUSIBLE_RATIO
+    return passed or refused
+
+
+def _halls_inverse(quantile: float, lean: float) -> float:
+    """The studentized mean whose skewness-corrected value is `quantile`; `lean` is skewness / sqrt(n).
+
+    Hall's cubic g(t) = t + a t^2 / 3 + a^2 t^3 / 27 + a / 6 with a = `lean`, inverted in closed form.
+    """
+    if abs(lean) < 1e-9:
+        return quantile
+    return float(3 / lean * (np.cbrt(1 + lean * (quantile - lean / 6)) - 1))

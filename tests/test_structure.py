@@ -1,0 +1,154 @@
+"""The field's classic failures, planted one by one into a good package; each is refused by its reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantize import source
+from quantize.parity import measure, structure
+from quantize.progress import Silent
+from quantize.records import Parity, ParitySettings, Recipe
+from tests.conftest import POCKET
+
+SETTINGS = ParitySettings(max_windows=8, new_tokens=2, require="degraded")
+PROMISED = structure.Expected(4, "nf4", True, Recipe().skips)
+Tensors = dict[str, torch.Tensor]
+
+
+def judged(folder: Path, promised: structure.Expected | None = PROMISED) -> Parity:
+    checkout = source.fetch(str(POCKET), revision=None, trust_remote_code=False, progress=Silent())
+    return measure(checkout, folder, SETTINGS, "cpu", Silent(), promised)
+
+
+def failures(parity: Parity) -> dict[str, str]:
+    assert not parity.verdict.passed and parity.verdict.grade == "failed"
+    return {check.name: check.detail for check in parity.checks if not check.passed}
+
+
+def change_tensors(folder: Path, change: Callable[[Tensors], Tensors]) -> None:
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def change_config(folder: Path, change: Callable[[dict[str, object]], object]) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+def without(tensors: Tensors, module: str) -> Tensors:
+    return {name: value for name, value in tensors.items() if not name.startswith(f"{module}.weight")}
+
+
+def test_the_good_package_passes(package_copy: Path) -> None:
+    parity = judged(package_copy)
+    assert parity.verdict.passed
+    assert set(parity.weight_errors) == {f"transformer.h.{block}.{part}" for block in range(4) for part in PARTS}
+    assert all(0.05 < error < 0.15 for error in parity.weight_errors.values())
+
+
+PARTS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+
+
+def test_a_weight_left_in_16_bits(package_copy: Path) -> None:
+    original = load_file(POCKET / "model.safetensors")
+    name = "transformer.h.1.mlp.c_fc"
+
+    def leave(tensors: Tensors) -> Tensors:
+        return {**without(tensors, name), f"{name}.weight": original[f"{name}.weight"].T.contiguous()}
+
+    change_tensors(package_copy, leave)
+    assert failures(judged(package_copy))["modules"] == f"{name} was left in 16 bits (1 of 16 were)"
+
+
+def test_config_says_4bit_over_16bit_weights(package_copy: Path) -> None:
+    change_tensors(package_copy, lambda _: load_file(POCKET / "model.safetensors"))
+    assert "the files hold 16-bit weights only" in failures(judged(package_copy))["config"]
+
+
+def test_4bit_weights_without_a_config_that_says_so(package_copy: Path) -> None:
+    change_config(package_copy, lambda config: config.pop("quantization_config"))
+    for promised in (PROMISED, None):
+        detail = failures(judged(package_copy, promised))["config"]
+        assert detail == "config.json has no bitsandbytes quantization_config; the files hold quantized tensors"
+
+
+def test_config_that_differs_from_the_recipe(package_copy: Path) -> None:
+    promised = dataclasses.replace(PROMISED, quant_type="fp4")
+    assert "nf4" in failures(judged(package_copy, promised))["config"]
+
+
+@pytest.mark.parametrize("part", ["quant_state.bitsandbytes__nf4", "nested_absmax", "absmax"])
+def test_a_missing_state_tensor(package_copy: Path, part: str) -> None:
+    lost = f"transformer.h.2.mlp.c_proj.weight.{part}"
+    change_tensors(package_copy, lambda tensors: {name: value for name, value in tensors.items() if name != lost})
+    assert failures(judged(package_copy))["quant_state"] == f"missing {lost} (1 in all)"
+
+
+def test_a_skipped_module_that_was_quantized_after_all(package_copy: Path) -> None:
+    promised = dataclasses.replace(PROMISED, skips=Recipe(skip_modules=("h.3.attn",)).skips)
+    detail = failures(judged(package_copy, promised))["modules"]
+    assert detail == "transformer.h.3.attn.c_attn was quantized and should not be (2 such)"
+
+
+def test_untied_embeddings(package_copy: Path) -> None:
+    change_config(package_copy, lambda config: config.update(tie_word_embeddings=False))
+    change_tensors(
+        package_copy, lambda tensors: {**tensors, "lm_head.weight": tensors["transformer.wte.weight"].clone()}
+    )
+    assert failures(judged(package_copy))["ties"] == "head and embeddings: tied in the source, separate here"
+
+
+def test_a_wrong_tokenizer(package_copy: Path) -> None:
+    path = package_copy / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    one, other = list(vocabulary)[700], list(vocabulary)[900]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    path.write_text(json.dumps(content))
+    assert failures(judged(package_copy))["tokenizer"] == "another vocabulary than the source's"
+
+
+def test_rows_packed_in_the_wrong_orientation(package_copy: Path) -> None:
+    """GPT-2 stores Conv1D as [inputs, outputs]: packing it as it is looks fine where the matrix is square."""
+    from bitsandbytes import functional
+
+    name = "transformer.h.0.attn.c_proj.weight"
+    stored = load_file(POCKET / "model.safetensors")[name]
+    codes, state = functional.quantize_4bit(stored, quant_type="nf4", compress_statistics=True)
+    packed = {f"{name}.{part}": value for part, value in state.as_dict(packed=True).items()}
+    change_tensors(package_copy, lambda tensors: {**tensors, name: codes, **packed})
+    detail = failures(judged(package_copy))["weights"]
+    assert "1 modules do not hold their source's weights, transformer.h.0.attn.c_proj" in detail
+
+
+def test_nan_in_one_block(package_copy: Path) -> None:
+    name = "transformer.h.1.attn.c_attn.weight.nested_absmax"
+
+    def poison(tensors: Tensors) -> Tensors:
+        tensors[name][0] = torch.nan
+        return tensors
+
+    change_tensors(package_copy, poison)
+    assert failures(judged(package_copy))["finite"] == f"{name} holds NaN or infinity"
+
+
+def test_two_swapped_layers(package_copy: Path) -> None:
+    def swap(tensors: Tensors) -> Tensors:
+        trade = {".h.1.": ".h.2.", ".h.2.": ".h.1."}
+        swapped = {}
+        for name, value in tensors.items():
+            mark = next((mark for mark in trade if mark in name), None)
+            swapped[name.replace(mark, trade[mark]) if mark else name] = value
+        return swapped
+
+    change_tensors(package_copy, swap)
+    assert "8 modules do not hold their source's weights" in failures(judged(package_copy))["weights"]
