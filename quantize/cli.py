@@ -228,15 +228,17 @@ def run(
 
 
 @cli.command()
-@click.argument("folder", type=FOLDER)
+@click.argument("checkpoint")
 @against_option
+@click.option("--figures", type=FOLDER, help="Write the figures into this folder.")
 @device_option
 @trust_option
 @parity_options
 @output_options
 def verify(
-    folder: Path,
+    checkpoint: str,
     against: str | None,
+    figures: Path | None,
     device: str,
     trust_remote_code: bool,
     settings: ParitySettings,
@@ -244,16 +246,20 @@ def verify(
 ) -> None:
     """Measure a package again, or any bitsandbytes checkpoint --against its original.
 
+    CHECKPOINT is a folder or a Hub repo, somebody else's as well.
+
     \b
     quantize verify distilgpt2-bnb-4bit
-    quantize verify ./someone-elses-4bit --against openai-community/gpt2
+    quantize verify someone/gpt2-4bit --against openai-community/gpt2
     """
     from quantize import console, pipeline
 
-    parity = pipeline.verify(folder, against, settings, device, output.progress, trust_remote_code)
+    parity = pipeline.verify(checkpoint, against, settings, device, output.progress, trust_remote_code)
+    if figures is not None:
+        pipeline.draw_figures(parity, figures)
     output.show(parity, lambda terminal: console.show_parity(terminal, parity))
     if not parity.verdict.passed:
-        raise ParityRefused(f"{folder} was refused: {parity.verdict.reasons[0]}")
+        raise ParityRefused(f"{checkpoint} was refused: {parity.verdict.reasons[0]}")
 
 
 @cli.command()

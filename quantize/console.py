@@ -105,7 +105,7 @@ def _scores_table(parity: Parity) -> Table:
     scores, generated, text = parity.scores, parity.generation, parity.corpus
     assert scores is not None and text is not None
     ratio_limit, kld_limit = LIMITS[parity.verdict.required]
-    enough = "" if text.scored == text.windows else ", enough for the verdict" if parity.looks[-1].certain else ""
+    enough = " decided" if text.scored < text.windows and parity.looks[-1].certain else ""
     caption = f"{text.scored} of {text.windows} windows of {text.window} tokens of {text.name}{enough}; 95 % intervals"
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
     for name in ("metric", "original", "quantized", "interval", "limit", "pass"):

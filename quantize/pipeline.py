@@ -80,29 +80,39 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
 
 
 def verify(
-    folder: Path,
+    reference: str,
     against: str | None,
     settings: ParitySettings,
     device: str,
     progress: Progress,
     trust_remote_code: bool = False,
 ) -> Parity:
-    """Measure a package against its pinned source, or any bitsandbytes checkpoint against the source named."""
+    """Measure a package against its pinned source, or any bitsandbytes checkpoint against the source named.
+
+    `reference` is a folder or a Hub repo, somebody else's as well.
+    """
     chosen = devices.choose(device)
-    progress.stage(f"source of {folder.name}")
+    progress.stage(f"checkpoint {reference}")
+    folder = source.fetch_checkpoint(reference, (package.PROVENANCE, package.PARITY), progress)
     if (folder / package.PROVENANCE).is_file():
         provenance = package.open_package(folder).provenance
         checkout = source.refetch(provenance.source, against, trust_remote_code=trust_remote_code, progress=progress)
         promise = _promise(provenance.recipe)
-    elif against is None:
-        raise PackageError(f"{folder} has no {package.PROVENANCE}: name its original model with --against")
     elif not (folder / "config.json").is_file():
-        raise PackageError(f"{folder} holds no model: it has no config.json")
+        raise PackageError(f"{reference} holds no model: it has no config.json")
+    elif against is None:
+        raise PackageError(f"{reference} has no {package.PROVENANCE}: name its original model with --against")
     else:
         checkout = source.fetch(against, revision=None, trust_remote_code=trust_remote_code, progress=progress)
         promise = None
-    progress.stage(f"verify {folder.name} on {chosen}")
+    progress.stage(f"verify on {chosen}")
     return measure(checkout, folder, settings, chosen, progress, promise)
+
+
+def draw_figures(parity: Parity, folder: Path) -> None:
+    """Write the figures of some evidence into a folder."""
+    with storage_errors(folder):
+        figures.draw(parity, folder)
 
 
 def rewrite_card(folder: Path, against: str | None, progress: Progress) -> Package:

@@ -69,6 +69,21 @@ def refetch(source: Source, against: str | None, *, trust_remote_code: bool, pro
     return found
 
 
+def fetch_checkpoint(reference: str, records: tuple[str, ...], progress: Progress) -> Path:
+    """The folder of somebody's checkpoint: a local one as it is, a Hub repo's at its present commit.
+
+    `records` are files to bring besides, where the repo has them. Nothing is said about what the checkpoint is.
+    """
+    if is_local(reference):
+        return Path(reference).expanduser()
+    commit, listing = hub.resolve(reference, None)
+    remote = {file.path: file for file in listing}
+    index = hub.read_json(reference, commit, SHARD_INDEX) if SHARD_INDEX in remote else None
+    chosen = [*choose_files(remote, index, reference, remote_code=False), *(name for name in records if name in remote)]
+    require_space(hub.cache_folder(), sum(remote[path].size for path in chosen), f"downloading {reference}")
+    return _downloaded(reference, commit, [remote[path] for path in chosen], progress)
+
+
 def is_local(reference: str) -> bool:
     """Whether a reference means a folder: it exists, or no Hub id is written like it."""
     return Path(reference).expanduser().is_dir() or reference.startswith((".", "/", "~"))
@@ -164,18 +179,25 @@ def _from_hub(repo_id: str, revision: str | None, trust_remote_code: bool, progr
     chosen = choose_files(remote, index, repo_id, needs_remote_code(config))
     missing = sum(remote[path].size for path in chosen if not hub.is_cached(repo_id, commit, path))
     require_space(hub.cache_folder(), missing, f"downloading {repo_id}")
-    folder = hub.download(repo_id, commit, chosen)
-    damaged = _damaged(folder, [remote[path] for path in chosen], progress)
-    if damaged:
-        for path in damaged:
-            hub.forget(folder / path)
-        folder = hub.download(repo_id, commit, chosen)
-        damaged = _damaged(folder, [remote[path] for path in chosen], progress)
-    if damaged:
-        raise CorruptModel(f"{damaged[0]} of {repo_id} arrives with a wrong hash: try again on another network")
+    folder = _downloaded(repo_id, commit, [remote[path] for path in chosen], progress)
     files = tuple(FileRecord(path, *hash_file(folder / path)) for path in chosen)
     source = _describe(folder, config, files, repo_id.rsplit("/", 1)[-1])
     return Checkout(dataclasses.replace(source, repo_id=repo_id, revision=revision, commit=commit), folder)
+
+
+def _downloaded(repo_id: str, commit: str, files: list[hub.RemoteFile], progress: Progress) -> Path:
+    """Bring the files of a commit and check their hashes; what arrived damaged is fetched once more."""
+    paths = [file.path for file in files]
+    folder = hub.download(repo_id, commit, paths)
+    damaged = _damaged(folder, files, progress)
+    if damaged:
+        for path in damaged:
+            hub.forget(folder / path)
+        folder = hub.download(repo_id, commit, paths)
+        damaged = _damaged(folder, files, progress)
+    if damaged:
+        raise CorruptModel(f"{damaged[0]} of {repo_id} arrives with a wrong hash: try again on another network")
+    return folder
 
 
 def _damaged(folder: Path, expected: list[hub.RemoteFile], progress: Progress) -> list[str]:

@@ -53,7 +53,7 @@ def test_help_imports_nothing_heavy() -> None:
         (["run", "--require", "failed"], "'failed' is not one of"),
         (["run", "--window", "3"], "not in the range"),
         (["push", "somewhere"], "Missing option '--to'"),
-        (["verify"], "Missing argument 'FOLDER'"),
+        (["verify"], "Missing argument 'CHECKPOINT'"),
         (["paint"], "No such command 'paint'"),
     ],
 )
@@ -70,7 +70,7 @@ def test_wrong_usage_exits_with_2(command: Callable[..., Outcome], arguments: li
         (["run", str(POCKET), "--device", "cuda:77"], "device 'cuda:77' cannot be used here"),
         (["run", str(POCKET), "--device", "toaster"], "device 'toaster' cannot be used here"),
         (["run", str(POCKET), "--corpus", "no-such-text"], "no corpus 'no-such-text'"),
-        (["verify", "no-such-package"], "has no provenance.json"),
+        (["verify", "./no-such-package"], "holds no model: it has no config.json"),
         (["card", "no-such-package"], "no such package: no-such-package"),
         (["push", "no-such-package", "--to", "a/b"], "no such package: no-such-package"),
     ],

@@ -58,7 +58,7 @@ def test_other_recipes(tmp_path: Path, recipe: dict[str, object]) -> None:
 
 
 def test_a_package_made_on_the_gpu_verifies_on_the_cpu(on_gpu: package.Package) -> None:
-    parity = pipeline.verify(on_gpu.folder, str(POCKET), SETTINGS, "cpu", Silent())
+    parity = pipeline.verify(str(on_gpu.folder), str(POCKET), SETTINGS, "cpu", Silent())
     assert parity.verdict.passed and parity.scores is not None and on_gpu.parity.scores is not None
     assert parity.scores.kld.mean.value == pytest.approx(on_gpu.parity.scores.kld.mean.value, rel=0.05)
 

@@ -98,6 +98,14 @@ def test_run_and_push_over_http(hub: LoopbackHub, commit: str, tmp_path: Path) -
     loaded = subprocess.run([sys.executable, "-c", script, TARGET], env=fresh, capture_output=True, text=True)
     assert loaded.stdout.split() == ["True", "4096"], loaded.stderr
 
+    figures = tmp_path / "figures"
+    judged = quantize(
+        *(hub, tmp_path, "verify", TARGET, "--figures", str(figures), "--device", "cpu", *QUICK_OPTIONS, "--json")
+    )
+    assert judged.returncode == 0, judged.stderr
+    assert json.loads(judged.stdout)["scores"] == json.loads((folder / "parity.json").read_text())["scores"]
+    assert {path.name for path in figures.iterdir()} == {path.name for path in (folder / "figures").iterdir()}
+
     (folder / "config.json").write_text("{}")
     assert "config.json is changed" in error_line(quantize(hub, tmp_path, "push", folder.name, "--to", TARGET))
     assert len(hub.log(TARGET)) == before

@@ -39,8 +39,10 @@ def test_the_package_is_complete(finished: Path) -> None:
     assert names == {
         "README.md",
         "config.json",
+        "figures/kld-by-position.png",
         "figures/kld-distribution.png",
         "figures/perplexity-ratio.png",
+        "figures/weight-errors.png",
         "generation_config.json",
         "model.safetensors",
         "parity.json",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,9 +23,13 @@ def draw(parity: Parity, folder: Path) -> tuple[str, ...]:
     if parity.scores is None:
         return ()
     folder.mkdir(parents=True, exist_ok=True)
-    drawings = {"perplexity-ratio.png": _ratio, "kld-distribution.png": _kld_distribution}
-    for name, drawing in drawings.items():
-        figure = drawing(parity.scores)
+    drawings = {
+        "perplexity-ratio.png": _ratio(parity.scores),
+        "kld-distribution.png": _kld_distribution(parity.scores),
+        "kld-by-position.png": _kld_by_position(parity),
+        "weight-errors.png": _weight_errors(parity.weight_errors),
+    }
+    for name, figure in drawings.items():
         figure.savefig(folder / name, dpi=DPI, metadata={"Software": None})
     return tuple(drawings)
 
@@ -69,6 +74,32 @@ def _kld_distribution(scores: Scores) -> Figure:
     axes.legend(loc="upper left", frameon=False)
     filled = [edge for edge, count in zip(edges, counts, strict=False) if count > total / 1000]
     axes.set(xlim=(min(filled) / 2, max(filled) * 4), xlabel="KL divergence of one token (nats)", ylabel="% of tokens")
+    return figure
+
+
+def _kld_by_position(parity: Parity) -> Figure:
+    """Whether the models drift apart as the context grows."""
+    figure, axes = _canvas("Divergence by position in the window")
+    assert parity.scores is not None and parity.corpus is not None
+    values, window = parity.scores.kld_by_position, parity.corpus.window
+    edges = [1 + (window - 1) * index / len(values) for index in range(len(values) + 1)]
+    axes.stairs(values, edges, fill=True, color=ACCENT, alpha=0.75)
+    axes.axhline(parity.scores.kld.mean.value, color=INK, lw=1.4, label=f"mean {parity.scores.kld.mean.value:.2g}")
+    axes.legend(loc="upper right", frameon=False)
+    axes.set(xlim=(1, window), ylim=(0, max(values) * 1.35), xlabel="tokens read before", ylabel="mean KLD (nats)")
+    return figure
+
+
+def _weight_errors(errors: dict[str, float]) -> Figure:
+    """How far each quantized matrix lies from its source's, in the order of the model."""
+    figure, axes = _canvas("Weight error by module")
+    kinds = [".".join(name.split(".")[-2:]) for name in errors]
+    for kind, marker in zip(dict.fromkeys(kinds), itertools.cycle("osD^vPX*"), strict=False):
+        points = [(place, 100 * error) for place, error in enumerate(errors.values()) if kinds[place] == kind]
+        axes.plot(*zip(*points, strict=True), marker, ms=6, label=kind)
+    axes.legend(loc="lower right", frameon=False, ncols=4, fontsize=9)
+    top = 100 * max(errors.values())
+    axes.set(ylim=(0, top * 1.25), xlabel="module, first to last", ylabel="relative error (%)")
     return figure
 
 
