@@ -85,7 +85,9 @@ def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def parity_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options of ParitySettings, handed to the command as one `settings`."""
     options = [
-        click.option("--corpus", default=ParitySettings.corpus, show_default=True, help="'builtin' or a text file."),
+        click.option(
+            "--corpus", default=ParitySettings.corpus, show_default=True, help="'builtin', 'wikitext-2' or a text file."
+        ),
         click.option(
             "--window",
             type=click.IntRange(16),
@@ -108,6 +110,9 @@ def parity_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Tokens generated per prompt.",
         ),
         click.option("--full", is_flag=True, help="Score every window, even when the verdict is certain before."),
+        click.option(
+            "--controls", is_flag=True, help="Measure the float16 source, int8 and stock NF4 in the same run."
+        ),
         click.option("--seed", type=int, default=ParitySettings.seed, show_default=True, help="For all randomness."),
         click.option(
             "--require",
@@ -120,7 +125,7 @@ def parity_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def wrapped(**given: Any) -> Any:
-        names = ("corpus", "window", "max_windows", "new_tokens", "seed", "full", "require")
+        names = ("corpus", "window", "max_windows", "new_tokens", "seed", "full", "controls", "require")
         return command(settings=ParitySettings(**{name: given.pop(name) for name in names}), **given)
 
     return functools.reduce(lambda inner, option: option(inner), reversed(options), wrapped)

@@ -128,6 +128,11 @@ def _scores_table(parity: Parity) -> Table:
     table.add_row("mean KLD (nats)", "0", f"{kld.value:.4f}", _range(kld), f"{kld_limit}", _mark(kld, kld_limit))
     table.add_row("same top token", "1", f"{top.value:.4f}", _range(top))
     table.add_row("RMS delta p", "0", f"{scores.delta_p_rms.value:.4f}", _range(scores.delta_p_rms))
+    for control in parity.controls:
+        table.add_row(
+            f"  {control.name}: ratio", "1", f"{control.perplexity_ratio.value:.4f}", _range(control.perplexity_ratio)
+        )
+        table.add_row(f"  {control.name}: KLD", "0", f"{control.kld.value:.4f}", _range(control.kld))
     if generated is not None:
         table.add_row("greedy equal at 16", "1", f"{generated.identical_at_16:.2f}")
         table.add_row("cached agreement", "1", f"{generated.cached_agreement:.4f}")

@@ -73,6 +73,13 @@ def read_json(repo_id: str, commit: str, path: str) -> dict[str, Any]:
     return content
 
 
+def dataset_file(repo_id: str, path: str) -> tuple[str, Path]:
+    """One file of a dataset at its present commit, and that commit."""
+    with translated(repo_id):
+        commit = str(api().dataset_info(repo_id, timeout=REQUEST_TIMEOUT).sha)
+        return commit, Path(api().hf_hub_download(repo_id, path, repo_type="dataset", revision=commit))
+
+
 def is_cached(repo_id: str, commit: str, path: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 

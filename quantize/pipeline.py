@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,10 +14,11 @@ from quantize import __version__, card, devices, files, package, publish, recipe
 from quantize.errors import PackageError, ParityRefused, storage_errors
 from quantize.package import Package
 from quantize.parity import figures, measure, structure
-from quantize.progress import Progress
+from quantize.progress import Progress, Silent
 from quantize.records import Checkout, Parity, ParitySettings, Provenance, Receipt, Recipe, to_json
 
 TOOL = "quantize-bnb"
+CONTROLS = {"int8": Recipe(bits=8), "stock NF4": Recipe()}
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
         quantized = recipes.quantize(checkout, site, request.recipe, device, progress)
         package.copy_carried(checkout, source.carried_files(checkout.source), site)
         progress.stage("verify against the source")
-        parity = measure(checkout, site, request.settings, device, progress, _promise(request.recipe))
+        with _controls(checkout, request.settings, device, progress) as controls:
+            parity = measure(checkout, site, request.settings, device, progress, _promise(request.recipe), controls)
         progress.stage("write card and provenance")
         provenance = Provenance(
             tool=TOOL,
@@ -106,7 +111,8 @@ def verify(
         checkout = source.fetch(against, revision=None, trust_remote_code=trust_remote_code, progress=progress)
         promise = None
     progress.stage(f"verify on {chosen}")
-    return measure(checkout, folder, settings, chosen, progress, promise)
+    with _controls(checkout, settings, chosen, progress) as controls:
+        return measure(checkout, folder, settings, chosen, progress, promise, controls)
 
 
 def draw_figures(parity: Parity, folder: Path) -> None:
@@ -150,6 +156,22 @@ def push(folder: Path, repo_id: str, *, private: bool, message: str | None, prog
 def default_output(model: str, recipe: Recipe) -> Path:
     """`distilgpt2-bnb-4bit` in the current folder, for `distilbert/distilgpt2`."""
     return Path(f"{source.name_of(model)}-bnb-{recipe.bits}bit")
+
+
+@contextmanager
+def _controls(
+    checkout: Checkout, settings: ParitySettings, device: str, progress: Progress
+) -> Iterator[dict[str, Path]]:
+    """Folders of the alternatives that `--controls` asks for, made for the measurement and gone after it."""
+    with tempfile.TemporaryDirectory(prefix="quantize-controls-") as place:
+        wanted = CONTROLS if settings.controls else {}
+        folders = {name: Path(place) / name for name in wanted}
+        for name, folder in folders.items():
+            progress.note(f"making the control {name}")
+            folder.mkdir()
+            with storage_errors(folder):
+                recipes.quantize(checkout, folder, wanted[name], device, Silent())
+        yield folders
 
 
 def _promise(recipe: Recipe) -> structure.Expected:

@@ -104,6 +104,7 @@ class ParitySettings:
     new_tokens: int = 64
     seed: int = 0
     full: bool = False
+    controls: bool = False
     require: str = "good"
 
 
@@ -174,6 +175,17 @@ class Look:
     perplexity_ratio: Estimate
     kld: Estimate
     certain: bool
+
+
+@dataclass(frozen=True)
+class Control:
+    """Another version of the source, scored on the same windows: what noise and the alternatives would give."""
+
+    name: str
+    weight_bytes: int
+    perplexity_ratio: Estimate
+    kld: Estimate
+    same_top: Estimate
 
 
 @dataclass(frozen=True)
@@ -272,6 +284,7 @@ class Parity:
     weight_errors: dict[str, float]
     scores: Scores | None
     looks: tuple[Look, ...]
+    controls: tuple[Control, ...]
     generation: Generation | None
     verdict: Verdict
     sizes: Sizes

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantize import source
+from quantize import pipeline, source
 from quantize.parity import measure, structure
+from quantize.parity.verdict import grade_of
 from quantize.progress import Silent
 from quantize.records import Parity, ParitySettings, Recipe
 from tests.conftest import POCKET
@@ -56,6 +57,17 @@ def test_the_good_package_passes(package_copy: Path) -> None:
 
 
 PARTS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+
+
+def test_controls_show_the_noise_floor_and_the_alternatives(finished: Path) -> None:
+    settings = dataclasses.replace(SETTINGS, controls=True)
+    parity = pipeline.verify(str(finished), str(POCKET), settings, "cpu", Silent())
+    half, int8, stock = parity.controls
+    assert [half.name, int8.name, stock.name] == ["float16 source", "int8", "stock NF4"]
+    assert grade_of(half.perplexity_ratio.low, half.perplexity_ratio.high, half.kld.high) == "lossless"
+    assert half.kld.value < int8.kld.value < stock.kld.value
+    assert parity.scores is not None and stock.kld.value == pytest.approx(parity.scores.kld.mean.value)
+    assert stock.weight_bytes < int8.weight_bytes < half.weight_bytes
 
 
 def test_a_weight_left_in_16_bits(package_copy: Path) -> None:

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantize import hub
 from quantize.errors import CorpusError
 from quantize.records import CorpusRecord
 
 if TYPE_CHECKING:
     import torch
 
-BUILTIN = "builtin"
+BUILTIN, WIKITEXT = "builtin", "wikitext-2"
+WIKITEXT_REPO, WIKITEXT_FILE = "Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet"
 FEWEST_WINDOWS = 8
 """Below this an interval over windows says nothing."""
 
@@ -31,12 +33,14 @@ class Corpus:
 
 
 def load(name: str) -> Corpus:
-    """The built-in corpus, or a UTF-8 text file; raises CorpusError, and never takes one for the other."""
+    """The built-in corpus, WikiText-2, or a UTF-8 text file; raises CorpusError, and never takes one for another."""
     if name == BUILTIN:
         return Corpus(BUILTIN, builtin_text())
+    if name == WIKITEXT:
+        return wikitext()
     path = Path(name).expanduser()
     if not path.is_file():
-        raise CorpusError(f"no corpus {name!r}: name a text file, or {BUILTIN!r}")
+        raise CorpusError(f"no corpus {name!r}: name a text file, {BUILTIN!r} or {WIKITEXT!r}")
     try:
         return Corpus(path.name, path.read_text("utf-8"))
     except UnicodeDecodeError as error:
@@ -54,6 +58,22 @@ def builtin_text() -> str:
     reserved = [topics[name] for name in sorted(topics) if is_reserved(name)]
     paragraphs = (part.strip() for topic in reserved for part in topic.split("\n\n"))
     return "\n\n".join(part for part in dict.fromkeys(paragraphs) if part) + "\n"
+
+
+def wikitext() -> Corpus:
+    """The raw test split of WikiText-2 at the dataset's present commit, which becomes part of the name.
+
+    Rows are joined by empty lines, as the Hugging Face perplexity guide does. Raises CorpusError or HubUnreachable.
+    """
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise CorpusError(
+            "WikiText-2 is read with pyarrow: install it with `pip install quantize-bnb[wikitext]`"
+        ) from None
+    commit, path = hub.dataset_file(WIKITEXT_REPO, WIKITEXT_FILE)
+    rows = pyarrow.parquet.read_table(path, columns=["text"]).column("text").to_pylist()
+    return Corpus(f"{WIKITEXT_REPO}@{commit} wikitext-2-raw-v1 test", "\n\n".join(rows))
 
 
 def is_reserved(topic: str) -> bool:

@@ -42,9 +42,10 @@ def load_reference(checkout: Checkout, device: str) -> tuple[Any, str]:
     return model, str(dtype).removeprefix("torch.")
 
 
-def load_candidate(folder: Path, device: str, trust_remote_code: bool) -> Any:
-    """The package as its users load it: nothing is said about types, they come from its config."""
-    return _load(folder, device, trust_remote_code)
+def load_candidate(folder: Path, device: str, trust_remote_code: bool, dtype: str | None = None) -> Any:
+    """The package as its users load it: where `dtype` is not given, types come from its config."""
+    options = {} if dtype is None else {"dtype": dtype}
+    return _load(folder, device, trust_remote_code, **options)
 
 
 def widen(model: Any) -> None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from quantize import devices
 from quantize.parity import corpus, generation, scoring, sequential, statistics, structure, verdict
 from quantize.parity.loading import Pair, load_candidate, load_reference, load_tokenizer, widen
 from quantize.progress import Progress
-from quantize.records import Check, Checkout, Generation, Look, Parity, ParitySettings, Scores, Sizes
+from quantize.records import Check, Checkout, Control, Generation, Look, Parity, ParitySettings, Scores, Sizes
 
 if TYPE_CHECKING:
     import torch
 
 ARITHMETIC_WINDOWS = 2
+FLOAT16 = "float16 source"
 
 
 def measure(
@@ -26,10 +29,12 @@ def measure(
     device: str,
     progress: Progress,
     promised: structure.Expected | None = None,
+    controls: Mapping[str, Path] = MappingProxyType({}),
 ) -> Parity:
     """Compare the checkpoint in `candidate` with its source, both loaded from disk onto `device`.
 
-    `promised` is what the recipe meant; without it the checkpoint's own config is taken at its word.
+    `promised` is what the recipe meant; without it the checkpoint's own config is taken at its word. `controls` are
+    folders of other quantized versions, which are scored on the same windows as well, and the float16 source too.
     Raises CorpusError or DeviceError; a bad candidate is no error but a verdict.
     """
     started = time.monotonic()
@@ -46,6 +51,7 @@ def measure(
         checks.append(structure.weight_check(errors, expected.bits))
     scores, generated, record = None, None, None
     looks: tuple[Look, ...] = ()
+    compared: tuple[Control, ...] = ()
     if pair is not None and all(check.passed for check in checks):
         window = min(settings.window, pair.context)
         windows, record = corpus.windows_of(text, pair.tokenizer, window, settings.max_windows, settings.seed)
@@ -54,6 +60,13 @@ def measure(
         scores, looks = _score(pair, windows, settings, progress)
         record = dataclasses.replace(record, scored=looks[-1].windows)
         generated = _generate(pair, settings, progress)
+        if settings.controls:
+            scored = windows[: record.scored]
+            versions = {FLOAT16: checkout.folder, **controls}
+            trust = checkout.source.remote_code
+            compared = tuple(
+                _control(pair, name, folder, trust, scored, settings, progress) for name, folder in versions.items()
+            )
     return Parity(
         reference_dtype=reference_dtype,
         candidate_dtype=_dtype_name(pair.candidate) if pair is not None else "none",
@@ -62,6 +75,7 @@ def measure(
         weight_errors=errors,
         scores=scores,
         looks=looks,
+        controls=compared,
         generation=generated,
         verdict=verdict.judge(checks, scores, settings.require),
         sizes=_sizes(checkout, candidate),
@@ -113,6 +127,26 @@ def _score(
                 break
     assert tokens is not None
     return statistics.summarize(tokens, settings.seed, None if settings.full else looks[-1]), tuple(looks)
+
+
+def _control(
+    pair: Pair,
+    name: str,
+    folder: Path,
+    trust: bool,
+    windows: torch.Tensor,
+    settings: ParitySettings,
+    progress: Progress,
+) -> Control:
+    """Score another version of the source on `windows`; only float16 is computed in its own type on a CPU."""
+    model = load_candidate(folder, pair.device, trust, dtype="float16" if name == FLOAT16 else None)
+    if name != FLOAT16 and pair.device == "cpu":
+        widen(model)
+    with progress.task(f"control {name}", len(windows), "windows") as advance:
+        tokens = scoring.score(pair.reference, model, windows, pair.device, advance)
+    scores = statistics.summarize(tokens, settings.seed)
+    width = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return Control(name, width, scores.perplexity_ratio, scores.kld.mean, scores.same_top)
 
 
 def _generate(pair: Pair, settings: ParitySettings, progress: Progress) -> Generation:
