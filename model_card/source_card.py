@@ -24,7 +24,7 @@ def split(card: str) -> tuple[Mapping[str, Any], str]:
         return {}, card
     try:
         metadata = yaml.safe_load(found.group(1))
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # ValueError: a date that no calendar has
         return {}, card[found.end() :]
     return metadata if isinstance(metadata, dict) else {}, card[found.end() :]
 

@@ -31,7 +31,7 @@ def facts(
         source_card=source_card,
         hub=hub.endpoint(),
         architecture=source.architecture,
-        parameters=source.parameters,
+        parameters=parity.sizes.parameters,
         recipe=recipe.name,
         bits=recipe.bits,
         quant_type=recipe.quant_type,

@@ -113,7 +113,13 @@ def parity_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--controls", is_flag=True, help="Measure the float16 source, int8 and stock NF4 in the same run."
         ),
-        click.option("--seed", type=int, default=ParitySettings.seed, show_default=True, help="For all randomness."),
+        click.option(
+            "--seed",
+            type=click.IntRange(0, 2**32 - 1),
+            default=ParitySettings.seed,
+            show_default=True,
+            help="For all randomness.",
+        ),
         click.option(
             "--require",
             type=click.Choice(GRADES[:-1]),

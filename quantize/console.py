@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from quantize.examination import Examination
 from quantize.package import Package
@@ -25,10 +26,12 @@ class Terminal:
 
     def __init__(self) -> None:
         self.interactive = sys.stderr.isatty()
-        self.console = Console(stderr=True, highlight=False, width=None if self.interactive else PLAIN_WIDTH)
+        self.console = Console(
+            stderr=True, highlight=False, markup=False, width=None if self.interactive else PLAIN_WIDTH
+        )
 
     def stage(self, title: str) -> None:
-        self.console.print(f"[bold]==>[/bold] {title}", soft_wrap=True)
+        self.console.print(Text.assemble(("==>", "bold"), f" {title}"), soft_wrap=True)
 
     def note(self, text: str) -> None:
         self.console.print(f"    {text}", soft_wrap=True)
@@ -40,7 +43,7 @@ class Terminal:
             yield lambda amount: None
             return
         columns = [
-            TextColumn("    {task.description}"),
+            TextColumn("    {task.description}", markup=False),
             BarColumn(),
             *([MofNCompleteColumn()] if unit in ("windows", "prompts") else [TextColumn("{task.percentage:>3.0f} %")]),
             TimeRemainingColumn(),
@@ -60,7 +63,9 @@ def show_parity(console: Console, parity: Parity) -> None:
     verdict = parity.verdict
     colour = "green" if verdict.passed else "red"
     state = "passed" if verdict.passed else "refused"
-    console.print(f"[{colour}]{state}[/{colour}]: grade {verdict.grade}, required {verdict.required}", soft_wrap=True)
+    console.print(
+        Text.assemble((state, colour), f": grade {verdict.grade}, required {verdict.required}"), soft_wrap=True
+    )
     for reason in verdict.reasons:
         console.print(f"    {reason}", soft_wrap=True)
 

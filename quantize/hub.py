@@ -105,11 +105,14 @@ def create_repo(repo_id: str, *, private: bool) -> None:
         api().create_repo(repo_id, private=private, exist_ok=True)
 
 
-def commit(repo_id: str, files: Mapping[str, Path], *, parent: str, message: str) -> str:
-    """Add `files` (path in the repo: local path) in one commit on top of `parent`; the new commit's id."""
-    from huggingface_hub import CommitOperationAdd
+def commit(repo_id: str, files: Mapping[str, Path], deleted: Sequence[str], *, parent: str, message: str) -> str:
+    """Add `files` (path in the repo: local path) and delete others in one commit on top of `parent`; its id."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=local) for path, local in files.items()]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        *(CommitOperationAdd(path_in_repo=path, path_or_fileobj=local) for path, local in files.items()),
+        *(CommitOperationDelete(path_in_repo=path) for path in deleted),
+    ]
     with translated(repo_id):
         info = api().create_commit(repo_id, operations, commit_message=message, parent_commit=parent)
     return str(info.oid)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from pathlib import Path
 
 from quantize.errors import PackageError, storage_errors
 from quantize.files import records_of
-from quantize.records import Checkout, Parity, Provenance, Recipe, Source, read_record, to_json
+from quantize.records import Checkout, Parity, ParitySettings, Provenance, Recipe, Source, read_record, to_json
 
 PROVENANCE, PARITY, CARD, FIGURES = "provenance.json", "parity.json", "README.md", "figures"
 RECEIPT = "receipt.json"
@@ -37,7 +39,7 @@ def building_site(output: Path) -> Iterator[Path]:
     from filelock import FileLock, Timeout
 
     site = output.with_name(f"{output.name}{BUILDING}")
-    lock = FileLock(output.with_name(f".{output.name}.lock"))
+    lock = FileLock(_lock_path(output), mode=0o666)
     with storage_errors(output.parent):
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -46,17 +48,17 @@ def building_site(output: Path) -> Iterator[Path]:
             raise PackageError(f"another run is building {output}: wait for it, or name another --output") from None
     try:
         with storage_errors(site):
+            _restore(output)
             shutil.rmtree(site, ignore_errors=True)
             site.mkdir()
             yield site
     finally:
         shutil.rmtree(site, ignore_errors=True)
         lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
 
 
-def finished(output: Path, source: Source, recipe: Recipe) -> Package | None:
-    """The package that already stands at `output`, when it was made from this source by this recipe.
+def finished(output: Path, source: Source, recipe: Recipe, settings: ParitySettings) -> Package | None:
+    """The package that already stands at `output`, when it was made from this source in this way.
 
     Raises PackageError when something else stands there, or when the package was changed since.
     """
@@ -68,6 +70,8 @@ def finished(output: Path, source: Source, recipe: Recipe) -> Package | None:
         raise PackageError(
             f"{output} holds a package of another source or recipe: name another --output, or replace it with --force"
         )
+    if made_from.settings != settings:
+        raise PackageError(f"{output} was measured with other settings: see `quantize verify`, or use --force")
     require_unchanged(package)
     return package
 
@@ -101,10 +105,9 @@ def move_into_place(site: Path, output: Path, *, passed: bool) -> Path:
     """Give a sealed folder its final name in one rename; a refused one gets a name that shows it."""
     final = output if passed else output.with_name(f"{output.name}{REFUSED}")
     _flush(site)
-    outdated = final.with_name(f"{final.name}{BUILDING}-old")
+    outdated = _outdated(final)
     shutil.rmtree(outdated, ignore_errors=True)
     if final.exists():
-        open_package(final)
         final.rename(outdated)
     site.rename(final)
     shutil.rmtree(outdated, ignore_errors=True)
@@ -113,10 +116,9 @@ def move_into_place(site: Path, output: Path, *, passed: bool) -> Path:
 
 def require_replaceable(output: Path) -> None:
     """Raise PackageError unless `output` is free or holds a package: nothing else is ever replaced."""
-    if not output.exists():
-        return
-    if not (output / PROVENANCE).is_file():
-        raise PackageError(f"{output} exists and is not a package: name another --output")
+    for folder in (output, output.with_name(f"{output.name}{REFUSED}")):
+        if folder.exists() and not (folder / PROVENANCE).is_file():
+            raise PackageError(f"{folder} exists and is not a package: name another --output")
 
 
 def open_package(folder: Path) -> Package:
@@ -126,16 +128,34 @@ def open_package(folder: Path) -> Package:
     return Package(folder, read_record(Provenance, folder / PROVENANCE), read_record(Parity, folder / PARITY))
 
 
-def require_unchanged(package: Package) -> None:
-    """Raise PackageError when a file is missing, added or other than provenance.json says."""
+def require_unchanged(package: Package, *, but: str = "") -> None:
+    """Raise PackageError when a file, `but` this one, is missing, added or other than provenance.json says."""
     expected = {file.path: file for file in package.provenance.files}
     present = {file.path: file for file in records_of(package.folder, without=(PROVENANCE, RECEIPT))}
-    for path in sorted(expected.keys() | present.keys()):
+    for path in sorted((expected.keys() | present.keys()) - {but}):
         if expected.get(path) != present.get(path):
             state = "missing" if path not in present else "new" if path not in expected else "changed"
             raise PackageError(
                 f"{package.folder} is not as it was sealed: {path} is {state}; restore it, or make the package again"
             )
+
+
+def _outdated(final: Path) -> Path:
+    """Where a package lies while its successor takes its name."""
+    return final.with_name(f"{final.name}{BUILDING}-old")
+
+
+def _restore(output: Path) -> None:
+    """Give a package its name back that a run was about to replace when it was killed."""
+    for final in (output, output.with_name(f"{output.name}{REFUSED}")):
+        if _outdated(final).exists() and not final.exists():
+            _outdated(final).rename(final)
+
+
+def _lock_path(output: Path) -> Path:
+    """Outside the user's folders, and never removed: a lock file that vanishes can be held twice."""
+    name = hashlib.sha256(str(output.absolute()).encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"quantize-{name}.lock"
 
 
 def _flush(folder: Path) -> None:

@@ -13,7 +13,7 @@ import model_card
 from quantize import __version__, card, devices, files, package, publish, recipes, source
 from quantize.errors import PackageError, ParityRefused, storage_errors
 from quantize.package import Package
-from quantize.parity import figures, measure, structure
+from quantize.parity import check_inputs, figures, measure, structure
 from quantize.progress import Progress, Silent
 from quantize.records import Checkout, Parity, ParitySettings, Provenance, Receipt, Recipe, to_json
 
@@ -47,6 +47,7 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
     """Fetch, quantize, measure, document and seal; a refused package is kept under a name that shows it."""
     output = request.output or default_output(request.model, request.recipe)
     package.require_replaceable(output)
+    device = devices.choose(request.device)
     with package.building_site(output) as site:
         progress.stage(f"source {request.model}")
         checkout = source.fetch(
@@ -55,9 +56,10 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
             trust_remote_code=request.trust_remote_code,
             progress=progress,
         )
-        if not request.force and (done := package.finished(output, checkout.source, request.recipe)):
+        if not request.force and (done := package.finished(output, checkout.source, request.recipe, request.settings)):
             return RunResult(done, created=False)
-        device = devices.choose(request.device)
+        source.card_text(checkout)
+        check_inputs(checkout, request.settings)
         files.require_space(site, source.weight_bytes(checkout.source), "the package")
         progress.stage(f"quantize to {request.recipe.bits} bits on {device}")
         quantized = recipes.quantize(checkout, site, request.recipe, device, progress)
@@ -124,12 +126,12 @@ def draw_figures(parity: Parity, folder: Path) -> None:
 def rewrite_card(folder: Path, against: str | None, progress: Progress) -> Package:
     """Render the card of a package again from its evidence; nothing is measured."""
     made = package.open_package(folder)
-    package.require_unchanged(made)
+    package.require_unchanged(made, but=package.CARD)
     progress.stage(f"source of {folder.name}")
     # Nothing is loaded for a card, so code of the source's cannot run here.
     checkout = source.refetch(made.provenance.source, against, trust_remote_code=True, progress=progress)
     with storage_errors(folder):
-        _write_card(folder, folder.name, made.provenance, made.parity, checkout)
+        _write_card(folder, folder.resolve().name, made.provenance, made.parity, checkout)
         return Package(folder, package.seal(folder, made.provenance), made.parity)
 
 

@@ -338,6 +338,8 @@ def read_record(kind: type[Record], path: Path) -> Record:
         text = path.read_text("utf-8")
     except FileNotFoundError:
         raise PackageError(f"{path.parent} is not a package: {path.name} is missing") from None
+    except UnicodeDecodeError:
+        raise PackageError(f"{path} is not UTF-8 text: restore it, or make the package again") from None
     return from_json(kind, text, path)
 
 

@@ -40,9 +40,9 @@ TOKENIZER_FILES = (
     "additional_chat_templates/*.jinja",
 )
 LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
-CARRIED_FILES = (*TOKENIZER_FILES, *LEGAL_FILES)
+CARRIED_FILES = (*TOKENIZER_FILES, *LEGAL_FILES, "generation_config.json")
 """Copied into the package byte for byte: saving them anew would rewrite them."""
-OTHER_FILES = ("config.json", "generation_config.json", "README.md")
+OTHER_FILES = ("config.json", "README.md")
 
 
 def fetch(reference: str, *, revision: str | None, trust_remote_code: bool, progress: Progress) -> Checkout:

@@ -69,7 +69,7 @@ def test_conv1d_becomes_4bit_ties_stay_and_the_head_stays(finished: Path) -> Non
     assert all(check.passed for check in made.parity.checks)
     assert {check.name for check in made.parity.checks} == {
         *("config", "quant_state", "finite", "loads", "modules", "ties", "size", "tokenizer", "weights"),
-        "arithmetic",
+        *("arithmetic", "outputs"),
     }
 
 
@@ -93,6 +93,46 @@ def test_a_finished_package_is_left_alone(finished: Path, command: Callable[...,
     assert "already finished: nothing to do" in outcome.err
     assert json.loads(outcome.out)["created"] is False
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_a_stricter_requirement_is_not_answered_by_an_older_package(
+    finished: Path, command: Callable[..., Outcome]
+) -> None:
+    outcome = command("run", POCKET, "-o", finished, "--device", "cpu", *QUICK_OPTIONS[:-1], "lossless")
+    assert outcome.code == 1 and "was measured with other settings" in outcome.err
+
+
+def test_a_package_that_was_being_replaced_gets_its_name_back(package_copy: Path) -> None:
+    package_copy.rename(package_copy.with_name(f"{package_copy.name}.building-old"))
+    with package.building_site(package_copy):
+        package.require_unchanged(package.open_package(package_copy))
+
+
+def test_generation_settings_that_saving_would_refuse_are_copied(tmp_path: Path, pocket_copy: Path) -> None:
+    own = json.dumps({"do_sample": False, "temperature": 0.6, "eos_token_id": 0, "bos_token_id": 0})
+    (pocket_copy / "generation_config.json").write_text(own)
+    made = small_run(tmp_path / "out", pocket_copy)
+    assert (made.folder / "generation_config.json").read_text() == own
+    assert made.parity.generation is not None
+
+
+def test_stacked_experts_are_refused(tmp_path: Path, command: Callable[..., Outcome]) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=4096,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=8,
+    )
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(POCKET / name, tmp_path / "mixtral")
+    outcome = command("run", tmp_path / "mixtral", "-o", tmp_path / "out", "--device", "cpu")
+    assert outcome.code == 1 and "stacked expert tensors" in outcome.err
 
 
 def test_another_recipe_does_not_take_a_finished_name(finished: Path, command: Callable[..., Outcome]) -> None:

@@ -123,3 +123,10 @@ def test_correlated_tokens_widen_the_interval() -> None:
     independent = random.standard_normal((50, 30))
     wide, narrow = mean_estimate(shared, 0), mean_estimate(independent, 0)
     assert (wide.high - wide.low) > 3 * (narrow.high - narrow.low)
+
+
+def test_nan_is_no_number() -> None:
+    table = np.zeros((2, 3), np.float32)
+    scores = TokenScores(table, table, table, table.astype(bool), table)
+    assert scores.finite
+    assert not TokenScores(table, table * np.nan, table, table.astype(bool), table).finite

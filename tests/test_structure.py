@@ -15,7 +15,7 @@ from quantize import pipeline, source
 from quantize.parity import measure, structure
 from quantize.parity.verdict import grade_of
 from quantize.progress import Silent
-from quantize.records import Parity, ParitySettings, Recipe
+from quantize.records import Parity, ParitySettings, Recipe, to_json
 from tests.conftest import POCKET
 
 SETTINGS = ParitySettings(max_windows=8, new_tokens=2, require="degraded")
@@ -151,6 +151,36 @@ def test_nan_in_one_block(package_copy: Path) -> None:
 
     change_tensors(package_copy, poison)
     assert failures(judged(package_copy))["finite"] == f"{name} holds NaN or infinity"
+
+
+def test_files_that_cannot_be_read_are_a_verdict(package_copy: Path) -> None:
+    path = package_copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert "unreadable" in failures(judged(package_copy))["files"]
+    (package_copy / "config.json").write_text("{")
+    assert "unreadable" in failures(judged(package_copy, None))["files"]
+
+
+def test_a_broken_tokenizer_is_a_verdict(package_copy: Path) -> None:
+    (package_copy / "tokenizer.json").write_text("{}")
+    assert "does not load" in failures(judged(package_copy))["tokenizer"]
+
+
+def test_overflowing_outputs_are_a_verdict(package_copy: Path) -> None:
+    def inflate(tensors: Tensors) -> Tensors:
+        tensors["transformer.ln_f.weight"].fill_(60000.0)
+        return tensors
+
+    change_tensors(package_copy, inflate)
+    parity = judged(package_copy)
+    assert "arithmetic" in failures(parity)
+    assert to_json(parity)
+
+
+def test_code_that_the_source_does_not_have_is_not_trusted(tmp_path: Path, package_copy: Path) -> None:
+    assert structure.same_code(POCKET, package_copy)
+    (package_copy / "modeling_own.py").write_text("print('hello')")
+    assert not structure.same_code(POCKET, package_copy)
 
 
 def test_two_swapped_layers(package_copy: Path) -> None:

@@ -3,6 +3,6 @@
 The protocol is described in docs/parity.md.
 """
 
-from quantize.parity.measure import measure
+from quantize.parity.measure import check_inputs, measure
 
-__all__ = ["measure"]
+__all__ = ["check_inputs", "measure"]

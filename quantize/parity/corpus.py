@@ -80,13 +80,23 @@ def is_reserved(topic: str) -> bool:
     return hashlib.sha256(topic.encode()).digest()[0] % 2 == 1
 
 
+def _leading_token(tokenizer: Any) -> list[int]:
+    begins = tokenizer.bos_token_id
+    return [begins] if begins is not None and tokenizer("x").input_ids[:1] == [begins] else []
+
+
 def windows_of(corpus: Corpus, tokenizer: Any, window: int, most: int, seed: int) -> tuple[torch.Tensor, CorpusRecord]:
-    """Whole windows [count, window] of token ids in a seeded random order, at most `most`, and their record."""
+    """Whole windows [count, window] of token ids in a seeded random order, at most `most`, and their record.
+
+    Each begins with the token that the tokenizer puts before a text, where it does: some models need it.
+    """
     import torch
 
     encoded = tokenizer(corpus.text, add_special_tokens=False, verbose=False, return_attention_mask=False)
     ids = torch.tensor(encoded["input_ids"], dtype=torch.long)
-    count = len(ids) // window
+    first = _leading_token(tokenizer)
+    text_window = window - len(first)
+    count = len(ids) // text_window
     if count < FEWEST_WINDOWS:
         raise CorpusError(
             f"corpus {corpus.name} has {len(ids)} tokens, which makes {count} windows of {window}: "
@@ -102,4 +112,5 @@ def windows_of(corpus: Corpus, tokenizer: Any, window: int, most: int, seed: int
         windows=count,
         scored=len(order),
     )
-    return ids[: count * window].view(count, window)[order], record
+    texts = ids[: count * text_window].view(count, text_window)[order]
+    return torch.cat([torch.tensor(first, dtype=torch.long).expand(len(texts), -1), texts], dim=1), record

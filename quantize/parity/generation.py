@@ -92,7 +92,10 @@ def _continue(pair: Pair, model: Any, ids: torch.Tensor, limit: int, seed: int |
     sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_k": TOP_K, "top_p": TOP_P}
     ends = pair.tokenizer.eos_token_id
     config = GenerationConfig(
-        max_new_tokens=limit, eos_token_id=ends, pad_token_id=ends, **({} if seed is None else sampling)
+        max_new_tokens=limit,
+        eos_token_id=ends,
+        pad_token_id=ends,
+        **({"do_sample": False} if seed is None else sampling),
     )
     if seed is not None:
         set_seed(seed)

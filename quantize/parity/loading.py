@@ -72,7 +72,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
 
 def _load(folder: Path, device: str, trust_remote_code: bool, **options: Any) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -85,4 +85,5 @@ def _load(folder: Path, device: str, trust_remote_code: bool, **options: Any) ->
         )
     except torch.OutOfMemoryError as error:
         raise DeviceError(f"{folder.name} does not fit on {device} beside the other model: try --device cpu") from error
+    model.generation_config = GenerationConfig()  # its own may ask for sampling or penalties where none are wanted
     return model.eval()

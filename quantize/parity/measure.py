@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from quantize import devices
+from quantize.errors import CorruptModel, DeviceError
 from quantize.parity import corpus, generation, scoring, sequential, statistics, structure, verdict
 from quantize.parity.loading import Pair, load_candidate, load_reference, load_tokenizer, widen
 from quantize.progress import Progress
@@ -20,6 +21,20 @@ if TYPE_CHECKING:
 
 ARITHMETIC_WINDOWS = 2
 FLOAT16 = "float16 source"
+
+
+def check_inputs(checkout: Checkout, settings: ParitySettings) -> None:
+    """Raise CorpusError or CorruptModel now, rather than after hours, when nothing could be measured with these."""
+    corpus.load(settings.corpus)
+    source_tokenizer(checkout)
+
+
+def source_tokenizer(checkout: Checkout) -> Any:
+    try:
+        return load_tokenizer(checkout.folder, checkout.source.remote_code)
+    except Exception as error:  # tokenizers raises bare ones
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CorruptModel(f"the tokenizer of {checkout.source.name} does not load: {reason}") from error
 
 
 def measure(
@@ -39,14 +54,15 @@ def measure(
     """
     started = time.monotonic()
     text = corpus.load(settings.corpus)
-    expected = promised or structure.expected_from(candidate)
+    expected = promised or structure.promise_of(candidate)
     checks = structure.check_files(candidate, expected)
     reference, reference_dtype = load_reference(checkout, device)
-    pair, loads = _pair(checkout, candidate, reference, reference_dtype, device)
+    trust = checkout.source.remote_code and structure.same_code(checkout.folder, candidate)
+    pair, loads = _pair(checkout, candidate, reference, reference_dtype, device, trust)
     checks.append(loads)
     errors: dict[str, float] = {}
     if pair is not None and expected is not None:
-        checks += structure.check_models(pair, candidate, expected, checkout.source.remote_code)
+        checks += structure.check_models(pair, candidate, expected, trust)
         errors = structure.weight_errors(pair)
         checks.append(structure.weight_check(errors, expected.bits))
     scores, generated, record = None, None, None
@@ -58,6 +74,8 @@ def measure(
         if device == "cpu":
             checks.append(_widened(pair, windows[:ARITHMETIC_WINDOWS]))
         scores, looks = _score(pair, windows, settings, progress)
+        checks.append(_numbers_check(scores))
+    if pair is not None and scores is not None and record is not None:
         record = dataclasses.replace(record, scored=looks[-1].windows)
         generated = _generate(pair, settings, progress)
         if settings.controls:
@@ -78,7 +96,7 @@ def measure(
         controls=compared,
         generation=generated,
         verdict=verdict.judge(checks, scores, settings.require),
-        sizes=_sizes(checkout, candidate),
+        sizes=_sizes(checkout, candidate, sum(parameter.numel() for parameter in reference.parameters())),
         environment=devices.describe(device),
         seconds=round(time.monotonic() - started, 3),
     )
@@ -93,17 +111,25 @@ def _widened(pair: Pair, windows: torch.Tensor) -> Check:
     )
 
 
+def _numbers_check(scores: Scores | None) -> Check:
+    if scores is None:
+        return Check("outputs", False, "a model's outputs overflow to NaN or infinity: try another --compute-dtype")
+    return Check("outputs", True, "all outputs are finite")
+
+
 def _dtype_name(model: Any) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
 def _pair(
-    checkout: Checkout, candidate: Path, reference: object, reference_dtype: str, device: str
+    checkout: Checkout, candidate: Path, reference: object, reference_dtype: str, device: str, trust: bool
 ) -> tuple[Pair | None, Check]:
-    tokenizer = load_tokenizer(checkout.folder, checkout.source.remote_code)
+    tokenizer = source_tokenizer(checkout)
     try:
-        model = load_candidate(candidate, device, checkout.source.remote_code)
-    except (RuntimeError, ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        model = load_candidate(candidate, device, trust)
+    except DeviceError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a foreign checkpoint does to from_pretrained is its verdict
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return None, Check("loads", False, f"stock transformers cannot load it: {reason}")
     detail = "stock transformers loads it"
@@ -112,8 +138,8 @@ def _pair(
 
 def _score(
     pair: Pair, windows: torch.Tensor, settings: ParitySettings, progress: Progress
-) -> tuple[Scores, tuple[Look, ...]]:
-    """Score windows until the verdict is certain, or all of them."""
+) -> tuple[Scores | None, tuple[Look, ...]]:
+    """Score windows until the verdict is certain, or all of them; no scores where a model answers NaN."""
     count, window = windows.shape
     looks: list[Look] = []
     tokens: scoring.TokenScores | None = None
@@ -121,6 +147,8 @@ def _score(
         for stop in sequential.plan(count, full=settings.full):
             seen = looks[-1].windows if looks else 0
             more = scoring.score(pair.reference, pair.candidate, windows[seen : stop.windows], pair.device, advance)
+            if not more.finite:
+                return None, ()
             tokens = tokens + more if tokens else more
             looks.append(sequential.look(tokens, stop, settings.require))
             if looks[-1].certain:
@@ -154,8 +182,7 @@ def _generate(pair: Pair, settings: ParitySettings, progress: Progress) -> Gener
         return generation.compare(pair, settings.new_tokens, settings.seed, advance)
 
 
-def _sizes(checkout: Checkout, candidate: Path) -> Sizes:
+def _sizes(checkout: Checkout, candidate: Path, parameters: int) -> Sizes:
     source_bytes = sum(file.size for file in checkout.source.files if file.path.endswith(".safetensors"))
     package_bytes = sum(path.stat().st_size for path in candidate.glob("*.safetensors"))
-    parameters = checkout.source.parameters
     return Sizes(source_bytes, package_bytes, parameters, round(8 * package_bytes / parameters, 4))

@@ -31,6 +31,11 @@ class TokenScores:
     same_top: NDArray[np.bool_]
     delta_p: NDArray[np.float32]
 
+    @property
+    def finite(self) -> bool:
+        """Whether every figure is a number: half-precision overflow makes NaN of them."""
+        return all(bool(np.isfinite(getattr(self, item.name)).all()) for item in fields(self))
+
     def __add__(self, later: TokenScores) -> TokenScores:
         """These windows and the `later` ones."""
         columns = ((getattr(self, item.name), getattr(later, item.name)) for item in fields(self))

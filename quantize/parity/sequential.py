@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from quantize.parity.scoring import TokenScores
+from quantize.parity.statistics import exponential
 from quantize.parity.verdict import IMPLAUSIBLE_RATIO, LIMITS
 from quantize.records import Estimate, Look
 
@@ -56,7 +57,7 @@ def look(tokens: TokenScores, stop: Stop, required: str) -> Look:
     difference = tokens.nll_candidate.astype(np.float64) - tokens.nll_reference
     log_ratio = interval(difference.mean(axis=1), stop.error)
     kld = interval(np.maximum(tokens.kld, 0.0).astype(np.float64).mean(axis=1), stop.error)
-    ratio = Estimate(*(math.exp(value) for value in (log_ratio.value, log_ratio.low, log_ratio.high)))
+    ratio = exponential(log_ratio)
     return Look(stop.windows, stop.error, ratio, kld, is_certain(ratio, kld, required))
 
 

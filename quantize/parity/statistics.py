@@ -17,6 +17,7 @@ LEVEL = 0.95
 KLD_PERCENTILES = {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0, "p99.9": 99.9}
 DELTA_P_PERCENTILES = {"p1": 1.0, "p5": 5.0, "p25": 25.0, "p50": 50.0, "p75": 75.0, "p95": 95.0, "p99": 99.0}
 POSITION_BINS = 16
+LARGEST_LOG = 50.0
 HISTOGRAM_EDGES = tuple(float(edge) for edge in np.round(np.logspace(-7, 1, 49), 12))
 
 
@@ -29,9 +30,9 @@ def summarize(tokens: TokenScores, seed: int, look: Look | None = None) -> Score
     difference = tokens.nll_candidate - tokens.nll_reference
     kld = np.maximum(tokens.kld, 0.0)
     return Scores(
-        reference_perplexity=_exp(mean_estimate(tokens.nll_reference, seed)),
-        candidate_perplexity=_exp(mean_estimate(tokens.nll_candidate, seed)),
-        perplexity_ratio=look.perplexity_ratio if look else _exp(mean_estimate(difference, seed)),
+        reference_perplexity=exponential(mean_estimate(tokens.nll_reference, seed)),
+        candidate_perplexity=exponential(mean_estimate(tokens.nll_candidate, seed)),
+        perplexity_ratio=look.perplexity_ratio if look else exponential(mean_estimate(difference, seed)),
         kld=_distribution(kld, KLD_PERCENTILES, look.kld if look else mean_estimate(kld, seed)),
         same_top=mean_estimate(tokens.same_top, seed),
         delta_p=_distribution(tokens.delta_p, DELTA_P_PERCENTILES, mean_estimate(tokens.delta_p, seed)),
@@ -65,8 +66,10 @@ def mean_estimate(values: NDArray[np.generic], seed: int) -> Estimate:
     return Estimate(middle, float(interval.low), float(interval.high))
 
 
-def _exp(estimate: Estimate) -> Estimate:
-    return Estimate(*(float(np.exp(value)) for value in (estimate.value, estimate.low, estimate.high)))
+def exponential(estimate: Estimate) -> Estimate:
+    """exp of an estimate in nats; beyond `LARGEST_LOG` a model is so broken that the number says nothing."""
+    values = (estimate.value, estimate.low, estimate.high)
+    return Estimate(*(float(np.exp(min(value, LARGEST_LOG))) for value in values))
 
 
 def _root(estimate: Estimate) -> Estimate:

@@ -57,8 +57,34 @@ def expected_from(folder: Path) -> Expected | None:
     )
 
 
+def promise_of(folder: Path) -> Expected | None:
+    """What a checkpoint's own config promises, None also where that cannot be read."""
+    try:
+        return expected_from(folder)
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def same_code(source: Path, candidate: Path) -> bool:
+    """Whether the candidate brings no other code than the source's, which alone was trusted."""
+    return all(
+        (source / path.relative_to(candidate)).is_file()
+        and (source / path.relative_to(candidate)).read_bytes() == path.read_bytes()
+        for path in candidate.rglob("*.py")
+    )
+
+
 def check_files(folder: Path, expected: Expected | None) -> list[Check]:
     """What can be seen without loading a model: config against recipe and tensors, and every value finite."""
+    from safetensors import SafetensorError
+
+    try:
+        return _check_files(folder, expected)
+    except (SafetensorError, OSError, ValueError, AttributeError) as error:
+        return [Check("files", False, f"unreadable: {str(error).splitlines()[0]}")]
+
+
+def _check_files(folder: Path, expected: Expected | None) -> list[Check]:
     names = {name for name, _, _ in _tensors(folder)}
     configured = expected_from(folder)
     if expected is None or configured is None:
@@ -236,8 +262,8 @@ def _size_check(pair: Pair, folder: Path, expected: Expected) -> Check:
 def _tokenizer_check(pair: Pair, folder: Path, trust_remote_code: bool) -> Check:
     try:
         own = load_tokenizer(folder, trust_remote_code)
-    except (OSError, ValueError) as error:
-        return Check("tokenizer", False, f"does not load: {str(error).splitlines()[0]}")
+    except Exception as error:  # noqa: BLE001 - tokenizers raises bare ones
+        return Check("tokenizer", False, f"does not load: {(str(error) or type(error).__name__).splitlines()[0]}")
     if own.get_vocab() != pair.tokenizer.get_vocab():
         return Check("tokenizer", False, "another vocabulary than the source's")
     same = own(TOKENIZER_SAMPLE).input_ids == pair.tokenizer(TOKENIZER_SAMPLE).input_ids

@@ -43,6 +43,6 @@ def judge(checks: Sequence[Check], scores: Scores | None, required: str) -> Verd
     return Verdict(
         GRADES[-1] if any(not check.passed for check in checks) else grade,
         required,
-        not reasons,
+        not reasons and grade_at_least(grade, required),
         tuple(reasons),
     )

@@ -12,12 +12,15 @@ from quantize.records import Checkout, Quantized, Recipe
 
 MAX_SHARD = "5GB"
 QUANTIZED_CLASSES = ("Linear4bit", "Linear8bitLt")
+MOST_STACKED = 0.1
 LINEAR_CLASSES = ("Linear", "Conv1D")
 HALF_TYPES = {"F16": "float16", "BF16": "bfloat16"}
 
 
 def quantize(checkout: Checkout, output: Path, recipe: Recipe, device: str, progress: Progress) -> Quantized:
     """Load the source through `BitsAndBytesConfig` on `device` and save it into `output`."""
+    from transformers import GenerationConfig
+
     started = time.monotonic()
     dtype = _inspect_weights(checkout, progress)
     if recipe.compute_dtype != "auto":
@@ -26,6 +29,9 @@ def quantize(checkout: Checkout, output: Path, recipe: Recipe, device: str, prog
     modules = _modules_of(model, QUANTIZED_CLASSES)
     if not modules:
         raise UnsupportedModel(f"{checkout.source.name} has no linear layer left to quantize: skip fewer modules")
+    _require_mostly_linear(model, checkout.source.name)
+    if any(file.path == "generation_config.json" for file in checkout.source.files):
+        model.generation_config = GenerationConfig()  # the source's own is copied, even one that saving would refuse
     with storage_errors(output):
         model.save_pretrained(output, max_shard_size=MAX_SHARD)
     kept = _modules_of(model, LINEAR_CLASSES)
@@ -50,6 +56,17 @@ def skipped_modules(checkout: Checkout, recipe: Recipe) -> list[str]:
         if not any(Recipe(skip_modules=(wanted,)).skips(name) for name in linear):
             raise UnsupportedModel(f"--skip-modules {wanted}: {checkout.source.name} has no linear module of that name")
     return sorted({*get_keys_to_not_convert(model), *filter(recipe.skips, linear)})
+
+
+def _require_mostly_linear(model: Any, name: str) -> None:
+    """Mixture-of-experts models may stack their experts in one tensor, which bitsandbytes passes over."""
+    sizes = [(parameter.ndim, parameter.numel()) for parameter in model.parameters()]
+    stacked = sum(size for dimensions, size in sizes if dimensions > 2)
+    if stacked > MOST_STACKED * sum(size for _, size in sizes):
+        raise UnsupportedModel(
+            f"{name} keeps most weights in stacked expert tensors, which bitsandbytes leaves in half precision: "
+            f"mixture-of-experts models of this kind cannot be quantized here"
+        )
 
 
 def _modules_of(model: Any, classes: tuple[str, ...]) -> tuple[str, ...]:
