@@ -59,6 +59,7 @@ class CardFacts:
     scored_tokens: int
     window: int
     windows: int
+    corpus_windows: int
     reference_dtype: str
     reference_perplexity: Interval | None
     candidate_perplexity: Interval | None

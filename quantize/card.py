@@ -51,6 +51,7 @@ def facts(
         scored_tokens=text.scored * (text.window - 1) if text else 0,
         window=text.window if text else 0,
         windows=text.scored if text else 0,
+        corpus_windows=text.windows if text else 0,
         reference_dtype=parity.reference_dtype,
         reference_perplexity=_interval(scores.reference_perplexity) if scores else None,
         candidate_perplexity=_interval(scores.candidate_perplexity) if scores else None,
