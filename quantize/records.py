@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -346,11 +345,6 @@ def read_record(kind: type[Record], path: Path) -> Record:
 def grade_at_least(grade: str, required: str) -> bool:
     """Whether `grade` is as good as `required`; a model graded `changed` never is."""
     return grade in GRADES and GRADES.index(grade) <= GRADES.index(required)
-
-
-def finite(value: float) -> float | None:
-    """JSON has no NaN or infinity: None stands for them."""
-    return value if math.isfinite(value) else None
 
 
 @functools.cache
