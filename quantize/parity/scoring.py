@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -12,10 +12,70 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-BATCH_LOGITS = 1 << 25
-"""Logits that one model may return in one batch: 128 MB in float32."""
-SLICE_LOGITS = 1 << 23
-"""Logits that are turned into log-probabilities at a time."""
+BATCH_LOGITS = {"cpu": 1 << 23, "gpu": 1 << 26}
+"""Logits that one model may return in one batch: 32 MB in float32 on a CPU, which gains nothing from more."""
+SLICE_LOGITS = {"cpu": 1 << 20, "gpu": 1 << 23}
+"""Logits that are turned into log-probabilities at a time: on a CPU few enough to stay in its cache."""
+
+
+class ReferenceLogits(Protocol):
+    """What the reference says about windows: the model itself, or what was kept of its answers."""
+
+    @property
+    def vocabulary(self) -> int: ...
+
+    def logits(self, start: int, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits [count, window - 1 or more, vocabulary] of `tokens` [count, window], the windows from `start` on."""
+
+
+@dataclass(frozen=True)
+class LiveReference:
+    """The reference answers while it is asked."""
+
+    model: Any
+
+    @property
+    def vocabulary(self) -> int:
+        return vocabulary_of(self.model)
+
+    def logits(self, start: int, tokens: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.model(tokens).logits
+        return answer
+
+
+@dataclass(frozen=True)
+class KeptLogits:
+    """Answers that were given before, [windows, window, vocabulary]."""
+
+    kept: torch.Tensor
+
+    @classmethod
+    def of(cls, model: Any, windows: torch.Tensor, device: str) -> KeptLogits:
+        """What `model` says about a few `windows`, kept in float32 on the CPU."""
+        import torch
+
+        with torch.inference_mode():
+            return cls(torch.cat([model(window[None].to(device)).logits.float().cpu() for window in windows]))
+
+    @classmethod
+    def one_by_one(cls, model: Any, windows: torch.Tensor, device: str) -> KeptLogits:
+        """The same, read one token at a time with the cache."""
+        import torch
+
+        answers, state = [], None
+        with torch.inference_mode():
+            for token in torch.split(windows.to(device), 1, dim=1):
+                answer = model(token, past_key_values=state, use_cache=True)
+                state = answer.past_key_values
+                answers.append(answer.logits.float().cpu())
+        return cls(torch.cat(answers, dim=1))
+
+    @property
+    def vocabulary(self) -> int:
+        return self.kept.shape[-1]
+
+    def logits(self, start: int, tokens: torch.Tensor) -> torch.Tensor:
+        return self.kept[start : start + len(tokens)].to(tokens.device)
 
 
 @dataclass(frozen=True)
@@ -25,11 +85,11 @@ class TokenScores:
     `nll_*` and `kld` in nats, `delta_p` the candidate's minus the reference's probability of the correct token.
     """
 
-    nll_reference: NDArray[np.float32]
-    nll_candidate: NDArray[np.float32]
-    kld: NDArray[np.float32]
+    nll_reference: NDArray[np.float64]
+    nll_candidate: NDArray[np.float64]
+    kld: NDArray[np.float64]
     same_top: NDArray[np.bool_]
-    delta_p: NDArray[np.float32]
+    delta_p: NDArray[np.float64]
 
     @property
     def finite(self) -> bool:
@@ -43,44 +103,43 @@ class TokenScores:
 
 
 def score(
-    reference: Any, candidate: Any, windows: torch.Tensor, device: str, advance: Callable[[int], None]
+    reference: ReferenceLogits,
+    candidate: Any,
+    windows: torch.Tensor,
+    device: str,
+    advance: Callable[[int], None],
+    first: int = 0,
 ) -> TokenScores:
-    """Score `windows` [count, window] in batches that bound memory whatever the corpus."""
+    """Score `windows` [count, window] in batches that bound memory whatever the corpus.
+
+    `first` is the place of these windows in the order in which the corpus is read.
+    """
     import torch
 
-    vocabulary = int(reference.get_output_embeddings().weight.shape[0])
-    batch_size = max(1, BATCH_LOGITS // (windows.shape[1] * vocabulary))
+    batch_size = batch_of(windows.shape[1] * reference.vocabulary, device)
     parts: list[list[torch.Tensor]] = []
     with torch.inference_mode():
         for batch in torch.split(windows, batch_size):
             tokens = batch.to(device)
-            parts.append(_score_batch(reference(tokens).logits, candidate(tokens).logits, tokens))
+            answers = reference.logits(first, tokens), candidate(tokens).logits
+            parts.append(_score_batch(*answers, tokens))
+            first += len(batch)
             advance(len(batch))
     columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
     return TokenScores(*columns)
 
 
-def outputs(model: Any, windows: torch.Tensor, device: str) -> torch.Tensor:
-    """Logits of a few windows, [count, window, vocabulary], in float32 on the CPU."""
-    import torch
-
-    with torch.inference_mode():
-        return torch.cat([model(window[None].to(device)).logits.float().cpu() for window in windows])
-
-
-def mean_divergence(reference: torch.Tensor, candidate: torch.Tensor) -> float:
-    """Mean KLD over all positions of two sets of logits."""
-    import torch
-
-    return float(compare_logits(reference, candidate, torch.zeros(reference.shape[:-1], dtype=torch.long))[2].mean())
+def vocabulary_of(model: Any) -> int:
+    """How many logits a model gives for each position."""
+    return int(model.get_output_embeddings().weight.shape[0])
 
 
 def _score_batch(reference: torch.Tensor, candidate: torch.Tensor, tokens: torch.Tensor) -> list[torch.Tensor]:
     """The five per-token figures of a batch, each [batch, window - 1]; logits are [batch, window, vocabulary]."""
     import torch
 
-    batch, window, vocabulary = reference.shape
-    rows = max(1, SLICE_LOGITS // (vocabulary * batch))
+    batch, window = tokens.shape
+    rows = slice_of(reference.shape[-1] * batch, reference.device)
     slices = [
         compare_logits(
             reference[:, start : min(start + rows, window - 1)],
@@ -92,10 +151,37 @@ def _score_batch(reference: torch.Tensor, candidate: torch.Tensor, tokens: torch
     return [torch.cat(column, dim=1) for column in zip(*slices, strict=True)]
 
 
+def nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """-log p of `targets` [batch, positions], in nats and float64; logits are [batch, positions, vocabulary]."""
+    import torch
+
+    rows = slice_of(logits.shape[-1] * len(logits), logits.device)
+    parts = zip(torch.split(logits, rows, dim=1), torch.split(targets, rows, dim=1), strict=True)
+    columns = [
+        torch.log_softmax(part, dim=-1, dtype=torch.float64).gather(-1, right.unsqueeze(-1)).squeeze(-1)
+        for part, right in parts
+    ]
+    return -torch.cat(columns, dim=1)
+
+
+def batch_of(logits: int, device: object) -> int:
+    """How many windows of so many logits each to read at once."""
+    return max(1, BATCH_LOGITS[_kind(device)] // logits)
+
+
+def slice_of(logits: int, device: object) -> int:
+    """How many positions of so many logits each to turn into log-probabilities at once."""
+    return max(1, SLICE_LOGITS[_kind(device)] // logits)
+
+
+def _kind(device: object) -> str:
+    return "cpu" if str(device) == "cpu" else "gpu"
+
+
 def compare_logits(
     reference: torch.Tensor, candidate: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Figures of one slice of logits [..., vocabulary] against `targets` [...].
+    """Figures of one slice of logits [..., vocabulary] against `targets` [...], all in float64.
 
     With p = softmax(reference) and q = softmax(candidate): -log p(t), -log q(t), sum p (log p - log q),
     argmax p = argmax q, and q(t) - p(t). These are the quantities of llama.cpp's `--kl-divergence`.
@@ -104,10 +190,11 @@ def compare_logits(
     import torch
 
     shared = min(reference.shape[-1], candidate.shape[-1])
-    log_p = torch.log_softmax(reference[..., :shared].float(), dim=-1)
-    log_q = torch.log_softmax(candidate[..., :shared].float(), dim=-1)
+    reference, candidate = reference[..., :shared], candidate[..., :shared]
+    log_p = torch.log_softmax(reference, dim=-1, dtype=torch.float64)
+    log_q = torch.log_softmax(candidate, dim=-1, dtype=torch.float64)
     right = targets.unsqueeze(-1)
     log_p_right, log_q_right = log_p.gather(-1, right).squeeze(-1), log_q.gather(-1, right).squeeze(-1)
-    same_top = log_p.argmax(-1) == log_q.argmax(-1)
+    same_top = reference.argmax(-1) == candidate.argmax(-1)
     kld = (log_p.exp() * (log_p - log_q)).sum(-1)
     return -log_p_right, -log_q_right, kld, same_top, log_q_right.exp() - log_p_right.exp()

@@ -54,9 +54,9 @@ def plan(windows: int, *, full: bool = False) -> tuple[Stop, ...]:
 
 def look(tokens: TokenScores, stop: Stop, required: str) -> Look:
     """What `tokens`, the scores up to `stop`, say about the verdict."""
-    difference = tokens.nll_candidate.astype(np.float64) - tokens.nll_reference
+    difference = tokens.nll_candidate - tokens.nll_reference
     log_ratio = interval(difference.mean(axis=1), stop.error)
-    kld = interval(np.maximum(tokens.kld, 0.0).astype(np.float64).mean(axis=1), stop.error)
+    kld = interval(np.maximum(tokens.kld, 0.0).mean(axis=1), stop.error)
     ratio = exponential(log_ratio)
     return Look(stop.windows, stop.error, ratio, kld, is_certain(ratio, kld, required))
 

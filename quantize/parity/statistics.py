@@ -36,9 +36,9 @@ def summarize(tokens: TokenScores, seed: int, look: Look | None = None) -> Score
         kld=_distribution(kld, KLD_PERCENTILES, look.kld if look else mean_estimate(kld, seed)),
         same_top=mean_estimate(tokens.same_top, seed),
         delta_p=_distribution(tokens.delta_p, DELTA_P_PERCENTILES, mean_estimate(tokens.delta_p, seed)),
-        delta_p_rms=_root(mean_estimate(tokens.delta_p.astype(np.float64) ** 2, seed)),
+        delta_p_rms=_root(mean_estimate(tokens.delta_p**2, seed)),
         kld_histogram=_histogram(kld),
-        kld_by_position=tuple(float(part.mean(dtype=np.float64)) for part in _stretches(kld)),
+        kld_by_position=tuple(float(part.mean()) for part in _stretches(kld)),
     )
 
 
@@ -76,7 +76,7 @@ def _root(estimate: Estimate) -> Estimate:
     return Estimate(*(float(np.sqrt(max(value, 0.0))) for value in (estimate.value, estimate.low, estimate.high)))
 
 
-def _distribution(values: NDArray[np.float32], percentiles: dict[str, float], mean: Estimate) -> Distribution:
+def _distribution(values: NDArray[np.float64], percentiles: dict[str, float], mean: Estimate) -> Distribution:
     return Distribution(
         mean=mean,
         percentiles={name: float(np.percentile(values, level)) for name, level in percentiles.items()},
@@ -85,11 +85,11 @@ def _distribution(values: NDArray[np.float32], percentiles: dict[str, float], me
     )
 
 
-def _histogram(values: NDArray[np.float32]) -> Histogram:
+def _histogram(values: NDArray[np.float64]) -> Histogram:
     clipped = np.clip(values, HISTOGRAM_EDGES[0], HISTOGRAM_EDGES[-1])
     counts, _ = np.histogram(clipped, bins=np.asarray(HISTOGRAM_EDGES))
     return Histogram(HISTOGRAM_EDGES, tuple(int(count) for count in counts))
 
 
-def _stretches(values: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+def _stretches(values: NDArray[np.float64]) -> list[NDArray[np.float64]]:
     return np.array_split(values, min(POSITION_BINS, values.shape[1]), axis=1)
