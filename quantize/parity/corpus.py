@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,20 +17,60 @@ if TYPE_CHECKING:
 
 BUILTIN, WIKITEXT = "builtin", "wikitext-2"
 WIKITEXT_REPO, WIKITEXT_FILE = "Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet"
+FIRST_HEADING = re.compile(r"= (?!=).*(?<!=) =")
+SPELLING = (
+    (r"s '", r"s'"),
+    (r"/' [0-9]/", r"/'[0-9]/"),
+    *((f" @{re.escape(mark)}@ ", mark) for mark in "-,."),
+    *((f" {re.escape(mark)} ", f"{mark} ") for mark in ":;.!?,"),
+    (r"\(\s*([^)]*?)\s*\)", r"(\1)"),
+    (r"\[\s*([^]]*?)\s*\]", r"[\1]"),
+    (r"{\s*([^}]*?)\s*}", r"{\1}"),
+    (r'"\s*([^"]*?)\s*"', r'"\1"'),
+    (r"'\s*([^']*?)\s*'", r"'\1'"),
+    (r"= (?==)", "="),
+    (r" ° ", "°"),
+    (r" \n", "\n"),
+    (r"\n ", "\n"),
+    (r" N ", " 1 "),
+    (r" 's", "'s"),
+)
 FEWEST_WINDOWS = 8
 """Below this an interval over windows says nothing."""
 
 
 @dataclass(frozen=True)
+class Document:
+    """A text to be read on its own, and the words and bytes that its nll is spread over."""
+
+    text: str
+    words: int
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Corpus:
-    """A text and the name it goes by in the evidence."""
+    """A text and the name it goes by in the evidence; `pages` are the articles of a WikiText, as they are stored."""
 
     name: str
     text: str
+    pages: tuple[str, ...] = ()
 
     @property
     def sha256(self) -> str:
         return hashlib.sha256(self.text.encode()).hexdigest()
+
+    def documents(self) -> tuple[Document, ...]:
+        """Pages as lm-evaluation-harness reads them, or the whole text where there are none.
+
+        Words and bytes are those of the stored text, not of the one that is read.
+        """
+        stored = self.pages or (self.text,)
+        read = [detokenized(page) for page in self.pages] or [self.text]
+        return tuple(
+            Document(text, len(re.split(r"\s+", original)), len(original.encode()))
+            for text, original in zip(read, stored, strict=True)
+        )
 
 
 def load(name: str) -> Corpus:
@@ -73,7 +114,26 @@ def wikitext() -> Corpus:
         ) from None
     commit, path = hub.dataset_file(WIKITEXT_REPO, WIKITEXT_FILE)
     rows = pyarrow.parquet.read_table(path, columns=["text"]).column("text").to_pylist()
-    return Corpus(f"{WIKITEXT_REPO}@{commit} wikitext-2-raw-v1 test", "\n\n".join(rows))
+    name = f"{WIKITEXT_REPO}@{commit} wikitext-2-raw-v1 test"
+    return Corpus(name, "\n\n".join(rows), tuple(pages_of("".join(rows))))
+
+
+def pages_of(text: str) -> list[str]:
+    """A WikiText's articles: each begins with a heading of the first level, ` = Title = `."""
+    pages: list[list[str]] = [[]]
+    for line in text.split("\n"):
+        if FIRST_HEADING.fullmatch(line.strip()):
+            pages.append([])
+        pages[-1].append(line)
+    joined = ["\n".join(page) for page in pages]
+    return [page for page in joined if page.strip()]
+
+
+def detokenized(page: str) -> str:
+    """A WikiText page in ordinary spelling, by the substitutions of lm-evaluation-harness's task wikitext."""
+    for pattern, replacement in SPELLING:
+        page = re.sub(pattern, replacement, page)
+    return page
 
 
 def is_reserved(topic: str) -> bool:

@@ -1,0 +1,123 @@
+"""Two published ways to state a perplexity, so that a model's numbers can be held against papers.
+
+Neither judges anything here. Each reads the whole text once with one model, in segments of which only the last
+tokens are scored.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quantize.parity import scoring
+from quantize.parity.corpus import Corpus
+
+STRIDE = 512
+SLIDING = ("sliding window perplexity",)
+HARNESS = ("word perplexity", "byte perplexity", "bits per byte")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens of which the model reads all but the last and is scored on the last `scored`."""
+
+    tokens: Sequence[int]
+    scored: int
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One convention's segments for a text, and how their nll sums (nats) become the figures that it names."""
+
+    method: str
+    segments: tuple[Segment, ...]
+    names: tuple[str, ...]
+    figures: Callable[[Sequence[float]], tuple[float, ...]]
+
+
+def readings(corpus: Corpus, tokenizer: Any, context: int) -> tuple[Reading, ...]:
+    """Both conventions for a model that reads `context` tokens."""
+    return sliding_window(corpus, tokenizer, context, min(STRIDE, context // 2)), harness(corpus, tokenizer, context)
+
+
+def sliding_window(corpus: Corpus, tokenizer: Any, context: int, stride: int) -> Reading:
+    """Overlapping windows, each scored on what the ones before it did not score.
+
+    As the Hugging Face guide to the perplexity of fixed-length models does it: exp of the windows' mean nll, weighted
+    with one less than the tokens that each counts as its own.
+    """
+    ids = tokenizer(corpus.text, verbose=False).input_ids
+    ends = [*itertools.takewhile(lambda end: end < len(ids), range(context, len(ids), stride)), len(ids)]
+    own = [end - earlier for earlier, end in zip([0, *ends], ends, strict=False)]
+    begins = [index * stride for index in range(len(ends))]
+    segments = [
+        Segment(ids[begin:end], min(count, end - begin - 1))
+        for begin, end, count in zip(begins, ends, own, strict=True)
+    ]
+
+    def figures(sums: Sequence[float]) -> tuple[float, ...]:
+        means = [total / max(1, segment.scored) for total, segment in zip(sums, segments, strict=True)]
+        weighted = sum(mean * (count - 1) for mean, count in zip(means, own, strict=True))
+        return (math.exp(weighted / sum(count - 1 for count in own)),)
+
+    return Reading(f"sliding window of {context} tokens, stride {stride}", tuple(segments), SLIDING, figures)
+
+
+def harness(corpus: Corpus, tokenizer: Any, context: int) -> Reading:
+    """Every document on its own in disjoint windows, and its nll spread over the words and bytes of the raw text.
+
+    As lm-evaluation-harness does it for its task wikitext, version 2: the first window follows a start token, each
+    further one the last token of the window before, and a shorter last window is filled with context.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    documents = corpus.documents()
+    segments = tuple(
+        segment
+        for document in documents
+        for segment in _disjoint([start, *tokenizer(document.text, verbose=False).input_ids], context)
+    )
+    words, size = sum(document.words for document in documents), sum(document.bytes for document in documents)
+
+    def figures(sums: Sequence[float]) -> tuple[float, ...]:
+        total = math.fsum(sums)
+        return math.exp(total / words), math.exp(total / size), total / size / math.log(2)
+
+    return Reading(f"lm-evaluation-harness, windows of {context} tokens", segments, HARNESS, figures)
+
+
+def figures(
+    model: Any, readings: Sequence[Reading], device: str, advance: Callable[[int], None] = lambda amount: None
+) -> list[float]:
+    """What `model` reaches by each reading, in the order of their names."""
+    return [
+        figure for reading in readings for figure in reading.figures(nll_sums(model, reading.segments, device, advance))
+    ]
+
+
+def nll_sums(model: Any, segments: Sequence[Segment], device: str, advance: Callable[[int], None]) -> list[float]:
+    """Nats of each segment's scored tokens under `model`; segments of equal length are read together."""
+    import torch
+
+    vocabulary, sums = scoring.vocabulary_of(model), []
+    with torch.inference_mode():
+        for length, group in itertools.groupby(segments, key=lambda segment: len(segment.tokens)):
+            for batch in _batches(list(group), scoring.batch_of(length * vocabulary, device)):
+                tokens = torch.tensor([segment.tokens for segment in batch], device=device)
+                nll = scoring.nll(model(tokens[:, :-1]).logits, tokens[:, 1:])
+                sums += [float(row[len(row) - one.scored :].sum()) for row, one in zip(nll, batch, strict=True)]
+                advance(len(batch))
+    return sums
+
+
+def _disjoint(tokens: list[int], context: int) -> Iterator[Segment]:
+    """Segments that score each of `tokens` but the first once, `context` at a time."""
+    for begin in range(0, len(tokens) - 1, context):
+        end = min(begin + context, len(tokens) - 1)
+        yield Segment(tokens[max(0, end - context) : end + 1], end - begin)
+
+
+def _batches(segments: list[Segment], size: int) -> Iterator[list[Segment]]:
+    return (segments[start : start + size] for start in range(0, len(segments), size))
