@@ -99,7 +99,7 @@ def command(source: Source, recipe: Recipe, settings: ParitySettings) -> str:
         words += ["--compute-dtype", recipe.compute_dtype]
     for module in recipe.skip_modules:
         words += ["--skip-modules", module]
-    words += [f"--{name}" for name in ("full", "controls") if getattr(settings, name)]
+    words += [f"--{name}" for name in ("full", "controls", "conventions") if getattr(settings, name)]
     for name in ("corpus", "window", "max_windows", "new_tokens", "seed", "require"):
         if getattr(settings, name) != getattr(ParitySettings, name):
             words += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import signal
 import sys
@@ -114,6 +115,11 @@ def parity_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--controls", is_flag=True, help="Measure the float16 source, int8 and stock NF4 in the same run."
         ),
         click.option(
+            "--conventions",
+            is_flag=True,
+            help="Also state both perplexities as papers do: sliding window, and lm-evaluation-harness.",
+        ),
+        click.option(
             "--seed",
             type=click.IntRange(0, 2**32 - 1),
             default=ParitySettings.seed,
@@ -131,7 +137,7 @@ def parity_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def wrapped(**given: Any) -> Any:
-        names = ("corpus", "window", "max_windows", "new_tokens", "seed", "full", "controls", "require")
+        names = ("corpus", "window", "max_windows", "new_tokens", "seed", "full", "controls", "conventions", "require")
         return command(settings=ParitySettings(**{name: given.pop(name) for name in names}), **given)
 
     return functools.reduce(lambda inner, option: option(inner), reversed(options), wrapped)
@@ -150,6 +156,12 @@ against_option = click.option(
     "--against",
     metavar="MODEL",
     help="The original model: a Hub id or a folder. Needed where no record names it.",
+)
+cache_option = click.option(
+    "--reference-cache",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Load the models one at a time and keep the original's answers in FILE, also for the next candidate.",
 )
 
 
@@ -189,6 +201,7 @@ def cli() -> None:
 @device_option
 @trust_option
 @click.option("--force", is_flag=True, help="Replace a finished package.")
+@cache_option
 @parity_options
 @output_options
 def run(
@@ -203,6 +216,7 @@ def run(
     device: str,
     trust_remote_code: bool,
     force: bool,
+    reference_cache: Path | None,
     settings: ParitySettings,
     output: Output,
 ) -> None:
@@ -224,7 +238,9 @@ def run(
         compute_dtype=compute_dtype,
         skip_modules=skip_modules,
     )
-    request = pipeline.RunRequest(model, revision, folder, recipe, settings, device, trust_remote_code, force)
+    request = pipeline.RunRequest(
+        model, revision, folder, recipe, settings, device, trust_remote_code, force, reference_cache
+    )
     result = pipeline.run(request, output.progress)
     made = result.package
     if not result.created:
@@ -244,6 +260,7 @@ def run(
 @click.option("--figures", type=FOLDER, help="Write the figures into this folder.")
 @device_option
 @trust_option
+@cache_option
 @parity_options
 @output_options
 def verify(
@@ -252,6 +269,7 @@ def verify(
     figures: Path | None,
     device: str,
     trust_remote_code: bool,
+    reference_cache: Path | None,
     settings: ParitySettings,
     output: Output,
 ) -> None:
@@ -265,7 +283,7 @@ def verify(
     """
     from quantize import console, pipeline
 
-    parity = pipeline.verify(checkpoint, against, settings, device, output.progress, trust_remote_code)
+    parity = pipeline.verify(checkpoint, against, settings, device, output.progress, trust_remote_code, reference_cache)
     if figures is not None:
         pipeline.draw_figures(parity, figures)
     output.show(parity, lambda terminal: console.show_parity(terminal, parity))
@@ -330,6 +348,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of every kernel that it falls back from
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         cli.main(arguments, prog_name="quantize", standalone_mode=False)

@@ -45,7 +45,11 @@ class Terminal:
         columns = [
             TextColumn("    {task.description}", markup=False),
             BarColumn(),
-            *([MofNCompleteColumn()] if unit in ("windows", "prompts") else [TextColumn("{task.percentage:>3.0f} %")]),
+            *(
+                [MofNCompleteColumn()]
+                if unit in ("windows", "prompts", "segments")
+                else [TextColumn("{task.percentage:>3.0f} %")]
+            ),
             TimeRemainingColumn(),
         ]
         with Progress(*columns, console=self.console, transient=True) as progress:
@@ -113,7 +117,7 @@ def _scores_table(parity: Parity) -> Table:
     enough = " decided" if text.scored < text.windows and parity.looks[-1].certain else ""
     caption = f"{text.scored} of {text.windows} windows of {text.window} tokens of {text.name}{enough}; 95 % intervals"
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
-    for name in ("metric", "original", "quantized", "interval", "limit", "pass"):
+    for name in ("metric", "reference", "candidate", "interval", "limit", "pass"):
         table.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
     ratio, kld, top = scores.perplexity_ratio, scores.kld.mean, scores.same_top
     table.add_row(
@@ -137,7 +141,9 @@ def _scores_table(parity: Parity) -> Table:
         table.add_row(
             f"  {control.name}: ratio", "1", f"{control.perplexity_ratio.value:.4f}", _range(control.perplexity_ratio)
         )
-        table.add_row(f"  {control.name}: KLD", "0", f"{control.kld.value:.4f}", _range(control.kld))
+        table.add_row(f"  {control.name}: KLD", "0", f"{control.kld.value:.4f}", _range(control.kld), control.grade)
+    for figure in parity.conventions:
+        table.add_row(figure.name, f"{figure.reference:.4f}", f"{figure.candidate:.4f}")
     if generated is not None:
         table.add_row("greedy equal at 16", "1", f"{generated.identical_at_16:.2f}")
         table.add_row("cached agreement", "1", f"{generated.cached_agreement:.4f}")

@@ -19,6 +19,10 @@ REPORTED = (
     "tokenizers",
 )
 
+FEWEST_SHARE, LARGEST_SHARE = 0.6, 0.9
+WORKING_MEMORY = 1_500_000_000
+"""Bytes for logits, activations and the cache of a generation."""
+
 
 def choose(device: str) -> str:
     """`auto` is the first CUDA or XPU device where there is one, otherwise the CPU; anything else is checked."""
@@ -75,6 +79,31 @@ def free_memory(device: str) -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)
+
+
+def room(device: str) -> int:
+    """Bytes that models may take on `device`: what is free, less what arithmetic needs and a reserve for others."""
+    free = free_memory(device)
+    return max(int(free * FEWEST_SHARE), int(free * LARGEST_SHARE) - WORKING_MEMORY)
+
+
+def accelerators(device: str) -> dict[int | str, int]:
+    """Room on all devices of the kind of `device`, it first, by the number that accelerate knows them by."""
+    import torch
+
+    kind, _, number = device.partition(":")
+    if kind == "cpu":
+        return {}
+    first = int(number or 0)
+    numbers = [first, *(other for other in range(getattr(torch, kind).device_count()) if other != first)]
+    return {one: room(f"{kind}:{one}") for one in numbers}
+
+
+def name(place: object) -> str:
+    """What accelerate's device map calls a place, in words: a bare number is an accelerator's."""
+    import torch
+
+    return str(torch.device(place)) if isinstance(place, int) else str(place)
 
 
 def _processor_name() -> str:

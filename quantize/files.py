@@ -1,13 +1,15 @@
-"""Hashes of files, and room for them."""
+"""Hashes of files, room for them, and locks on them."""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from quantize.errors import StorageError
+from quantize.errors import QuantizeError, StorageError
 from quantize.records import FileRecord
 
 CHUNK = 1 << 20
@@ -39,6 +41,26 @@ def require_space(folder: Path, needed: int, purpose: str) -> None:
             f"{purpose} needs {needed / 1e9:.2f} GB and the disk of {existing} has {free / 1e9:.2f} GB free: "
             f"make room or choose another place"
         )
+
+
+@contextmanager
+def locked(path: Path, busy: QuantizeError) -> Iterator[None]:
+    """Hold `path` for this process alone; raises `busy` where another one does.
+
+    The lock file lies outside the user's folders and is never removed: one that vanishes can be held twice.
+    """
+    from filelock import FileLock, Timeout
+
+    name = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]
+    lock = FileLock(Path(tempfile.gettempdir()) / f"quantize-{name}.lock", mode=0o666)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise busy from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def git_blob_id(path: Path) -> str:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from quantize.errors import PackageError, storage_errors
-from quantize.files import records_of
+from quantize.files import locked, records_of
 from quantize.records import Checkout, Parity, ParitySettings, Provenance, Recipe, Source, read_record, to_json
 
 PROVENANCE, PARITY, CARD, FIGURES = "provenance.json", "parity.json", "README.md", "figures"
@@ -36,25 +34,17 @@ def building_site(output: Path) -> Iterator[Path]:
 
     What a killed run left there is removed first. Raises PackageError when another run builds the same package.
     """
-    from filelock import FileLock, Timeout
-
     site = output.with_name(f"{output.name}{BUILDING}")
-    lock = FileLock(_lock_path(output), mode=0o666)
-    with storage_errors(output.parent):
-        output.parent.mkdir(parents=True, exist_ok=True)
+    busy = PackageError(f"another run is building {output}: wait for it, or name another --output")
+    with storage_errors(site), locked(output, busy):
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise PackageError(f"another run is building {output}: wait for it, or name another --output") from None
-    try:
-        with storage_errors(site):
+            output.parent.mkdir(parents=True, exist_ok=True)
             _restore(output)
             shutil.rmtree(site, ignore_errors=True)
             site.mkdir()
             yield site
-    finally:
-        shutil.rmtree(site, ignore_errors=True)
-        lock.release()
+        finally:
+            shutil.rmtree(site, ignore_errors=True)
 
 
 def finished(output: Path, source: Source, recipe: Recipe, settings: ParitySettings) -> Package | None:
@@ -150,12 +140,6 @@ def _restore(output: Path) -> None:
     for final in (output, output.with_name(f"{output.name}{REFUSED}")):
         if _outdated(final).exists() and not final.exists():
             _outdated(final).rename(final)
-
-
-def _lock_path(output: Path) -> Path:
-    """Outside the user's folders, and never removed: a lock file that vanishes can be held twice."""
-    name = hashlib.sha256(str(output.absolute()).encode()).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"quantize-{name}.lock"
 
 
 def _flush(folder: Path) -> None:

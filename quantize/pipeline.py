@@ -33,6 +33,7 @@ class RunRequest:
     device: str = "auto"
     trust_remote_code: bool = False
     force: bool = False
+    reference_cache: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
         package.copy_carried(checkout, source.carried_files(checkout.source), site)
         progress.stage("verify against the source")
         with _controls(checkout, request.settings, device, progress) as controls:
-            parity = measure(checkout, site, request.settings, device, progress, _promise(request.recipe), controls)
+            promise, kept = _promise(request.recipe), request.reference_cache
+            parity = measure(checkout, site, request.settings, device, progress, promise, controls, kept)
         progress.stage("write card and provenance")
         provenance = Provenance(
             tool=TOOL,
@@ -93,6 +95,7 @@ def verify(
     device: str,
     progress: Progress,
     trust_remote_code: bool = False,
+    reference_cache: Path | None = None,
 ) -> Parity:
     """Measure a package against its pinned source, or any bitsandbytes checkpoint against the source named.
 
@@ -114,7 +117,7 @@ def verify(
         promise = None
     progress.stage(f"verify on {chosen}")
     with _controls(checkout, settings, chosen, progress) as controls:
-        return measure(checkout, folder, settings, chosen, progress, promise, controls)
+        return measure(checkout, folder, settings, chosen, progress, promise, controls, reference_cache)
 
 
 def draw_figures(parity: Parity, folder: Path) -> None:

@@ -104,6 +104,7 @@ class ParitySettings:
     seed: int = 0
     full: bool = False
     controls: bool = False
+    conventions: bool = False
     require: str = "good"
 
 
@@ -185,6 +186,33 @@ class Control:
     perplexity_ratio: Estimate
     kld: Estimate
     same_top: Estimate
+    grade: str
+
+
+@dataclass(frozen=True)
+class Convention:
+    """One figure of a published way to state a perplexity, for both models on the whole text."""
+
+    name: str
+    method: str
+    reference: float
+    candidate: float
+
+
+@dataclass(frozen=True)
+class CacheRecord:
+    """What it cost that the reference's answers, computed in `dtype`, were kept in `bits` bits a logit.
+
+    Over the windows scored: KLD (nats) of the kept against the exact distribution, mean and largest, and the mean
+    change of the right token's nll, which is the error of the reference's log-perplexity.
+    """
+
+    bits: int
+    dtype: str
+    windows: int
+    mean_kld: float
+    largest_kld: float
+    mean_nll_shift: float
 
 
 @dataclass(frozen=True)
@@ -273,17 +301,21 @@ class Parity:
     """The evidence. Scores and generation are None when a structural check already failed.
 
     The two types are those of the arithmetic; on a CPU the candidate's stored half-precision values are summed
-    in float32 after a check that this makes no difference.
+    in float32 after a check that this makes no difference. `reference_places` are the devices that held the
+    reference's weights.
     """
 
     reference_dtype: str
+    reference_places: tuple[str, ...]
     candidate_dtype: str
     corpus: CorpusRecord | None
     checks: tuple[Check, ...]
     weight_errors: dict[str, float]
     scores: Scores | None
     looks: tuple[Look, ...]
+    reference_cache: CacheRecord | None
     controls: tuple[Control, ...]
+    conventions: tuple[Convention, ...]
     generation: Generation | None
     verdict: Verdict
     sizes: Sizes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +23,45 @@ def prompts() -> tuple[str, ...]:
     return tuple(line for line in text.splitlines() if line)
 
 
+@dataclass(frozen=True)
+class _Continued:
+    """How one model goes on after one prompt, in tokens: greedily, and sampled under the seed."""
+
+    greedy: list[int]
+    sampled: list[int]
+
+
 def compare(pair: Pair, new_tokens: int, seed: int, advance: Callable[[int], None]) -> Generation:
-    """Continue every prompt by up to `new_tokens` tokens with both models and compare."""
-    rows = []
-    for prompt in prompts():
-        rows.append(_compare_prompt(pair, prompt, new_tokens, seed))
-        advance(1)
-    samples = tuple(sample for sample, _ in rows)
-    agreements = [agreement for _, agreement in rows]
+    """Continue every prompt by up to `new_tokens` tokens with both models and compare.
+
+    Each model does all its work before the other is asked, and `advance` is told of each prompt it has done.
+    """
+    encoded = [_encode(pair, prompt) for prompt in prompts()]
+    limits = [max(1, min(new_tokens, pair.context - ids.shape[1])) for ids in encoded]
+    originals = [
+        _continue_both(pair, pair.reference, ids, limit, seed, advance)
+        for ids, limit in zip(encoded, limits, strict=True)
+    ]
+    copies = [
+        _continue_both(pair, pair.candidate, ids, limit, seed, advance)
+        for ids, limit in zip(encoded, limits, strict=True)
+    ]
+    along = list(zip(encoded, (original.greedy for original in originals), strict=True))
+    prefill = [_prefill_agreement(pair.candidate, ids, text) for ids, text in along]
+    cached = [_cached_agreement(pair.candidate, ids, text) for ids, text in along]
+    samples = tuple(
+        Sample(
+            prompt=prompt,
+            reference_greedy=_text(pair, original.greedy),
+            candidate_greedy=_text(pair, copy.greedy),
+            first_divergence=first_divergence(original.greedy, copy.greedy),
+            reference_sampled=_text(pair, original.sampled),
+            candidate_sampled=_text(pair, copy.sampled),
+            reference_sampled_nll=_nll(pair.reference, ids, original.sampled),
+            candidate_sampled_nll=_nll(pair.reference, ids, copy.sampled),
+        )
+        for prompt, ids, original, copy in zip(prompts(), encoded, originals, copies, strict=True)
+    )
     return Generation(
         new_tokens=new_tokens,
         seed=seed,
@@ -38,10 +70,10 @@ def compare(pair: Pair, new_tokens: int, seed: int, advance: Callable[[int], Non
         top_p=TOP_P,
         identical_at_16=_identical(samples, 16),
         identical_at_32=_identical(samples, 32),
-        prefill_agreement=_mean([agreement["prefill"] for agreement in agreements]),
-        cached_agreement=_mean([agreement["cached"] for agreement in agreements]),
-        reference_repetition=_mean([agreement["reference_repetition"] for agreement in agreements]),
-        candidate_repetition=_mean([agreement["candidate_repetition"] for agreement in agreements]),
+        prefill_agreement=_mean(prefill),
+        cached_agreement=_mean(cached),
+        reference_repetition=_mean([repetition(original.greedy) for original in originals]),
+        candidate_repetition=_mean([repetition(copy.greedy) for copy in copies]),
         samples=samples,
     )
 
@@ -60,28 +92,17 @@ def first_divergence(left: list[int], right: list[int]) -> int | None:
     return None if len(left) == len(right) else min(len(left), len(right))
 
 
-def _compare_prompt(pair: Pair, prompt: str, new_tokens: int, seed: int) -> tuple[Sample, dict[str, float]]:
-    ids = pair.tokenizer(prompt, return_tensors="pt", add_special_tokens=True).input_ids.to(pair.device)
-    limit = max(1, min(new_tokens, pair.context - ids.shape[1]))
-    greedy = [_continue(pair, model, ids, limit, None) for model in (pair.reference, pair.candidate)]
-    sampled = [_continue(pair, model, ids, limit, seed) for model in (pair.reference, pair.candidate)]
-    sample = Sample(
-        prompt=prompt,
-        reference_greedy=_text(pair, greedy[0]),
-        candidate_greedy=_text(pair, greedy[1]),
-        first_divergence=first_divergence(greedy[0], greedy[1]),
-        reference_sampled=_text(pair, sampled[0]),
-        candidate_sampled=_text(pair, sampled[1]),
-        reference_sampled_nll=_nll(pair.reference, ids, sampled[0]),
-        candidate_sampled_nll=_nll(pair.reference, ids, sampled[1]),
-    )
-    agreement = {
-        "prefill": _prefill_agreement(pair.candidate, ids, greedy[0]),
-        "cached": _cached_agreement(pair.candidate, ids, greedy[0]),
-        "reference_repetition": repetition(greedy[0]),
-        "candidate_repetition": repetition(greedy[1]),
-    }
-    return sample, agreement
+def _encode(pair: Pair, prompt: str) -> torch.Tensor:
+    ids: torch.Tensor = pair.tokenizer(prompt, return_tensors="pt", add_special_tokens=True).input_ids
+    return ids.to(pair.device)
+
+
+def _continue_both(
+    pair: Pair, model: Any, ids: torch.Tensor, limit: int, seed: int, advance: Callable[[int], None]
+) -> _Continued:
+    continued = _Continued(_continue(pair, model, ids, limit, None), _continue(pair, model, ids, limit, seed))
+    advance(1)
+    return continued
 
 
 def _continue(pair: Pair, model: Any, ids: torch.Tensor, limit: int, seed: int | None) -> list[int]:

@@ -1,67 +1,199 @@
-"""Reference and candidate, loaded from their folders by stock transformers."""
+"""Reference and candidate, loaded from their folders by stock transformers, where their memory allows."""
 
 from __future__ import annotations
 
+import functools
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from quantize import devices
 from quantize.errors import DeviceError
 from quantize.records import Checkout
 
-FLOAT32_SHARE = 0.6
-"""Of the free memory: above it the reference is loaded in half precision, and the evidence says so."""
+HALF = {"BF16": "bfloat16"}
+"""The half precision of a source by the type it is stored in; float16 for all others."""
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Two models of the same shape on one device, and the source's tokenizer."""
+class Placed:
+    """A model in memory: the type of its arithmetic, and the devices that hold its weights, the main one first."""
 
-    reference: Any
-    candidate: Any
-    tokenizer: Any
-    reference_dtype: str
-    device: str
+    model: Any
+    dtype: str
+    places: tuple[str, ...]
+
+
+class Pair:
+    """The two models of a comparison on one device, and the source's tokenizer.
+
+    Side by side both stay in memory. One at a time, asking for one drops the other, so whoever uses a pair does
+    all that it can with one model before it turns to the other.
+    """
+
+    def __init__(
+        self, checkout: Checkout, candidate: Path, device: str, trust: bool, tokenizer: Any, alone: bool
+    ) -> None:
+        self.checkout, self.folder, self.device, self.trust = checkout, candidate, device, trust
+        self.tokenizer, self.alone = tokenizer, alone
+        self.reference_dtype, self.candidate_dtype = "none", "none"
+        self.reference_places: tuple[str, ...] = ()
+        self._wide = False
+        self._seats: dict[str, Placed] = {}
+        self._offload = TemporaryDirectory(prefix="quantize-offload-")
+
+    def __enter__(self) -> Pair:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._seats.clear()
+        self._offload.cleanup()
+
+    @property
+    def reference(self) -> Any:
+        return self.placed_reference.model
+
+    @property
+    def placed_reference(self) -> Placed:
+        beside = 0 if self.alone or "candidate" in self._seats else weight_bytes(self.folder)
+        return self._seat("reference", lambda: self._load_reference(beside))
+
+    @property
+    def candidate(self) -> Any:
+        return self._seat("candidate", self._load_candidate).model
+
+    @functools.cached_property
+    def _config(self) -> Any:
+        from transformers import AutoConfig
+
+        trust = self.checkout.source.remote_code
+        config = AutoConfig.from_pretrained(self.checkout.folder, local_files_only=True, trust_remote_code=trust)
+        return config.get_text_config()
 
     @property
     def context(self) -> int:
         """The longest window that the model reads, in tokens."""
-        config = self.reference.config.get_text_config()
-        return int(getattr(config, "max_position_embeddings", None) or 1024)
+        return int(getattr(self._config, "max_position_embeddings", None) or 1024)
+
+    @property
+    def vocabulary(self) -> int:
+        """Logits that the reference gives for each position."""
+        return int(self._config.vocab_size)
+
+    @contextmanager
+    def weights_beside_candidate(self) -> Iterator[tuple[Any, Any]]:
+        """Reference and candidate together, for their weights; one at a time the reference gets what room is left."""
+        candidate = self.candidate
+        if self.alone:
+            yield self._load_reference(0).model, candidate
+        else:
+            yield self.reference, candidate
+
+    def another(self, folder: Path, dtype: str | None) -> Any:
+        """Another version of the source, which one at a time takes the place of both."""
+        if self.alone:
+            self._clear()
+        placed = load_candidate(folder, self.device, self.checkout.source.remote_code, dtype)
+        if self._wide and dtype is None:
+            widen(placed.model)
+        return placed.model
+
+    def widen(self) -> None:
+        """Load the candidate again to compute in float32 from now on, and others in its place as well."""
+        self._wide = True
+        self._seats.pop("candidate", None)
+
+    def _seat(self, name: str, load: Callable[[], Placed]) -> Placed:
+        if name not in self._seats:
+            if self.alone:
+                self._clear()
+            self._seats[name] = load()
+        return self._seats[name]
+
+    def _clear(self) -> None:
+        import torch
+
+        self._seats.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _load_reference(self, beside: int) -> Placed:
+        placed = load_reference(self.checkout, self.device, beside, Path(self._offload.name))
+        self.reference_dtype, self.reference_places = placed.dtype, placed.places
+        return placed
+
+    def _load_candidate(self) -> Placed:
+        placed = load_candidate(self.folder, self.device, self.trust)
+        self.candidate_dtype = placed.dtype
+        if self._wide:
+            widen(placed.model)
+            self.candidate_dtype = "float32"
+        return placed
 
 
-def load_reference(checkout: Checkout, device: str) -> tuple[Any, str]:
-    """The source in float32, or in its own half precision where float32 does not fit; and which it was."""
-    import torch
+def load_reference(checkout: Checkout, device: str, beside: int, offload: Path) -> Placed:
+    """The source in float32, in half precision where that does not fit, or spread where neither does.
 
-    roomy = checkout.source.parameters * 4 <= devices.free_memory(device) * FLOAT32_SHARE
-    half = torch.bfloat16 if checkout.source.dtype == "BF16" else torch.float16
-    dtype = torch.float32 if roomy else half
-    model = _load(checkout.folder, device, checkout.source.remote_code, dtype=dtype)
-    return model, str(dtype).removeprefix("torch.")
+    `beside` bytes are left free on `device` for another model. Spread means accelerate's device map: further
+    accelerators, the CPU's memory, and at last the folder `offload` on disk.
+    """
+    source, room = checkout.source, devices.room(device) - beside
+    half = HALF.get(source.dtype, "float16")
+    for dtype, width in (("float32", 4), (half, 2)):
+        if source.parameters * width <= room:
+            return _load(checkout.folder, source.remote_code, {"": device}, dtype=dtype)
+    memory = {**devices.accelerators(device), "cpu": devices.room("cpu")}
+    first = next(iter(memory))
+    memory[first] = max(0, memory[first] - beside)
+    return _load(
+        checkout.folder, source.remote_code, "auto", dtype=half, max_memory=memory, offload_folder=offload / source.name
+    )
 
 
-def load_candidate(folder: Path, device: str, trust_remote_code: bool, dtype: str | None = None) -> Any:
-    """The package as its users load it: where `dtype` is not given, types come from its config."""
-    options = {} if dtype is None else {"dtype": dtype}
-    return _load(folder, device, trust_remote_code, **options)
+def load_candidate(folder: Path, device: str, trust_remote_code: bool, dtype: str | None = None) -> Placed:
+    """The package as its users load it: where `dtype` is not given, types come from its config.
+
+    One that is too large for `device` is spread over all accelerators; raises DeviceError where that is too little.
+    """
+    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    needed = weight_bytes(folder)
+    if needed <= devices.room(device):
+        return _load(folder, trust_remote_code, {"": device}, **options)
+    memory = devices.accelerators(device)
+    if needed > sum(memory.values()):
+        raise DeviceError(
+            f"{folder.name} needs {needed / 1e9:.2f} GB on {device}, where {devices.room(device) / 1e9:.2f} GB can be "
+            f"used: try --reference-cache FILE, which loads one model at a time, or another --device"
+        )
+    return _load(folder, trust_remote_code, "auto", max_memory=memory, **options)
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def widen(model: Any) -> None:
-    """Let a quantized model compute in float32, over exactly the weights that it stores.
+    """Let a model that was just loaded onto the CPU compute in float32, over exactly the weights that it stores.
 
-    CPUs without half-precision units compute several times slower in it. Dequantized weights, embeddings, norms
-    and biases keep their stored values; only products and sums are done in more digits.
+    Kernels of bitsandbytes for CPUs unpack a matrix anew for every call, and some round activations and scales to
+    bfloat16. Here 4-bit matrices are unpacked once by transformers, where memory allows, and only products and sums
+    are done in more digits: every value stays the stored one.
     """
     import torch
 
+    if getattr(model, "is_loaded_in_4bit", False) and 4 * model.num_parameters() <= devices.room("cpu"):
+        model.dequantize(dtype=torch.float32)
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if parameter.is_floating_point():
                 parameter.data = parameter.data.float()
-        if getattr(module, "compute_dtype", None) is not None:
-            module.compute_dtype = torch.float32
+        if type(module).__name__ == "Linear4bit":
+            module.compute_dtype, module.support_avx512bf16_for_cpu = torch.float32, False
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
@@ -70,20 +202,25 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
 
 
-def _load(folder: Path, device: str, trust_remote_code: bool, **options: Any) -> Any:
+def _load(folder: Path, trust_remote_code: bool, device_map: Any, **options: Any) -> Placed:
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
-            device_map={"": device},
+            device_map=device_map,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=trust_remote_code,
             **options,
         )
     except torch.OutOfMemoryError as error:
-        raise DeviceError(f"{folder.name} does not fit on {device} beside the other model: try --device cpu") from error
+        raise DeviceError(
+            f"{folder.name} does not fit beside the other model: try --reference-cache FILE, which loads one model at "
+            f"a time, or --device cpu"
+        ) from error
     model.generation_config = GenerationConfig()  # its own may ask for sampling or penalties where none are wanted
-    return model.eval()
+    where = device_map if isinstance(device_map, dict) else model.hf_device_map
+    places = tuple(dict.fromkeys(devices.name(place) for place in where.values()))
+    return Placed(model.eval(), str(model.dtype).removeprefix("torch."), places)

@@ -11,16 +11,53 @@ from typing import TYPE_CHECKING, Any
 
 from quantize import devices
 from quantize.errors import CorruptModel, DeviceError
-from quantize.parity import corpus, generation, scoring, sequential, statistics, structure, verdict
-from quantize.parity.loading import Pair, load_candidate, load_reference, load_tokenizer, widen
+from quantize.parity import conventions, corpus, generation, scoring, sequential, statistics, structure, verdict
+from quantize.parity.cache import ReferenceCache, contents_of
+from quantize.parity.loading import Pair, load_tokenizer, weight_bytes
 from quantize.progress import Progress
-from quantize.records import Check, Checkout, Control, Generation, Look, Parity, ParitySettings, Scores, Sizes
+from quantize.records import (
+    CacheRecord,
+    Check,
+    Checkout,
+    Control,
+    Convention,
+    CorpusRecord,
+    Generation,
+    Look,
+    Parity,
+    ParitySettings,
+    Scores,
+    Sizes,
+)
 
 if TYPE_CHECKING:
     import torch
 
-ARITHMETIC_WINDOWS = 2
+ARITHMETIC_WINDOWS, ARITHMETIC_TOKENS, CACHED_TOKENS = 2, 256, 48
 FLOAT16 = "float16 source"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Structure:
+    """What was seen before scoring: `parameters` counts the source's, ties once."""
+
+    checks: tuple[Check, ...]
+    weight_errors: dict[str, float]
+    parameters: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """What scoring and generating found; empty when structure already refused the candidate."""
+
+    checks: tuple[Check, ...] = ()
+    corpus: CorpusRecord | None = None
+    scores: Scores | None = None
+    looks: tuple[Look, ...] = ()
+    reference_cache: CacheRecord | None = None
+    controls: tuple[Control, ...] = ()
+    conventions: tuple[Convention, ...] = ()
+    generation: Generation | None = None
 
 
 def check_inputs(checkout: Checkout, settings: ParitySettings) -> None:
@@ -45,70 +82,114 @@ def measure(
     progress: Progress,
     promised: structure.Expected | None = None,
     controls: Mapping[str, Path] = MappingProxyType({}),
+    reference_cache: Path | None = None,
 ) -> Parity:
     """Compare the checkpoint in `candidate` with its source, both loaded from disk onto `device`.
 
     `promised` is what the recipe meant; without it the checkpoint's own config is taken at its word. `controls` are
     folders of other quantized versions, which are scored on the same windows as well, and the float16 source too.
+    With a `reference_cache` the models are loaded one at a time, and the reference's answers are kept in that file.
     Raises CorpusError or DeviceError; a bad candidate is no error but a verdict.
     """
     started = time.monotonic()
     text = corpus.load(settings.corpus)
     expected = promised or structure.promise_of(candidate)
-    checks = structure.check_files(candidate, expected)
-    reference, reference_dtype = load_reference(checkout, device)
     trust = checkout.source.remote_code and structure.same_code(checkout.folder, candidate)
-    pair, loads = _pair(checkout, candidate, reference, reference_dtype, device, trust)
-    checks.append(loads)
-    errors: dict[str, float] = {}
-    if pair is not None and expected is not None:
-        checks += structure.check_models(pair, candidate, expected, trust)
-        errors = structure.weight_errors(pair)
-        checks.append(structure.weight_check(errors, expected.bits))
-    scores, generated, record = None, None, None
-    looks: tuple[Look, ...] = ()
-    compared: tuple[Control, ...] = ()
-    if pair is not None and all(check.passed for check in checks):
-        window = min(settings.window, pair.context)
-        windows, record = corpus.windows_of(text, pair.tokenizer, window, settings.max_windows, settings.seed)
-        if device == "cpu":
-            checks.append(_widened(pair, windows[:ARITHMETIC_WINDOWS]))
-        scores, looks = _score(pair, windows, settings, progress)
-        checks.append(_numbers_check(scores))
-    if pair is not None and scores is not None and record is not None:
-        record = dataclasses.replace(record, scored=looks[-1].windows)
-        generated = _generate(pair, settings, progress)
-        if settings.controls:
-            scored = windows[: record.scored]
-            versions = {FLOAT16: checkout.folder, **controls}
-            trust = checkout.source.remote_code
-            compared = tuple(
-                _control(pair, name, folder, trust, scored, settings, progress) for name, folder in versions.items()
-            )
+    tokenizer = source_tokenizer(checkout)
+    alone = reference_cache is not None
+    with Pair(checkout, candidate, device, trust=trust, tokenizer=tokenizer, alone=alone) as pair:
+        examined = _examine(pair, expected)
+        measured = _Measured()
+        if all(check.passed for check in examined.checks):
+            measured = _compare(pair, text, settings, controls, reference_cache, progress)
+    checks = (*examined.checks, *measured.checks)
     return Parity(
-        reference_dtype=reference_dtype,
-        candidate_dtype=_dtype_name(pair.candidate) if pair is not None else "none",
-        corpus=record,
-        checks=tuple(checks),
-        weight_errors=errors,
-        scores=scores,
-        looks=looks,
-        controls=compared,
-        generation=generated,
-        verdict=verdict.judge(checks, scores, settings.require),
-        sizes=_sizes(checkout, candidate, sum(parameter.numel() for parameter in reference.parameters())),
+        reference_dtype=pair.reference_dtype,
+        reference_places=pair.reference_places,
+        candidate_dtype=pair.candidate_dtype,
+        corpus=measured.corpus,
+        checks=checks,
+        weight_errors=examined.weight_errors,
+        scores=measured.scores,
+        looks=measured.looks,
+        reference_cache=measured.reference_cache,
+        controls=measured.controls,
+        conventions=measured.conventions,
+        generation=measured.generation,
+        verdict=verdict.judge(checks, measured.scores, settings.require),
+        sizes=_sizes(checkout, candidate, examined.parameters),
         environment=devices.describe(device),
         seconds=round(time.monotonic() - started, 3),
     )
 
 
-def _widened(pair: Pair, windows: torch.Tensor) -> Check:
-    """Switch the candidate to float32 sums, and check that they say what its own type said before."""
-    before = scoring.outputs(pair.candidate, windows, pair.device)
-    widen(pair.candidate)
-    return structure.arithmetic_check(
-        scoring.mean_divergence(before, scoring.outputs(pair.candidate, windows, pair.device))
+def _examine(pair: Pair, expected: structure.Expected | None) -> _Structure:
+    """Everything that can be said before a window is read."""
+    checks = structure.check_files(pair.folder, expected)
+    loads = _loads_check(pair)
+    checks.append(loads)
+    if not loads.passed or expected is None:
+        return _Structure(tuple(checks), {}, pair.checkout.source.parameters)
+    with pair.weights_beside_candidate() as (reference, candidate):
+        checks += structure.check_models(reference, candidate, pair.folder, expected)
+        checks.append(structure.tokenizer_check(pair.tokenizer, pair.folder, pair.trust))
+        errors = structure.weight_errors(reference, candidate)
+        checks.append(structure.weight_check(errors, expected.bits))
+        return _Structure(tuple(checks), errors, structure.logical_parameters(reference))
+
+
+def _loads_check(pair: Pair) -> Check:
+    try:
+        _ = pair.candidate
+    except DeviceError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a foreign checkpoint does to from_pretrained is its verdict
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return Check("loads", False, f"stock transformers cannot load it: {reason}")
+    return Check("loads", True, "stock transformers loads it")
+
+
+def _compare(
+    pair: Pair,
+    text: corpus.Corpus,
+    settings: ParitySettings,
+    controls: Mapping[str, Path],
+    reference_cache: Path | None,
+    progress: Progress,
+) -> _Measured:
+    """Score, generate, and whatever else was asked for."""
+    window = min(settings.window, pair.context)
+    windows, record = corpus.windows_of(text, pair.tokenizer, window, settings.max_windows, settings.seed)
+    checks = [_arithmetic_check(pair, windows)] if pair.device == "cpu" else []
+    kept = _opened(reference_cache, pair, record, settings) if reference_cache else None
+    scores, looks = _score(pair, kept, windows, settings, progress)
+    checks.append(_numbers_check(scores))
+    if scores is None:
+        return _Measured(tuple(checks), record)
+    scored = windows[: looks[-1].windows]
+    return _Measured(
+        tuple(checks),
+        dataclasses.replace(record, scored=len(scored)),
+        scores,
+        looks,
+        reference_cache=kept.record(len(scored)) if kept else None,
+        generation=_generate(pair, settings, progress),
+        conventions=_conventions(pair, text, progress) if settings.conventions else (),
+        controls=_controls(pair, kept, controls, scored, settings, progress) if settings.controls else (),
     )
+
+
+def _arithmetic_check(pair: Pair, windows: torch.Tensor) -> Check:
+    """Switch the candidate to float32 sums, and check that they say what its own type and kernels said before."""
+    few, one = windows[:ARITHMETIC_WINDOWS, :ARITHMETIC_TOKENS], windows[:1, :CACHED_TOKENS]
+    at_once = scoring.KeptLogits.of(pair.candidate, few, pair.device)
+    one_by_one = scoring.KeptLogits.one_by_one(pair.candidate, one, pair.device)
+    pair.widen()
+    shifts = [
+        scoring.score(before, pair.candidate, tokens, pair.device, lambda amount: None).kld.mean()
+        for before, tokens in ((at_once, few), (one_by_one, one))
+    ]
+    return structure.arithmetic_check(*map(float, shifts))
 
 
 def _numbers_check(scores: Scores | None) -> Check:
@@ -117,27 +198,13 @@ def _numbers_check(scores: Scores | None) -> Check:
     return Check("outputs", True, "all outputs are finite")
 
 
-def _dtype_name(model: Any) -> str:
-    return str(model.dtype).removeprefix("torch.")
-
-
-def _pair(
-    checkout: Checkout, candidate: Path, reference: object, reference_dtype: str, device: str, trust: bool
-) -> tuple[Pair | None, Check]:
-    tokenizer = source_tokenizer(checkout)
-    try:
-        model = load_candidate(candidate, device, trust)
-    except DeviceError:
-        raise
-    except Exception as error:  # noqa: BLE001 - whatever a foreign checkpoint does to from_pretrained is its verdict
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return None, Check("loads", False, f"stock transformers cannot load it: {reason}")
-    detail = "stock transformers loads it"
-    return Pair(reference, model, tokenizer, reference_dtype, device), Check("loads", True, detail)
+def _opened(path: Path, pair: Pair, record: CorpusRecord, settings: ParitySettings) -> ReferenceCache:
+    contents = contents_of(pair.checkout.source, record, settings.seed, pair.vocabulary)
+    return ReferenceCache(path, contents, lambda: pair.placed_reference.dtype)
 
 
 def _score(
-    pair: Pair, windows: torch.Tensor, settings: ParitySettings, progress: Progress
+    pair: Pair, kept: ReferenceCache | None, windows: torch.Tensor, settings: ParitySettings, progress: Progress
 ) -> tuple[Scores | None, tuple[Look, ...]]:
     """Score windows until the verdict is certain, or all of them; no scores where a model answers NaN."""
     count, window = windows.shape
@@ -146,7 +213,8 @@ def _score(
     with progress.task(f"scoring up to {count} windows of {window} tokens", count, "windows") as advance:
         for stop in sequential.plan(count, full=settings.full):
             seen = looks[-1].windows if looks else 0
-            more = scoring.score(pair.reference, pair.candidate, windows[seen : stop.windows], pair.device, advance)
+            reference = _answers(pair, kept, windows[: stop.windows])
+            more = scoring.score(reference, pair.candidate, windows[seen : stop.windows], pair.device, advance, seen)
             if not more.finite:
                 return None, ()
             tokens = tokens + more if tokens else more
@@ -157,32 +225,56 @@ def _score(
     return statistics.summarize(tokens, settings.seed, None if settings.full else looks[-1]), tuple(looks)
 
 
-def _control(
+def _answers(pair: Pair, kept: ReferenceCache | None, windows: torch.Tensor) -> scoring.ReferenceLogits:
+    """What answers for the reference on `windows`: itself, or the file, after it has answered what is not there."""
+    if kept is None:
+        return scoring.LiveReference(pair.reference)
+    if kept.windows < len(windows):
+        kept.extend(pair.placed_reference, windows, pair.device)
+    return kept
+
+
+def _controls(
     pair: Pair,
-    name: str,
-    folder: Path,
-    trust: bool,
+    kept: ReferenceCache | None,
+    versions: Mapping[str, Path],
     windows: torch.Tensor,
     settings: ParitySettings,
     progress: Progress,
-) -> Control:
-    """Score another version of the source on `windows`; only float16 is computed in its own type on a CPU."""
-    model = load_candidate(folder, pair.device, trust, dtype="float16" if name == FLOAT16 else None)
-    if name != FLOAT16 and pair.device == "cpu":
-        widen(model)
-    with progress.task(f"control {name}", len(windows), "windows") as advance:
-        tokens = scoring.score(pair.reference, model, windows, pair.device, advance)
-    scores = statistics.summarize(tokens, settings.seed)
-    width = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return Control(name, width, scores.perplexity_ratio, scores.kld.mean, scores.same_top)
+) -> tuple[Control, ...]:
+    """Score other versions of the source on the same windows; only float16 is computed in its own type on a CPU."""
+    found = []
+    for name, folder in {FLOAT16: pair.checkout.folder, **versions}.items():
+        reference = _answers(pair, kept, windows)
+        model = pair.another(folder, dtype="float16" if name == FLOAT16 else None)
+        with progress.task(f"control {name}", len(windows), "windows") as advance:
+            tokens = scoring.score(reference, model, windows, pair.device, advance)
+        scores = statistics.summarize(tokens, settings.seed)
+        ratio, kld = scores.perplexity_ratio, scores.kld.mean
+        grade = verdict.grade_of(ratio.low, ratio.high, kld.high)
+        found.append(Control(name, weight_bytes(folder), ratio, kld, scores.same_top, grade))
+    return tuple(found)
+
+
+def _conventions(pair: Pair, text: corpus.Corpus, progress: Progress) -> tuple[Convention, ...]:
+    readings = conventions.readings(text, pair.tokenizer, pair.context)
+    segments = sum(len(reading.segments) for reading in readings)
+    with progress.task("published perplexity conventions", 2 * segments, "segments") as advance:
+        reference = conventions.figures(pair.reference, readings, pair.device, advance)
+        candidate = conventions.figures(pair.candidate, readings, pair.device, advance)
+    names = ((name, reading.method) for reading in readings for name in reading.names)
+    return tuple(
+        Convention(name, method, one, other)
+        for (name, method), one, other in zip(names, reference, candidate, strict=True)
+    )
 
 
 def _generate(pair: Pair, settings: ParitySettings, progress: Progress) -> Generation:
-    with progress.task("generating side by side", len(generation.prompts()), "prompts") as advance:
+    with progress.task("generating side by side", 2 * len(generation.prompts()), "prompts") as advance:
         return generation.compare(pair, settings.new_tokens, settings.seed, advance)
 
 
 def _sizes(checkout: Checkout, candidate: Path, parameters: int) -> Sizes:
     source_bytes = sum(file.size for file in checkout.source.files if file.path.endswith(".safetensors"))
-    package_bytes = sum(path.stat().st_size for path in candidate.glob("*.safetensors"))
+    package_bytes = weight_bytes(candidate)
     return Sizes(source_bytes, package_bytes, parameters, round(8 * package_bytes / parameters, 4))
