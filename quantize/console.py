@@ -134,20 +134,27 @@ def _scores_table(parity: Parity) -> Table:
         f"{ratio_limit}",
         _mark(ratio, ratio_limit),
     )
-    table.add_row("mean KLD (nats)", "0", f"{kld.value:.4f}", _range(kld), f"{kld_limit}", _mark(kld, kld_limit))
+    table.add_row("mean KLD (nats)", "0", _nats(kld.value), _range(kld), f"{kld_limit}", _mark(kld, kld_limit))
     table.add_row("same top token", "1", f"{top.value:.4f}", _range(top))
     table.add_row("RMS delta p", "0", f"{scores.delta_p_rms.value:.4f}", _range(scores.delta_p_rms))
     for control in parity.controls:
         table.add_row(
             f"  {control.name}: ratio", "1", f"{control.perplexity_ratio.value:.4f}", _range(control.perplexity_ratio)
         )
-        table.add_row(f"  {control.name}: KLD", "0", f"{control.kld.value:.4f}", _range(control.kld), control.grade)
+        table.add_row(f"  {control.name}: KLD", "0", _nats(control.kld.value), _range(control.kld), control.grade)
     for figure in parity.conventions:
         table.add_row(figure.name, f"{figure.reference:.4f}", f"{figure.candidate:.4f}")
+    if parity.reference_cache is not None:
+        table.add_row("  reference cache: KLD", "0", _nats(parity.reference_cache.mean_kld))
     if generated is not None:
         table.add_row("greedy equal at 16", "1", f"{generated.identical_at_16:.2f}")
         table.add_row("cached agreement", "1", f"{generated.cached_agreement:.4f}")
     return table
+
+
+def _nats(value: float) -> str:
+    """Four decimals, or two digits where those would all be zeros."""
+    return f"{value:.4f}" if value >= 0.001 or value == 0 else f"{value:.1e}"
 
 
 def _range(estimate: Estimate, digits: int = 4) -> str:

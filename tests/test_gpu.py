@@ -63,6 +63,22 @@ def test_a_package_made_on_the_gpu_verifies_on_the_cpu(on_gpu: package.Package) 
     assert parity.scores.kld.mean.value == pytest.approx(on_gpu.parity.scores.kld.mean.value, rel=0.05)
 
 
+def test_what_does_not_fit_is_spread_over_gpu_and_cpu(
+    on_gpu: package.Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = on_gpu.parity.scores
+    cached = pipeline.verify(str(on_gpu.folder), str(POCKET), SETTINGS, "cuda:0", Silent(), False, tmp_path / "kept")
+    rooms = {"cuda:0": 3_000_000, "cpu": 100_000_000}
+    monkeypatch.setattr("quantize.devices.room", lambda device: rooms[device])
+    spread = pipeline.verify(str(on_gpu.folder), str(POCKET), SETTINGS, "cuda:0", Silent())
+    assert spread.reference_dtype == "float16" and set(spread.reference_places) == {"cuda:0", "cpu"}
+    for other in (cached.scores, spread.scores):
+        assert together is not None and other is not None
+        assert other.kld.mean.value == pytest.approx(together.kld.mean.value, rel=0.01)
+    assert spread.verdict.passed and cached.verdict.passed
+    assert cached.reference_cache is not None and cached.reference_cache.mean_kld < 1e-7
+
+
 def test_the_whole_job_over_http(tmp_path: Path) -> None:
     with LoopbackHub() as hub:
         seed_distilgpt2(hub, POCKET)

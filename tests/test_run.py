@@ -248,6 +248,21 @@ def test_verify_judges_a_checkpoint_that_is_no_package(
     assert outcome.code == 0 and "perplexity ratio" in outcome.err
 
 
+def test_verify_judges_an_8bit_checkpoint_made_by_stock_transformers(
+    tmp_path: Path, command: Callable[..., Outcome]
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    place = {"": "cpu"}
+    AutoModelForCausalLM.from_pretrained(POCKET, quantization_config=config, device_map=place).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(POCKET).save_pretrained(tmp_path)
+    outcome = command("verify", tmp_path, "--against", POCKET, "--device", "cpu", *QUICK_OPTIONS, "--json")
+    parity = json.loads(outcome.out)
+    assert outcome.code == 0 and parity["verdict"]["grade"] == "lossless"
+    assert parity["checks"][0]["detail"] == "config.json says 8-bit, so do the files"
+
+
 def test_verify_of_a_local_source_asks_where_it_is(finished: Path, command: Callable[..., Outcome]) -> None:
     outcome = command("verify", finished, "--device", "cpu")
     assert outcome.code == 1 and "say where it is with --against FOLDER" in outcome.err

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from quantize.parity.scoring import SLICE_LOGITS, KeptLogits, LiveReference, TokenScores, compare_logits, nll, score
-from quantize.parity.statistics import mean_estimate, summarize
+from quantize.parity.statistics import mean_estimates, summarize
 
 logits = arrays.arrays(np.float32, (2, 5, 11), elements=st.floats(-20, 20, width=32))
 
@@ -107,6 +111,39 @@ def test_slices_and_batches_do_not_change_scores(monkeypatch: pytest.MonkeyPatch
         np.testing.assert_allclose(getattr(whole, name), getattr(sliced, name), rtol=1e-9, atol=1e-12)
 
 
+def test_memory_is_bounded_whatever_the_corpus() -> None:
+    """GPT-2's vocabulary and window: under 1 GB beyond the models, and no more for three times the windows."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=50257, n_embd=32, n_layer=1, n_head=2, n_positions=1024)
+    model = GPT2LMHeadModel(config).eval()
+    windows = torch.randint(0, 50257, (6, 1024), generator=torch.Generator().manual_seed(0))
+    score(LiveReference(model), model, windows[:1], "cpu", lambda amount: None)
+    few = most_bytes(lambda: score(LiveReference(model), model, windows[:2], "cpu", lambda amount: None))
+    many = most_bytes(lambda: score(LiveReference(model), model, windows, "cpu", lambda amount: None))
+    assert few < 1e9 and many < few + 100e6, (few, many)
+
+
+def most_bytes(work: Callable[[], object]) -> int:
+    """The most resident memory while `work` runs, beyond what there was before."""
+    process, done = psutil.Process(), threading.Event()
+    before = process.memory_info().rss
+    seen = [before]
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            seen.append(process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        work()
+    finally:
+        done.set()
+        watcher.join()
+    return max(seen) - before
+
+
 def test_kept_answers_score_like_the_model_that_gave_them() -> None:
     one, other = Fixed(31, 1), Fixed(31, 2)
     windows = torch.randint(0, 31, (4, 20), generator=torch.Generator().manual_seed(0))
@@ -147,7 +184,7 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
     for trial in range(200):
         random = np.random.default_rng(trial)
         windows = 0.05 + 0.02 * random.standard_normal((40, 1)) + 0.1 * random.standard_normal((40, 30))
-        estimate = mean_estimate(windows, seed=trial)
+        (estimate,) = mean_estimates([windows], seed=trial)
         covered += estimate.low <= 0.05 <= estimate.high
     assert 0.89 <= covered / 200 <= 0.99
 
@@ -156,7 +193,7 @@ def test_correlated_tokens_widen_the_interval() -> None:
     random = np.random.default_rng(0)
     shared = np.repeat(random.standard_normal((50, 1)), 30, axis=1)
     independent = random.standard_normal((50, 30))
-    wide, narrow = mean_estimate(shared, 0), mean_estimate(independent, 0)
+    wide, narrow = mean_estimates([shared, independent], 0)
     assert (wide.high - wide.low) > 3 * (narrow.high - narrow.low)
 
 

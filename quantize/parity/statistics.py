@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 RESAMPLES = 9999
 LEVEL = 0.95
+BATCH_VALUES = 4_000_000
+"""Resampled values that are held at a time: 32 MB."""
 KLD_PERCENTILES = {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0, "p99.9": 99.9}
 DELTA_P_PERCENTILES = {"p1": 1.0, "p5": 5.0, "p25": 25.0, "p50": 50.0, "p75": 75.0, "p95": 95.0, "p99": 99.0}
 POSITION_BINS = 16
@@ -27,43 +30,58 @@ def summarize(tokens: TokenScores, seed: int, look: Look | None = None) -> Score
     Where scoring could have stopped earlier, the verdict's two figures take the intervals of the last `look`,
     which hold under repeated looks.
     """
-    difference = tokens.nll_candidate - tokens.nll_reference
     kld = np.maximum(tokens.kld, 0.0)
+    reference, candidate, difference, divergence, same_top, delta_p, squared = mean_estimates(
+        [
+            tokens.nll_reference,
+            tokens.nll_candidate,
+            tokens.nll_candidate - tokens.nll_reference,
+            kld,
+            tokens.same_top,
+            tokens.delta_p,
+            tokens.delta_p**2,
+        ],
+        seed,
+    )
     return Scores(
-        reference_perplexity=exponential(mean_estimate(tokens.nll_reference, seed)),
-        candidate_perplexity=exponential(mean_estimate(tokens.nll_candidate, seed)),
-        perplexity_ratio=look.perplexity_ratio if look else exponential(mean_estimate(difference, seed)),
-        kld=_distribution(kld, KLD_PERCENTILES, look.kld if look else mean_estimate(kld, seed)),
-        same_top=mean_estimate(tokens.same_top, seed),
-        delta_p=_distribution(tokens.delta_p, DELTA_P_PERCENTILES, mean_estimate(tokens.delta_p, seed)),
-        delta_p_rms=_root(mean_estimate(tokens.delta_p**2, seed)),
+        reference_perplexity=exponential(reference),
+        candidate_perplexity=exponential(candidate),
+        perplexity_ratio=look.perplexity_ratio if look else exponential(difference),
+        kld=_distribution(kld, KLD_PERCENTILES, look.kld if look else divergence),
+        same_top=same_top,
+        delta_p=_distribution(tokens.delta_p, DELTA_P_PERCENTILES, delta_p),
+        delta_p_rms=_root(squared),
         kld_histogram=_histogram(kld),
         kld_by_position=tuple(float(part.mean()) for part in _stretches(kld)),
     )
 
 
-def mean_estimate(values: NDArray[np.generic], seed: int) -> Estimate:
-    """Mean of `values` [windows, tokens] with its 95 % interval by a bias-corrected bootstrap over windows.
+def mean_estimates(columns: Sequence[NDArray[np.generic]], seed: int) -> list[Estimate]:
+    """Means of `columns`, each [windows, tokens], with 95 % intervals by a bias-corrected bootstrap over windows.
 
     Every window has equally many tokens, so the mean of window means is the mean of tokens. Resampling windows of
-    token-wise differences is what makes the comparison paired. BCa interval after Efron (1987), by scipy.
+    token-wise differences is what makes the comparison paired, and all columns are resampled alike. BCa interval
+    after Efron (1987), by scipy.
     """
     from scipy.stats import bootstrap
 
-    means = values.astype(np.float64).mean(axis=1)
-    middle = float(means.mean())
-    if np.ptp(means) <= 1e-12 * max(1.0, abs(middle)):
-        return Estimate(middle, middle, middle)
-    interval = bootstrap(
-        (means,),
-        np.mean,
-        n_resamples=RESAMPLES,
-        batch=max(1, 2_000_000 // len(means)),
-        confidence_level=LEVEL,
-        method="BCa",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Estimate(middle, float(interval.low), float(interval.high))
+    means = np.stack([column.astype(np.float64).mean(axis=1) for column in columns])
+    middle = means.mean(axis=1)
+    low, high = middle.copy(), middle.copy()
+    varies = np.ptp(means, axis=1) > 1e-12 * np.maximum(1.0, np.abs(middle))
+    if varies.any():
+        interval = bootstrap(
+            (means[varies],),
+            np.mean,
+            n_resamples=RESAMPLES,
+            batch=max(1, BATCH_VALUES // means[varies].size),
+            confidence_level=LEVEL,
+            method="BCa",
+            axis=-1,
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
+        low[varies], high[varies] = interval.low, interval.high
+    return [Estimate(*map(float, bounds)) for bounds in zip(middle, low, high, strict=True)]
 
 
 def exponential(estimate: Estimate) -> Estimate:
