@@ -118,14 +118,16 @@ def score(
     import torch
 
     batch_size = batch_of(windows.shape[1] * reference.vocabulary, device)
-    parts: list[list[torch.Tensor]] = []
+    # Figures go into one array: small pieces of their own, left between large ones, would break up the heap.
+    figures = torch.empty(5, len(windows), windows.shape[1] - 1, dtype=torch.float64, device=device)
+    places = torch.split(figures, batch_size, dim=1)
     with torch.inference_mode():
-        for tokens in torch.split(windows.to(device), batch_size):
-            parts.append(_score_batch(reference.logits(first, tokens), candidate(tokens).logits, tokens))
+        for place, tokens in zip(places, torch.split(windows.to(device), batch_size), strict=True):
+            _score_batch(reference.logits(first, tokens), candidate(tokens).logits, tokens, place)
             first += len(tokens)
             advance(len(tokens))
-    columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
-    return TokenScores(*columns)
+    nll_reference, nll_candidate, kld, same_top, delta_p = figures.cpu().numpy()
+    return TokenScores(nll_reference, nll_candidate, kld, same_top.astype(np.bool_), delta_p)
 
 
 def vocabulary_of(model: Any) -> int:
@@ -133,21 +135,18 @@ def vocabulary_of(model: Any) -> int:
     return int(model.get_output_embeddings().weight.shape[0])
 
 
-def _score_batch(reference: torch.Tensor, candidate: torch.Tensor, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """The five per-token figures of a batch, each [batch, window - 1]; logits are [batch, window, vocabulary]."""
-    import torch
+def _score_batch(reference: torch.Tensor, candidate: torch.Tensor, tokens: torch.Tensor, figures: torch.Tensor) -> None:
+    """Write the five per-token figures of a batch into `figures` [5, batch, window - 1].
 
+    Logits are [batch, window, vocabulary], tokens [batch, window].
+    """
     batch, window = tokens.shape
     rows = slice_of(reference.shape[-1] * batch, reference.device)
-    slices = [
-        compare_logits(
-            reference[:, start : min(start + rows, window - 1)],
-            candidate[:, start : min(start + rows, window - 1)],
-            tokens[:, start + 1 : min(start + rows, window - 1) + 1],
-        )
-        for start in range(0, window - 1, rows)
-    ]
-    return [torch.cat(column, dim=1) for column in zip(*slices, strict=True)]
+    for start in range(0, window - 1, rows):
+        stop = min(start + rows, window - 1)
+        columns = compare_logits(reference[:, start:stop], candidate[:, start:stop], tokens[:, start + 1 : stop + 1])
+        for figure, column in zip(figures, columns, strict=True):
+            figure[:, start:stop] = column
 
 
 def nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
