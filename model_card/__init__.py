@@ -1,6 +1,31 @@
 """What a card says: facts in, README.md out. Knows nothing of how the facts came about."""
 
-from model_card.facts import CardFacts, CardSample, Interval
-from model_card.render import render
+from model_card.facts import (
+    CardControl,
+    CardConvention,
+    CardDataset,
+    CardFacts,
+    CardPublisher,
+    CardSample,
+    Interval,
+)
+from model_card.metadata import forbids_derivatives
+from model_card.page import page
+from model_card.render import TemplateProblem, names, render
+from model_card.source_card import split
 
-__all__ = ["CardFacts", "CardSample", "Interval", "render"]
+__all__ = [
+    "CardControl",
+    "CardConvention",
+    "CardDataset",
+    "CardFacts",
+    "CardPublisher",
+    "CardSample",
+    "Interval",
+    "TemplateProblem",
+    "forbids_derivatives",
+    "names",
+    "page",
+    "render",
+    "split",
+]

@@ -25,13 +25,55 @@ class CardSample:
 
 
 @dataclass(frozen=True)
+class CardPublisher:
+    """Who publishes: a name, and links as pairs of label and address."""
+
+    name: str
+    links: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class CardControl:
+    """Another version of the source on the same windows; size in bytes."""
+
+    name: str
+    size: int
+    perplexity_ratio: Interval
+    kld: Interval
+    same_top: Interval
+    grade: str
+
+
+@dataclass(frozen=True)
+class CardConvention:
+    """A perplexity as papers state it, for both models."""
+
+    name: str
+    method: str
+    original: float
+    quantized: float
+
+
+@dataclass(frozen=True)
+class CardDataset:
+    """A data set of the Hub at a commit."""
+
+    repo_id: str
+    config: str
+    split: str
+    revision: str
+
+
+@dataclass(frozen=True)
 class CardFacts:
     """Everything that a template may name. Sizes in bytes, divergences in nats, shares in 0..1.
 
     `source_repo_id` and `source_commit` are None for a local source; measured values are None in the card of a
-    package that failed a structural check and was never scored. `source_card` is the whole of the source's README.
+    package that failed a structural check and was never scored. `source_card` is the whole of the source's README;
+    `corpus_dataset` is None for a text that is not from the Hub.
     """
 
+    publisher: CardPublisher | None
     package_name: str
     source_name: str
     source_repo_id: str | None
@@ -55,6 +97,7 @@ class CardFacts:
     passed: bool
     reasons: tuple[str, ...]
     corpus: str | None
+    corpus_dataset: CardDataset | None
     corpus_sha256: str | None
     scored_tokens: int
     window: int
@@ -69,6 +112,8 @@ class CardFacts:
     kld_p99: float | None
     same_top: Interval | None
     delta_p_rms: Interval | None
+    controls: tuple[CardControl, ...]
+    conventions: tuple[CardConvention, ...]
     ratio_limit: float | None
     kld_limit: float | None
     identical_at_16: float | None

@@ -1,9 +1,11 @@
-"""Facts and the default template become the text of README.md."""
+"""Facts and a template become the text of README.md."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
+import traceback
 from typing import Any
 
 import jinja2
@@ -15,21 +17,70 @@ from model_card.facts import CardFacts, Interval
 TEMPLATE = "card.md.j2"
 
 
-def render(facts: CardFacts) -> str:
-    """The whole card: YAML front matter, own sections, the source's text quoted below."""
-    front, body = source_card.split(facts.source_card or "")
-    header = metadata.build(facts, front)
+class TemplateProblem(Exception):
+    """A template of one's own that does not render; the message says where."""
+
+
+def render(facts: CardFacts, template: str | None = None) -> str:
+    """The whole card: YAML front matter, then the text that `template`, or the default one, makes of the facts.
+
+    The source's own text is a value, never a template. Raises TemplateProblem for a template of one's own.
+    """
+    environment = _environment()
+    source = source_card.split(facts.source_card or "")
+    values = names(facts)
+    if template is None:
+        text = environment.get_template(TEMPLATE).render(values)
+    else:
+        try:
+            text = environment.from_string(template).render(values)
+        except jinja2.TemplateSyntaxError as error:
+            raise TemplateProblem(f"line {error.lineno}: {error.message}") from error
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise TemplateProblem(f"line {_template_line(error)}: {error}") from error
+    return f"---\n{_yaml(metadata.build(facts, source.metadata))}---\n\n{_tidy(text)}\n"
+
+
+def names(facts: CardFacts) -> dict[str, Any]:
+    """Everything that a template may name: the facts, and what follows from the source's card."""
+    source = source_card.split(facts.source_card or "")
     base = f"{facts.hub}/{facts.source_repo_id}/{{kind}}/{facts.source_commit}" if facts.source_repo_id else None
-    text = (
-        _environment()
-        .get_template(TEMPLATE)
-        .render(
-            **{field.name: getattr(facts, field.name) for field in dataclasses.fields(facts)},
-            license_known=bool(front.get("license")),
-            original_text=source_card.quote(body, base) if body.strip() else None,
-        )
-    )
-    return f"---\n{_yaml(header)}---\n\n{text.strip()}\n"
+    return {
+        **{field.name: getattr(facts, field.name) for field in dataclasses.fields(facts)},
+        "license_known": bool(source.metadata.get("license")),
+        "metadata_problem": source.problem,
+        "original_emissions": _emissions(source.metadata.get("co2_eq_emissions")),
+        "original_text": source_card.quote(source.body, base) if source.body.strip() else None,
+    }
+
+
+def _template_line(error: Exception) -> int | None:
+    """The line of one's own template in which rendering failed; Jinja puts it into the traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((frame.lineno for frame in reversed(frames) if frame.filename == "<template>"), None)
+
+
+def _emissions(stated: Any) -> str | None:
+    """What a card says of its training's emissions, in a line: grams, or a mapping that has them."""
+    amount = stated.get("emissions") if isinstance(stated, dict) else stated
+    return f"{amount} g CO2eq" if amount else None
+
+
+def _tidy(text: str) -> str:
+    """No empty lines in a row, except in code and in the source's quoted text."""
+    head, mark, quoted = text.strip().partition("\n## Original model description:")
+    lines: list[str] = []
+    fence: str | None = None
+    for line in head.splitlines():
+        found = source_card.FENCE.match(line)
+        if found and fence is None:
+            fence = found.group(1)
+        elif found and line.strip() == fence:
+            fence = None
+        if line.strip() or fence or (lines and lines[-1].strip()):
+            lines.append(line)
+    above = "\n".join(lines).rstrip()
+    return f"{above}\n{mark}{quoted}" if mark else above
 
 
 def _yaml(header: dict[str, Any]) -> str:
@@ -46,7 +97,14 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     environment.filters.update(
-        interval=_interval, percent=_percent, megabytes=_megabytes, fenced=_fenced, cell=_cell, count=_count
+        interval=_interval,
+        percent=_percent,
+        megabytes=_megabytes,
+        nats=_nats,
+        fenced=_fenced,
+        cell=_cell,
+        count=_count,
+        python=json.dumps,
     )
     return environment
 
@@ -61,6 +119,10 @@ def _percent(share: float, digits: int = 1) -> str:
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def _nats(value: float) -> str:
+    return f"{value:.4f}" if value >= 0.001 or value == 0 else f"{value:.1e}"
 
 
 def _count(number: int) -> str:

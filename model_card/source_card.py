@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
@@ -11,22 +13,60 @@ import yaml
 FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*$\r?\n?", re.DOTALL | re.MULTILINE)
 FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})")
 HEADING = re.compile(r"^( {0,3})(#{1,6})(?=[ \t]|$)")
-MARKDOWN_TARGET = re.compile(r"(?P<before>(?P<image>!?)\[[^\]\n]*\]\(\s*<?)(?P<target>[^)\s>]+)")
-HTML_TARGET = re.compile(r"(?P<before>(?P<name>\bsrc|\bhref)\s*=\s*[\"'])(?P<target>[^\"']+)", re.IGNORECASE)
+UNDERLINE = re.compile(r"^ {0,3}(=+|-+)[ \t]*$")
+NOT_A_PARAGRAPH = re.compile(r"^\s*$|^ {4}|^ {0,3}(?:[#>|<]|[-*+][ \t]|\d+[.)][ \t])")
+HTML_HEADING = re.compile(r"(</?h)([1-6])(?=[\s>])", re.IGNORECASE)
+IMAGE = re.compile(r"(?P<before>!\[[^\[\]\n]*\]\(\s*<?)(?P<target>[^)\s>]+)")
+LINK = re.compile(r"(?P<before>\]\(\s*<?)(?P<target>[^)\s>]+)")
+DEFINITION = re.compile(r"(?P<before>^ {0,3}\[[^\[\]\n]+\]:\s*<?)(?P<target>[^\s>]+)")
+HTML_TARGET = re.compile(r"(?P<before>\b(?P<name>src|href)\s*=\s*[\"'])(?P<target>[^\"'\n]+)", re.IGNORECASE)
 ABSOLUTE = re.compile(r"^(?:[a-z][a-z0-9+.-]*:|//|#)", re.IGNORECASE)
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".avif")
 DEEPEST = 6
 
 
-def split(card: str) -> tuple[Mapping[str, Any], str]:
-    """Front matter and body of a card; what is not a mapping in safe YAML counts as no front matter."""
+@dataclass(frozen=True)
+class SourceCard:
+    """A card taken apart: its metadata, its text, and why its metadata could not be read, where it could not."""
+
+    metadata: Mapping[str, Any]
+    body: str
+    problem: str | None = None
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Safe YAML without what a card has no use for: aliases, which can grow without bound, and repeated keys."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias, which no card needs")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.YAMLError(f"the key {name!r} twice, again in line {key.start_mark.line + 1}")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def split(card: str) -> SourceCard:
+    """Front matter and body of a card; front matter that is not a mapping in plain YAML counts as none."""
     found = FRONT_MATTER.match(card)
     if not found:
-        return {}, card
+        return SourceCard({}, card)
+    body = card[found.end() :]
     try:
-        metadata = yaml.safe_load(found.group(1))
-    except (yaml.YAMLError, ValueError):  # ValueError: a date that no calendar has
-        return {}, card[found.end() :]
-    return metadata if isinstance(metadata, dict) else {}, card[found.end() :]
+        metadata = yaml.load(found.group(1), _PlainLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that no calendar has
+        return SourceCard({}, body, _in_one_line(error))
+    if metadata is None:
+        return SourceCard({}, body)
+    if not isinstance(metadata, dict):
+        return SourceCard({}, body, "it is not a mapping")
+    return SourceCard(metadata, body)
 
 
 def quote(body: str, base: str | None, demote_by: int = 2) -> str:
@@ -44,6 +84,9 @@ def quote(body: str, base: str | None, demote_by: int = 2) -> str:
         elif fence is not None:
             closes = line.strip().startswith(fence) and not line.strip().strip(fence[0])
             fence = None if closes else fence
+        elif (level := _underlined(lines, line)) is not None:
+            lines[-1] = f"{'#' * min(DEEPEST, level + demote_by)} {lines[-1].strip()}"
+            continue
         else:
             line = _demoted(line, demote_by)
             line = _outside_code(line, lambda text: _absolute(text, base)) if base else line
@@ -53,8 +96,19 @@ def quote(body: str, base: str | None, demote_by: int = 2) -> str:
     return "\n".join(lines)
 
 
+def _underlined(lines: list[str], line: str) -> int | None:
+    """The level of the heading that `line` makes of the one before it, as `====` and `----` do."""
+    mark = UNDERLINE.match(line)
+    if not mark or not lines or NOT_A_PARAGRAPH.match(lines[-1]):
+        return None
+    if len(lines) > 1 and not re.match(r"^\s*$|^#", lines[-2]):
+        return None
+    return 1 if mark.group(1)[0] == "=" else 2
+
+
 def _demoted(line: str, by: int) -> str:
-    return HEADING.sub(lambda found: found.group(1) + "#" * min(DEEPEST, len(found.group(2)) + by), line)
+    line = HEADING.sub(lambda found: found.group(1) + "#" * min(DEEPEST, len(found.group(2)) + by), line)
+    return HTML_HEADING.sub(lambda found: f"{found.group(1)}{min(DEEPEST, int(found.group(2)) + by)}", line)
 
 
 def _outside_code(line: str, change: Callable[[str], str]) -> str:
@@ -63,16 +117,25 @@ def _outside_code(line: str, change: Callable[[str], str]) -> str:
 
 
 def _absolute(text: str, base: str) -> str:
-    def markdown(found: re.Match[str]) -> str:
-        return found["before"] + _joined(found["target"], base, "resolve" if found["image"] else "blob")
+    def image(found: re.Match[str]) -> str:
+        return found["before"] + _joined(found["target"], base, "resolve")
+
+    def link(found: re.Match[str]) -> str:
+        return found["before"] + _joined(found["target"], base, "blob")
 
     def html(found: re.Match[str]) -> str:
-        return found["before"] + _joined(found["target"], base, "resolve" if found["name"].lower() == "src" else "blob")
+        return image(found) if found["name"].lower() == "src" else link(found)
 
-    return HTML_TARGET.sub(html, MARKDOWN_TARGET.sub(markdown, text))
+    return HTML_TARGET.sub(html, DEFINITION.sub(link, LINK.sub(link, IMAGE.sub(image, text))))
 
 
 def _joined(target: str, base: str, kind: str) -> str:
     if ABSOLUTE.match(target):
         return target
+    if PurePosixPath(target.lower()).suffix in IMAGE_SUFFIXES:
+        kind = "resolve"
     return f"{base.format(kind=kind)}/{target.removeprefix('./').lstrip('/')}"
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

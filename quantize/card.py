@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from pathlib import Path
 
-from model_card import CardFacts, CardSample, Interval
+from model_card import (
+    CardControl,
+    CardConvention,
+    CardDataset,
+    CardFacts,
+    CardPublisher,
+    CardSample,
+    Interval,
+)
 from quantize import hub
 from quantize.parity.verdict import LIMITS
 from quantize.records import Estimate, Parity, ParitySettings, Provenance, Recipe, Source
@@ -23,7 +32,9 @@ def facts(
     scores, generated, text = parity.scores, parity.generation, parity.corpus
     ratio_limit, kld_limit = LIMITS[parity.verdict.required]
     samples = generated.samples if generated else ()
+    publisher, dataset = provenance.publisher, text.dataset if text else None
     return CardFacts(
+        publisher=CardPublisher(publisher.name, tuple(publisher.links.items())) if publisher else None,
         package_name=package_name,
         source_name=source.name,
         source_repo_id=source.repo_id,
@@ -47,6 +58,7 @@ def facts(
         passed=parity.verdict.passed,
         reasons=parity.verdict.reasons,
         corpus=text.name if text else None,
+        corpus_dataset=CardDataset(**dataclasses.asdict(dataset)) if dataset else None,
         corpus_sha256=text.sha256 if text else None,
         scored_tokens=text.scored * (text.window - 1) if text else 0,
         window=text.window if text else 0,
@@ -61,6 +73,20 @@ def facts(
         kld_p99=scores.kld.percentiles["p99"] if scores else None,
         same_top=_interval(scores.same_top) if scores else None,
         delta_p_rms=_interval(scores.delta_p_rms) if scores else None,
+        controls=tuple(
+            CardControl(
+                one.name,
+                one.weight_bytes,
+                _interval(one.perplexity_ratio),
+                _interval(one.kld),
+                _interval(one.same_top),
+                one.grade,
+            )
+            for one in parity.controls
+        ),
+        conventions=tuple(
+            CardConvention(one.name, one.method, one.reference, one.candidate) for one in parity.conventions
+        ),
         ratio_limit=ratio_limit,
         kld_limit=kld_limit,
         identical_at_16=generated.identical_at_16 if generated else None,

@@ -28,6 +28,7 @@ from quantize.records import (
 
 if TYPE_CHECKING:
     from quantize.progress import Progress
+    from quantize.records import Publisher
 
 INTERRUPTED = 130
 ENVIRONMENT = {
@@ -157,6 +158,37 @@ against_option = click.option(
     metavar="MODEL",
     help="The original model: a Hub id or a folder. Needed where no record names it.",
 )
+template_option = click.option(
+    "--card-template",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="A Jinja template for the card's text, in place of the default one.",
+)
+
+
+def publisher_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds --publisher and --publisher-link, handed to the command as one `publisher`."""
+
+    @click.option(
+        "--publisher", "name", envvar="QUANTIZE_PUBLISHER", metavar="NAME", help="Who publishes, named on the card."
+    )
+    @click.option(
+        "--publisher-link",
+        "links",
+        multiple=True,
+        envvar="QUANTIZE_PUBLISHER_LINKS",
+        metavar="LABEL=URL",
+        help="A link of the publisher's. May be repeated.",
+    )
+    @functools.wraps(command)
+    def wrapped(name: str | None, links: tuple[str, ...], **options: Any) -> Any:
+        from quantize import publisher
+
+        return command(publisher=publisher.chosen(name, links), **options)
+
+    return wrapped
+
+
 cache_option = click.option(
     "--reference-cache",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -202,8 +234,13 @@ def cli() -> None:
 @trust_option
 @click.option("--force", is_flag=True, help="Replace a finished package.")
 @cache_option
+@template_option
+@click.option(
+    "--allow-no-derivatives", is_flag=True, help="Go on although the license forbids changed copies: you may do so."
+)
 @parity_options
 @output_options
+@publisher_options
 def run(
     model: str,
     revision: str | None,
@@ -217,6 +254,9 @@ def run(
     trust_remote_code: bool,
     force: bool,
     reference_cache: Path | None,
+    card_template: Path | None,
+    allow_no_derivatives: bool,
+    publisher: Publisher | None,
     settings: ParitySettings,
     output: Output,
 ) -> None:
@@ -239,7 +279,18 @@ def run(
         skip_modules=skip_modules,
     )
     request = pipeline.RunRequest(
-        model, revision, folder, recipe, settings, device, trust_remote_code, force, reference_cache
+        model,
+        revision,
+        folder,
+        recipe,
+        settings,
+        device,
+        trust_remote_code,
+        force,
+        reference_cache,
+        publisher,
+        card_template,
+        allow_no_derivatives,
     )
     result = pipeline.run(request, output.progress)
     made = result.package
@@ -294,19 +345,39 @@ def verify(
 @cli.command()
 @click.argument("folder", type=FOLDER)
 @against_option
+@template_option
+@click.option("--facts", is_flag=True, help="Print as JSON what a template may name, and change nothing.")
+@click.option("--preview", is_flag=True, help="Also show the card here.")
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Also write the card as a page.")
 @output_options
-def card(folder: Path, against: str | None, output: Output) -> None:
+@publisher_options
+def card(
+    folder: Path,
+    against: str | None,
+    card_template: Path | None,
+    facts: bool,
+    preview: bool,
+    html: Path | None,
+    publisher: Publisher | None,
+    output: Output,
+) -> None:
     """Render a package's card again from its evidence, without measuring.
 
     \b
-    quantize card distilgpt2-bnb-4bit
+    quantize card distilgpt2-bnb-4bit --preview
+    quantize card distilgpt2-bnb-4bit --card-template my-card.md.j2 --html card.html
     """
-    from quantize import pipeline
+    from quantize import console, pipeline
 
-    made = pipeline.rewrite_card(folder, against, output.progress)
+    if facts:
+        click.echo(to_json(pipeline.card_names(folder, against, publisher)), nl=False)
+        return
+    made = pipeline.rewrite_card(folder, against, publisher, card_template)
+    if html is not None:
+        pipeline.write_page(made, html)
     output.show(
         {"card": str(made.folder / "README.md")},
-        lambda terminal: terminal.print(f"card: {made.folder / 'README.md'}"),
+        lambda terminal: console.show_card(terminal, made, preview),
     )
 
 

@@ -8,12 +8,14 @@ from contextlib import contextmanager
 
 from rich import box
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+import model_card
 from quantize.examination import Examination
-from quantize.package import Package
+from quantize.package import CARD, Package
 from quantize.parity.verdict import LIMITS
 from quantize.progress import Advance
 from quantize.records import Estimate, Parity, Receipt
@@ -79,6 +81,13 @@ def show_package(console: Console, package: Package) -> None:
     sizes, recipe = parity_sizes(package.parity), package.provenance.recipe
     console.print(f"{package.provenance.source.name} in {recipe.bits} bits: {sizes}", soft_wrap=True)
     console.print(f"package: {package.folder}", soft_wrap=True)
+
+
+def show_card(console: Console, package: Package, preview: bool) -> None:
+    path = package.folder / CARD
+    if preview:
+        console.print(Markdown(model_card.split(path.read_text("utf-8")).body))
+    console.print(f"card: {path}", soft_wrap=True)
 
 
 def show_receipt(console: Console, receipt: Receipt) -> None:

@@ -7,6 +7,7 @@
     │   ├── UnsupportedModel      pickle only, already quantized, not causal, remote code ...
     │   └── CorruptModel          truncated or damaged files, NaN weights
     ├── HubUnreachable            no network, or the Hub answers with errors
+    ├── ConfigError               the config file, or options about the publisher or the card's template
     ├── CorpusError               the text to measure on
     ├── DeviceError               the device that was asked for, or its memory
     ├── StorageError              no space, no permission
@@ -49,6 +50,10 @@ class CorruptModel(SourceError):
 
 
 class HubUnreachable(QuantizeError):
+    pass
+
+
+class ConfigError(QuantizeError):
     pass
 
 

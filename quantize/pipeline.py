@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import model_card
+from model_card import CardFacts
 from quantize import __version__, card, devices, files, package, publish, recipes, source
-from quantize.errors import PackageError, ParityRefused, storage_errors
+from quantize.errors import ConfigError, PackageError, ParityRefused, UnsupportedModel, storage_errors
 from quantize.package import Package
 from quantize.parity import check_inputs, figures, measure, structure
 from quantize.progress import Progress, Silent
-from quantize.records import Checkout, Parity, ParitySettings, Provenance, Receipt, Recipe, to_json
+from quantize.records import Checkout, Parity, ParitySettings, Provenance, Publisher, Receipt, Recipe, to_json
 
 TOOL = "quantize-bnb"
 CONTROLS = {"int8": Recipe(bits=8), "stock NF4": Recipe()}
@@ -34,6 +37,9 @@ class RunRequest:
     trust_remote_code: bool = False
     force: bool = False
     reference_cache: Path | None = None
+    publisher: Publisher | None = None
+    card_template: Path | None = None
+    allow_no_derivatives: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,8 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
         )
         if not request.force and (done := package.finished(output, checkout.source, request.recipe, request.settings)):
             return RunResult(done, created=False)
-        source.card_text(checkout)
+        _require_derivable(checkout, request.allow_no_derivatives)
+        template = _read_template(request.card_template)
         check_inputs(checkout, request.settings)
         files.require_space(site, source.weight_bytes(checkout.source), "the package")
         progress.stage(f"quantize to {request.recipe.bits} bits on {device}")
@@ -79,10 +86,12 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
             quantized=quantized,
             settings=request.settings,
             environment=parity.environment,
+            publisher=request.publisher,
         )
         package.write_evidence(site, parity)
         figures.draw(parity, site / package.FIGURES)
-        _write_card(site, output.name, provenance, parity, checkout)
+        facts = card.facts(output.name, provenance, parity, source.card_text(checkout), card.figure_names(site))
+        package.write_card(site, _rendered(facts, template, request.card_template))
         provenance = package.seal(site, provenance)
         final = package.move_into_place(site, output, passed=parity.verdict.passed)
     return RunResult(Package(final, provenance, parity), created=True)
@@ -126,16 +135,37 @@ def draw_figures(parity: Parity, folder: Path) -> None:
         figures.draw(parity, folder)
 
 
-def rewrite_card(folder: Path, against: str | None, progress: Progress) -> Package:
+def card_facts(folder: Path, against: str | None, publisher: Publisher | None = None) -> CardFacts:
+    """What the card of a package is made from: its evidence, and its source's own card."""
+    made = package.open_package(folder)
+    provenance = dataclasses.replace(made.provenance, publisher=publisher or made.provenance.publisher)
+    text = source.read_card(provenance.source, against)
+    return card.facts(folder.resolve().name, provenance, made.parity, text, card.figure_names(folder))
+
+
+def card_names(folder: Path, against: str | None, publisher: Publisher | None = None) -> dict[str, Any]:
+    """Everything that a card's template may name, for one package."""
+    return model_card.names(card_facts(folder, against, publisher))
+
+
+def write_page(made: Package, path: Path) -> None:
+    """A package's card as one HTML file."""
+    text = model_card.page((made.folder / package.CARD).read_text("utf-8"), made.folder)
+    with storage_errors(path):
+        path.write_text(text, "utf-8")
+
+
+def rewrite_card(
+    folder: Path, against: str | None, publisher: Publisher | None = None, card_template: Path | None = None
+) -> Package:
     """Render the card of a package again from its evidence; nothing is measured."""
     made = package.open_package(folder)
     package.require_unchanged(made, but=package.CARD)
-    progress.stage(f"source of {folder.name}")
-    # Nothing is loaded for a card, so code of the source's cannot run here.
-    checkout = source.refetch(made.provenance.source, against, trust_remote_code=True, progress=progress)
+    provenance = dataclasses.replace(made.provenance, publisher=publisher or made.provenance.publisher)
+    text = _rendered(card_facts(folder, against, publisher), _read_template(card_template), card_template)
     with storage_errors(folder):
-        _write_card(folder, folder.resolve().name, made.provenance, made.parity, checkout)
-        return Package(folder, package.seal(folder, made.provenance), made.parity)
+        package.write_card(folder, text)
+        return Package(folder, package.seal(folder, provenance), made.parity)
 
 
 def push(folder: Path, repo_id: str, *, private: bool, message: str | None, progress: Progress) -> Receipt:
@@ -183,6 +213,30 @@ def _promise(recipe: Recipe) -> structure.Expected:
     return structure.Expected(recipe.bits, recipe.quant_type, recipe.double_quant, recipe.skips)
 
 
-def _write_card(folder: Path, name: str, provenance: Provenance, parity: Parity, checkout: Checkout) -> None:
-    facts = card.facts(name, provenance, parity, source.card_text(checkout), card.figure_names(folder))
-    package.write_card(folder, model_card.render(facts))
+def _require_derivable(checkout: Checkout, allowed: bool) -> None:
+    """Raise UnsupportedModel where the source's license lets nobody publish changed copies."""
+    metadata = model_card.split(source.card_text(checkout) or "").metadata
+    license_name = model_card.forbids_derivatives(metadata)
+    if license_name and not allowed:
+        raise UnsupportedModel(
+            f"{checkout.source.name} has the license {license_name}, which allows no changed copies: ask its authors, "
+            f"and then say --allow-no-derivatives"
+        )
+
+
+def _read_template(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--card-template {path} cannot be read: {error}") from error
+
+
+def _rendered(facts: CardFacts, template: str | None, path: Path | None) -> str:
+    try:
+        return model_card.render(facts, template)
+    except model_card.TemplateProblem as problem:
+        raise ConfigError(
+            f"--card-template {path}: {problem}; `quantize card --facts` lists what it may name"
+        ) from None

@@ -118,10 +118,21 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class DatasetRecord:
+    """A part of a data set on the Hub, at the commit that was read."""
+
+    repo_id: str
+    config: str
+    split: str
+    revision: str
+
+
+@dataclass(frozen=True)
 class CorpusRecord:
     """The text that was scored: `windows` whole windows of `window` tokens, `scored` of them read."""
 
     name: str
+    dataset: DatasetRecord | None
     sha256: str
     characters: int
     tokens: int
@@ -324,6 +335,14 @@ class Parity:
 
 
 @dataclass(frozen=True)
+class Publisher:
+    """Who publishes: a name, and links by their label."""
+
+    name: str
+    links: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Provenance:
     """Where a package comes from, and the hashes that show it is unchanged (of every file but this one)."""
 
@@ -335,6 +354,7 @@ class Provenance:
     quantized: Quantized
     settings: ParitySettings
     environment: Environment
+    publisher: Publisher | None = None
     files: tuple[FileRecord, ...] = ()
     format_version: int = field(default=FORMAT_VERSION)
 

@@ -42,7 +42,8 @@ TOKENIZER_FILES = (
 LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 CARRIED_FILES = (*TOKENIZER_FILES, *LEGAL_FILES, "generation_config.json")
 """Copied into the package byte for byte: saving them anew would rewrite them."""
-OTHER_FILES = ("config.json", "README.md")
+CARD = "README.md"
+OTHER_FILES = ("config.json", CARD)
 
 
 def fetch(reference: str, *, revision: str | None, trust_remote_code: bool, progress: Progress) -> Checkout:
@@ -94,11 +95,34 @@ def name_of(reference: str) -> str:
     return Path(reference).expanduser().resolve().name if is_local(reference) else reference.rsplit("/", 1)[-1]
 
 
-def card_text(checkout: Checkout) -> str | None:
-    """The source's README.md; bytes that are not UTF-8 are an error with their line, never mojibake."""
-    path = checkout.folder / "README.md"
-    if not path.is_file():
+def read_card(source: Source, against: str | None) -> str | None:
+    """The card of a recorded source, from its commit on the Hub or the folder `against`; nothing else is fetched.
+
+    Raises SourceNotFound, PackageError (another card than the recorded one), HubUnreachable or CorruptModel.
+    """
+    recorded = next((file for file in source.files if file.path == CARD), None)
+    if recorded is None:
         return None
+    reference = against or source.repo_id
+    if reference is None:
+        raise SourceNotFound(f"{source.name} came from a local folder: say where it is with --against FOLDER")
+    if is_local(reference):
+        path = Path(reference).expanduser() / CARD
+    else:
+        path = hub.download(reference, source.commit or "main", [CARD]) / CARD
+    if not path.is_file() or hash_file(path)[1] != recorded.sha256:
+        raise PackageError(f"{reference} is not the source that this package was made from: its {CARD} differs")
+    return _decoded(path)
+
+
+def card_text(checkout: Checkout) -> str | None:
+    """The source's README.md, where it has one."""
+    path = checkout.folder / CARD
+    return _decoded(path) if path.is_file() else None
+
+
+def _decoded(path: Path) -> str:
+    """A card's text; bytes that are not UTF-8 are an error with their line, never mojibake."""
     content = path.read_bytes()
     try:
         return content.decode("utf-8-sig")

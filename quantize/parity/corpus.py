@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from quantize import hub
 from quantize.errors import CorpusError
-from quantize.records import CorpusRecord
+from quantize.records import CorpusRecord, DatasetRecord
 
 if TYPE_CHECKING:
     import torch
 
 BUILTIN, WIKITEXT = "builtin", "wikitext-2"
-WIKITEXT_REPO, WIKITEXT_FILE = "Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet"
+WIKITEXT_REPO, WIKITEXT_CONFIG = "Salesforce/wikitext", "wikitext-2-raw-v1"
+WIKITEXT_FILE = f"{WIKITEXT_CONFIG}/test-00000-of-00001.parquet"
 FIRST_HEADING = re.compile(r"= (?!=).*(?<!=) =")
 SPELLING = (
     (r"s '", r"s'"),
@@ -55,6 +56,7 @@ class Corpus:
     name: str
     text: str
     pages: tuple[str, ...] = ()
+    dataset: DatasetRecord | None = None
 
     @property
     def sha256(self) -> str:
@@ -114,8 +116,9 @@ def wikitext() -> Corpus:
         ) from None
     commit, path = hub.dataset_file(WIKITEXT_REPO, WIKITEXT_FILE)
     rows = pyarrow.parquet.read_table(path, columns=["text"]).column("text").to_pylist()
-    name = f"{WIKITEXT_REPO}@{commit} wikitext-2-raw-v1 test"
-    return Corpus(name, "\n\n".join(rows), tuple(pages_of("".join(rows))))
+    dataset = DatasetRecord(WIKITEXT_REPO, WIKITEXT_CONFIG, "test", commit)
+    name = f"{WIKITEXT_REPO}@{commit} {WIKITEXT_CONFIG} test"
+    return Corpus(name, "\n\n".join(rows), tuple(pages_of("".join(rows))), dataset)
 
 
 def pages_of(text: str) -> list[str]:
@@ -165,6 +168,7 @@ def windows_of(corpus: Corpus, tokenizer: Any, window: int, most: int, seed: int
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most]
     record = CorpusRecord(
         name=corpus.name,
+        dataset=corpus.dataset,
         sha256=corpus.sha256,
         characters=len(corpus.text),
         tokens=len(ids),
