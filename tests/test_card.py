@@ -166,6 +166,33 @@ def test_every_measured_number_on_the_card_is_the_evidence(finished: Path) -> No
     )
 
 
+def test_comparisons_and_origin_on_the_card_are_the_records() -> None:
+    card = model_card.render(full_facts())
+    parity = json.loads((EVIDENCE / "parity.json").read_text())
+    provenance = json.loads((EVIDENCE / "provenance.json").read_text())
+    for one in parity["controls"]:
+        kld = one["kld"]["value"]
+        assert cells(card, f"{one['name']} |")[1:] == [
+            f"{one['weight_bytes'] / 1e6:.1f} MB",
+            f"{one['perplexity_ratio']['value']:.4f}",
+            f"{kld:.4f}" if kld >= 0.001 else f"{kld:.1e}",
+            f"{100 * one['same_top']['value']:.2f} %",
+            one["grade"],
+        ]
+    for one in parity["conventions"]:
+        assert cells(card, f"{one['name']} |")[1:3] == [f"{one['reference']:.4f}", f"{one['candidate']:.4f}"]
+        assert one["method"] in card
+    for name, version in provenance["environment"]["versions"].items():
+        assert f"{name} {version}" in card
+    assert f"Made {provenance['created']} by `quantize` {provenance['tool_version']}" in card
+    assert f"{len(provenance['quantized']['modules'])} linear modules hold" in card
+    for sample in parity["generation"]["samples"][:3]:
+        assert sample["reference_sampled"] in card and sample["candidate_sampled"] in card
+    shares = parity["generation"]
+    for name in ("prefill_agreement", "cached_agreement"):
+        assert f"{100 * shares[name]:.1f} %" in card
+
+
 def test_every_snippet_runs(finished: Path) -> None:
     card = (finished / "README.md").read_text().split("## Original model")[0]
     *uses, check = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
@@ -215,8 +242,9 @@ def test_strange_front_matter_counts_as_none(front: str) -> None:
 
 
 def test_cards_without_front_matter_keep_all_their_text() -> None:
-    text = "# Title\n\n---\n\nrule above\n"
-    assert source_card.split(text) == source_card.SourceCard({}, text)
+    for text in ("# Title\n\n---\n\nrule above\n", "---\nlicense: mit\n\n# The end marker is missing\n", ""):
+        assert source_card.split(text) == source_card.SourceCard({}, text)
+    assert source_card.split("---\n---\ntext\n") == source_card.SourceCard({}, "text\n")
 
 
 def test_quoting_demotes_headings_and_makes_targets_absolute() -> None:

@@ -73,6 +73,10 @@ def test_run_and_push_over_http(hub: LoopbackHub, commit: str, tmp_path: Path) -
     card = (folder / "README.md").read_text()
     assert f"base_model: {MODEL}\nbase_model_relation: quantized" in card and commit in card
 
+    rendered = quantize(hub, tmp_path, "card", folder.name)
+    assert rendered.returncode == 0, rendered.stderr
+    assert (folder / "README.md").read_text() == card and hub.downloaded(MODEL) == NEEDED
+
     pushed = quantize(hub, tmp_path, "push", folder.name, "--to", TARGET, "--json")
     assert pushed.returncode == 0, pushed.stderr
     receipt = json.loads(pushed.stdout)
