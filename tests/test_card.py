@@ -301,9 +301,14 @@ def test_a_long_card_is_quick() -> None:
         "![" * 1_000_000,
         "<a " * 600_000,
     ):
-        begun = time.process_time()
-        source_card.quote(body, "https://hub/org/m/{kind}/c0ffee")
-        assert time.process_time() - begun < 1.0, body[:10]
+        assert min(seconds_to_quote(body) for _ in range(3)) < 1.0, body[:10]
+
+
+def seconds_to_quote(body: str) -> float:
+    """Processor time, of which the best of some tries tells least about the neighbours."""
+    begun = time.process_time()
+    source_card.quote(body, "https://hub/org/m/{kind}/c0ffee")
+    return time.process_time() - begun
 
 
 def test_strange_headings_are_demoted_and_rules_are_not() -> None:
