@@ -11,7 +11,7 @@ from model_card.facts import (
 )
 from model_card.metadata import forbids_derivatives
 from model_card.page import page
-from model_card.render import TemplateProblem, names, render
+from model_card.render import TemplateProblem, names, nats, render
 from model_card.source_card import split
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "TemplateProblem",
     "forbids_derivatives",
     "names",
+    "nats",
     "page",
     "render",
     "split",

@@ -20,7 +20,7 @@ GATING = "extra_gated_"
 UNKNOWN_LICENSE = "other"
 FORMAT_TAGS = {"pytorch", "tf", "jax", "rust", "onnx", "coreml", "gguf", "tflite", "openvino", "mlx"}
 """Tags that name file formats of the source which the package does not have."""
-FORBIDS_DERIVATIVES = ("-nd-", "-nd", "no-derivatives")
+FORBIDS_DERIVATIVES = ("-nd-", "no-derivatives")
 
 
 def build(facts: CardFacts, source: Mapping[str, Any]) -> dict[str, Any]:

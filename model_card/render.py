@@ -26,24 +26,30 @@ def render(facts: CardFacts, template: str | None = None) -> str:
 
     The source's own text is a value, never a template. Raises TemplateProblem for a template of one's own.
     """
-    environment = _environment()
     source = source_card.split(facts.source_card or "")
-    values = names(facts)
+    values = _names(facts, source)
     if template is None:
-        text = environment.get_template(TEMPLATE).render(values)
+        text = _tidy(_environment().get_template(TEMPLATE).render(values))
     else:
-        try:
-            text = environment.from_string(template).render(values)
-        except jinja2.TemplateSyntaxError as error:
-            raise TemplateProblem(f"line {error.lineno}: {error.message}") from error
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise TemplateProblem(f"line {_template_line(error)}: {error}") from error
-    return f"---\n{_yaml(metadata.build(facts, source.metadata))}---\n\n{_tidy(text)}\n"
+        text = _rendered(template, values).strip()
+    return f"---\n{_yaml(metadata.build(facts, source.metadata))}---\n\n{text}\n"
 
 
 def names(facts: CardFacts) -> dict[str, Any]:
     """Everything that a template may name: the facts, and what follows from the source's card."""
-    source = source_card.split(facts.source_card or "")
+    return _names(facts, source_card.split(facts.source_card or ""))
+
+
+def _rendered(template: str, values: dict[str, Any]) -> str:
+    try:
+        return _environment().from_string(template).render(values)
+    except jinja2.TemplateSyntaxError as error:
+        raise TemplateProblem(f"line {error.lineno}: {error.message}") from error
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        raise TemplateProblem(f"line {_template_line(error)}: {error}") from error
+
+
+def _names(facts: CardFacts, source: source_card.SourceCard) -> dict[str, Any]:
     base = f"{facts.hub}/{facts.source_repo_id}/{{kind}}/{facts.source_commit}" if facts.source_repo_id else None
     return {
         **{field.name: getattr(facts, field.name) for field in dataclasses.fields(facts)},
@@ -100,7 +106,7 @@ def _environment() -> jinja2.Environment:
         interval=_interval,
         percent=_percent,
         megabytes=_megabytes,
-        nats=_nats,
+        nats=nats,
         fenced=_fenced,
         cell=_cell,
         count=_count,
@@ -121,7 +127,8 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def _nats(value: float) -> str:
+def nats(value: float) -> str:
+    """Four decimals, or two digits where those would all be zeros."""
     return f"{value:.4f}" if value >= 0.001 or value == 0 else f"{value:.1e}"
 
 

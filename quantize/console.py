@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-import model_card
+from model_card import nats, split
 from quantize.examination import Examination
 from quantize.package import CARD, Package
 from quantize.parity.verdict import LIMITS
@@ -86,7 +86,7 @@ def show_package(console: Console, package: Package) -> None:
 def show_card(console: Console, package: Package, preview: bool) -> None:
     path = package.folder / CARD
     if preview:
-        console.print(Markdown(model_card.split(path.read_text("utf-8")).body))
+        console.print(Markdown(split(path.read_text("utf-8")).body))
     console.print(f"card: {path}", soft_wrap=True)
 
 
@@ -143,27 +143,22 @@ def _scores_table(parity: Parity) -> Table:
         f"{ratio_limit}",
         _mark(ratio, ratio_limit),
     )
-    table.add_row("mean KLD (nats)", "0", _nats(kld.value), _range(kld), f"{kld_limit}", _mark(kld, kld_limit))
+    table.add_row("mean KLD (nats)", "0", nats(kld.value), _range(kld), f"{kld_limit}", _mark(kld, kld_limit))
     table.add_row("same top token", "1", f"{top.value:.4f}", _range(top))
     table.add_row("RMS delta p", "0", f"{scores.delta_p_rms.value:.4f}", _range(scores.delta_p_rms))
     for control in parity.controls:
         table.add_row(
             f"  {control.name}: ratio", "1", f"{control.perplexity_ratio.value:.4f}", _range(control.perplexity_ratio)
         )
-        table.add_row(f"  {control.name}: KLD", "0", _nats(control.kld.value), _range(control.kld), control.grade)
+        table.add_row(f"  {control.name}: KLD", "0", nats(control.kld.value), _range(control.kld), control.grade)
     for figure in parity.conventions:
         table.add_row(figure.name, f"{figure.reference:.4f}", f"{figure.candidate:.4f}")
     if parity.reference_cache is not None:
-        table.add_row("  reference cache: KLD", "0", _nats(parity.reference_cache.mean_kld))
+        table.add_row("  reference cache: KLD", "0", nats(parity.reference_cache.mean_kld))
     if generated is not None:
         table.add_row("greedy equal at 16", "1", f"{generated.identical_at_16:.2f}")
         table.add_row("cached agreement", "1", f"{generated.cached_agreement:.4f}")
     return table
-
-
-def _nats(value: float) -> str:
-    """Four decimals, or two digits where those would all be zeros."""
-    return f"{value:.4f}" if value >= 0.001 or value == 0 else f"{value:.1e}"
 
 
 def _range(estimate: Estimate, digits: int = 4) -> str:

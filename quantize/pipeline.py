@@ -135,17 +135,9 @@ def draw_figures(parity: Parity, folder: Path) -> None:
         figures.draw(parity, folder)
 
 
-def card_facts(folder: Path, against: str | None, publisher: Publisher | None = None) -> CardFacts:
-    """What the card of a package is made from: its evidence, and its source's own card."""
-    made = package.open_package(folder)
-    provenance = dataclasses.replace(made.provenance, publisher=publisher or made.provenance.publisher)
-    text = source.read_card(provenance.source, against)
-    return card.facts(folder.resolve().name, provenance, made.parity, text, card.figure_names(folder))
-
-
 def card_names(folder: Path, against: str | None, publisher: Publisher | None = None) -> dict[str, Any]:
     """Everything that a card's template may name, for one package."""
-    return model_card.names(card_facts(folder, against, publisher))
+    return model_card.names(_facts(_published_by(package.open_package(folder), publisher), against))
 
 
 def write_page(made: Package, path: Path) -> None:
@@ -159,13 +151,12 @@ def rewrite_card(
     folder: Path, against: str | None, publisher: Publisher | None = None, card_template: Path | None = None
 ) -> Package:
     """Render the card of a package again from its evidence; nothing is measured."""
-    made = package.open_package(folder)
+    made = _published_by(package.open_package(folder), publisher)
     package.require_unchanged(made, but=package.CARD)
-    provenance = dataclasses.replace(made.provenance, publisher=publisher or made.provenance.publisher)
-    text = _rendered(card_facts(folder, against, publisher), _read_template(card_template), card_template)
+    text = _rendered(_facts(made, against), _read_template(card_template), card_template)
     with storage_errors(folder):
         package.write_card(folder, text)
-        return Package(folder, package.seal(folder, provenance), made.parity)
+        return Package(folder, package.seal(folder, made.provenance), made.parity)
 
 
 def push(folder: Path, repo_id: str, *, private: bool, message: str | None, progress: Progress) -> Receipt:
@@ -211,6 +202,20 @@ def _controls(
 
 def _promise(recipe: Recipe) -> structure.Expected:
     return structure.Expected(recipe.bits, recipe.quant_type, recipe.double_quant, recipe.skips)
+
+
+def _published_by(made: Package, publisher: Publisher | None) -> Package:
+    """The package under another publisher's name, where one is given."""
+    if publisher is None:
+        return made
+    return dataclasses.replace(made, provenance=dataclasses.replace(made.provenance, publisher=publisher))
+
+
+def _facts(made: Package, against: str | None) -> CardFacts:
+    """What the card of a package is made from: its evidence, and its source's own card."""
+    text = source.read_card(made.provenance.source, against)
+    figure_names = card.figure_names(made.folder)
+    return card.facts(made.folder.resolve().name, made.provenance, made.parity, text, figure_names)
 
 
 def _require_derivable(checkout: Checkout, allowed: bool) -> None:

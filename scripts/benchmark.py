@@ -38,7 +38,7 @@ SAMPLE_SECONDS = 0.01
 
 @dataclass(frozen=True)
 class Job:
-    """What the contenders of one benchmark have in common; `windows` None means as many as a verdict needs."""
+    """What the contenders of one benchmark have in common; `windows` at most are read."""
 
     source: str
     candidate: str
@@ -182,7 +182,10 @@ def _guide_loop(model: Any, text: Any, window: int, stride: int, device: str) ->
 
 
 def verdict(job: Job) -> Outcome:
-    """`quantize verify` from loading to the verdict on all that it needs; generation comes after that."""
+    """`quantize verify` from loading to the verdict on all that it needs; generation comes after that.
+
+    It loads the models itself, so its peak counts them too.
+    """
     from quantize import source
     from quantize.parity import measure
 

@@ -16,6 +16,7 @@ from quantize.records import ParitySettings, Recipe
 from tests.conftest import POCKET
 from tests.hub import LoopbackHub
 from tests.hub.distilgpt2 import seed_distilgpt2
+from tests.test_card import run_snippets
 from tests.test_hub_run import MODEL, TARGET, quantize
 
 pytestmark = pytest.mark.gpu
@@ -43,6 +44,12 @@ def test_a_separate_process_loads_and_generates(on_gpu: package.Package) -> None
     )
     outcome = subprocess.run([sys.executable, "-c", script, str(on_gpu.folder)], capture_output=True, text=True)
     assert outcome.stdout.split() == ["True", "cuda", "True"], outcome.stderr
+
+
+def test_the_snippets_of_the_card_run(on_gpu: package.Package) -> None:
+    used, checked = run_snippets(on_gpu.folder)
+    assert used.count("Hello, I'm a language model,") == 4 and "torch.Size([1, " in used
+    assert checked == "all files are as they were sealed\n"
 
 
 @pytest.mark.parametrize("recipe", [{"bits": 8}, {"quant_type": "fp4", "double_quant": False}], ids=["int8", "fp4"])

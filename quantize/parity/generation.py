@@ -36,7 +36,8 @@ def compare(pair: Pair, new_tokens: int, seed: int, advance: Callable[[int], Non
 
     Each model does all its work before the other is asked, and `advance` is told of each prompt it has done.
     """
-    encoded = [_encode(pair, prompt) for prompt in prompts()]
+    asked = prompts()
+    encoded = [_encode(pair, prompt) for prompt in asked]
     limits = [max(1, min(new_tokens, pair.context - ids.shape[1])) for ids in encoded]
     originals = [
         _continue_both(pair, pair.reference, ids, limit, seed, advance)
@@ -60,7 +61,7 @@ def compare(pair: Pair, new_tokens: int, seed: int, advance: Callable[[int], Non
             reference_sampled_nll=_nll(pair.reference, ids, original.sampled),
             candidate_sampled_nll=_nll(pair.reference, ids, copy.sampled),
         )
-        for prompt, ids, original, copy in zip(prompts(), encoded, originals, copies, strict=True)
+        for prompt, ids, original, copy in zip(asked, encoded, originals, copies, strict=True)
     )
     return Generation(
         new_tokens=new_tokens,
