@@ -68,13 +68,15 @@ class CardDataset:
 class CardFacts:
     """Everything that a template may name. Sizes in bytes, divergences in nats, shares in 0..1.
 
-    `source_repo_id` and `source_commit` are None for a local source; measured values are None in the card of a
-    package that failed a structural check and was never scored. `source_card` is the whole of the source's README;
-    `corpus_dataset` is None for a text that is not from the Hub.
+    `key` says what the package is made of, as provenance.json does. `source_repo_id` and `source_commit` are None for
+    a local source; measured values are None in the card of a package that failed a structural check and was never
+    scored. `source_card` is the whole of the source's README; `corpus_dataset` is None for a text that is not from
+    the Hub.
     """
 
     publisher: CardPublisher | None
     package_name: str
+    key: str
     source_name: str
     source_repo_id: str | None
     source_commit: str | None

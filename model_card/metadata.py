@@ -35,6 +35,8 @@ def build(facts: CardFacts, source: Mapping[str, Any]) -> dict[str, Any]:
         metadata["base_model_relation"] = "quantized"
     if facts.publisher:
         metadata["quantized_by"] = facts.publisher.name
+    if facts.key:
+        metadata["quantize_key"] = facts.key
     metadata["tags"] = _tags(facts, source)
     if facts.perplexity_ratio:
         metadata["model-index"] = [{"name": facts.package_name, "results": [_results(facts)]}]

@@ -21,7 +21,6 @@ from quantize.records import Estimate, Parity, ParitySettings, Provenance, Recip
 
 
 def facts(
-    package_name: str,
     provenance: Provenance,
     parity: Parity,
     source_card: str | None,
@@ -35,7 +34,8 @@ def facts(
     publisher, dataset = provenance.publisher, text.dataset if text else None
     return CardFacts(
         publisher=CardPublisher(publisher.name, tuple(publisher.links.items())) if publisher else None,
-        package_name=package_name,
+        package_name=provenance.name,
+        key=provenance.key,
         source_name=source.name,
         source_repo_id=source.repo_id,
         source_commit=source.commit,

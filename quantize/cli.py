@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from quantize import __version__
 from quantize.errors import ParityRefused, QuantizeError
-from quantize.records import (
-    COMPUTE_DTYPES,
-    DEFAULT_MODEL,
-    GRADES,
-    QUANT_TYPES,
-    ParitySettings,
-    Recipe,
-    to_json,
+from quantize.options import (
+    FOLDER,
+    Output,
+    against_option,
+    cache_option,
+    device_option,
+    output_options,
+    parity_options,
+    publisher_options,
+    recipe_options,
+    repo_ids,
+    target_options,
+    template_option,
+    trust_option,
 )
+from quantize.records import DEFAULT_MODEL, ParitySettings, Recipe, Target, to_json
 
 if TYPE_CHECKING:
-    from quantize.progress import Progress
+    from quantize.delivery import Wanted
+    from quantize.pipeline import RunRequest
     from quantize.records import Publisher
 
 INTERRUPTED = 130
@@ -37,164 +42,6 @@ ENVIRONMENT = {
     # Threads that wait for each other by spinning slow a shared machine down several times.
     "OMP_WAIT_POLICY": "passive",
 }
-FOLDER = click.Path(path_type=Path, file_okay=False)
-
-
-class Output:
-    """Where results go: tables for people on stderr, or one JSON document on stdout."""
-
-    def __init__(self, as_json: bool, quiet: bool) -> None:
-        self.as_json, self.quiet = as_json, quiet
-        if quiet or not sys.stderr.isatty():
-            os.environ["TQDM_DISABLE"] = "1"  # the libraries' own bars, which would fill a log with fragments
-
-    @functools.cached_property
-    def progress(self) -> Progress:
-        from quantize.console import Terminal
-        from quantize.progress import Silent
-
-        return Silent() if self.quiet else Terminal()
-
-    def show(self, record: object, *tables: Callable[[Any], None]) -> None:
-        """Print a record as JSON, or as the tables that were made of it."""
-        if self.as_json:
-            click.echo(to_json(record), nl=False)
-        elif not self.quiet:
-            from quantize.console import Terminal
-
-            console = Terminal().console
-            for table in tables:
-                table(console)
-
-
-def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds --json and --quiet, handed to the command as one `output`."""
-
-    @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
-    @click.option("--quiet", "-q", is_flag=True, help="No progress and no tables; errors still show.")
-    @functools.wraps(command)
-    def wrapped(as_json: bool, quiet: bool, **options: Any) -> Any:
-        try:
-            return command(output=Output(as_json, quiet), **options)
-        except QuantizeError as error:
-            if as_json and not isinstance(error, ParityRefused):
-                click.echo(json.dumps({"error": str(error), "kind": type(error).__name__}))
-            raise
-
-    return wrapped
-
-
-def parity_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options of ParitySettings, handed to the command as one `settings`."""
-    options = [
-        click.option(
-            "--corpus", default=ParitySettings.corpus, show_default=True, help="'builtin', 'wikitext-2' or a text file."
-        ),
-        click.option(
-            "--window",
-            type=click.IntRange(16),
-            default=ParitySettings.window,
-            show_default=True,
-            help="Tokens per window, at most the model's context.",
-        ),
-        click.option(
-            "--max-windows",
-            type=click.IntRange(8),
-            default=ParitySettings.max_windows,
-            show_default=True,
-            help="Score at most this many windows.",
-        ),
-        click.option(
-            "--new-tokens",
-            type=click.IntRange(1),
-            default=ParitySettings.new_tokens,
-            show_default=True,
-            help="Tokens generated per prompt.",
-        ),
-        click.option("--full", is_flag=True, help="Score every window, even when the verdict is certain before."),
-        click.option(
-            "--controls", is_flag=True, help="Measure the float16 source, int8 and stock NF4 in the same run."
-        ),
-        click.option(
-            "--conventions",
-            is_flag=True,
-            help="Also state both perplexities as papers do: sliding window, and lm-evaluation-harness.",
-        ),
-        click.option(
-            "--seed",
-            type=click.IntRange(0, 2**32 - 1),
-            default=ParitySettings.seed,
-            show_default=True,
-            help="For all randomness.",
-        ),
-        click.option(
-            "--require",
-            type=click.Choice(GRADES[:-1]),
-            default=ParitySettings.require,
-            show_default=True,
-            help="The grade that a package must reach.",
-        ),
-    ]
-
-    @functools.wraps(command)
-    def wrapped(**given: Any) -> Any:
-        names = ("corpus", "window", "max_windows", "new_tokens", "seed", "full", "controls", "conventions", "require")
-        return command(settings=ParitySettings(**{name: given.pop(name) for name in names}), **given)
-
-    return functools.reduce(lambda inner, option: option(inner), reversed(options), wrapped)
-
-
-device_option = click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    help="cpu, cuda, cuda:1, xpu; auto takes a GPU when there is one.",
-)
-trust_option = click.option(
-    "--trust-remote-code", is_flag=True, help="Allow code from the model's repo. Read it first."
-)
-against_option = click.option(
-    "--against",
-    metavar="MODEL",
-    help="The original model: a Hub id or a folder. Needed where no record names it.",
-)
-template_option = click.option(
-    "--card-template",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="A Jinja template for the card's text, in place of the default one.",
-)
-
-
-def publisher_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds --publisher and --publisher-link, handed to the command as one `publisher`."""
-
-    @click.option(
-        "--publisher", "name", envvar="QUANTIZE_PUBLISHER", metavar="NAME", help="Who publishes, named on the card."
-    )
-    @click.option(
-        "--publisher-link",
-        "links",
-        multiple=True,
-        envvar="QUANTIZE_PUBLISHER_LINKS",
-        metavar="LABEL=URL",
-        help="A link of the publisher's. May be repeated.",
-    )
-    @functools.wraps(command)
-    def wrapped(name: str | None, links: tuple[str, ...], **options: Any) -> Any:
-        from quantize import publisher
-
-        return command(publisher=publisher.chosen(name, links), **options)
-
-    return wrapped
-
-
-cache_option = click.option(
-    "--reference-cache",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Load the models one at a time and keep the original's answers in FILE, also for the next candidate.",
-)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -214,22 +61,7 @@ def cli() -> None:
 @click.argument("model", default=DEFAULT_MODEL)
 @click.option("--revision", help="Branch, tag or commit of a Hub model; resolved once to a commit.")
 @click.option("--output", "-o", "folder", type=FOLDER, help="The package; default: MODEL-bnb-4bit here.")
-@click.option("--bits", type=click.Choice(["4", "8"]), default=str(Recipe.bits), show_default=True)
-@click.option("--quant-type", type=click.Choice(QUANT_TYPES), default=Recipe.quant_type, show_default=True)
-@click.option(
-    "--double-quant/--no-double-quant",
-    default=Recipe.double_quant,
-    show_default=True,
-    help="Quantize scales again.",
-)
-@click.option(
-    "--compute-dtype",
-    type=click.Choice(COMPUTE_DTYPES),
-    default=Recipe.compute_dtype,
-    show_default=True,
-    help="Type of products and of what is not quantized; auto keeps the source's half precision.",
-)
-@click.option("--skip-modules", multiple=True, metavar="NAME", help="Leave this module as it is. May be repeated.")
+@recipe_options
 @device_option
 @trust_option
 @click.option("--force", is_flag=True, help="Replace a finished package.")
@@ -238,6 +70,8 @@ def cli() -> None:
 @click.option(
     "--allow-no-derivatives", is_flag=True, help="Go on although the license forbids changed copies: you may do so."
 )
+@target_options("--push-to", required=False)
+@click.option("--refresh-card", is_flag=True, help="With --push-to: render a published card again, and push it alone.")
 @parity_options
 @output_options
 @publisher_options
@@ -245,17 +79,17 @@ def run(
     model: str,
     revision: str | None,
     folder: Path | None,
-    bits: str,
-    quant_type: str,
-    double_quant: bool,
-    compute_dtype: str,
-    skip_modules: tuple[str, ...],
+    recipe: Recipe,
     device: str,
     trust_remote_code: bool,
     force: bool,
     reference_cache: Path | None,
     card_template: Path | None,
     allow_no_derivatives: bool,
+    target: Target | None,
+    verify_download: bool,
+    dry_run: bool,
+    refresh_card: bool,
     publisher: Publisher | None,
     settings: ParitySettings,
     output: Output,
@@ -268,16 +102,12 @@ def run(
     quantize run
     quantize run openai-community/gpt2 --revision main --require parity
     quantize run ./my-model --bits 8 --device cpu
+    quantize run distilbert/distilgpt2 --push-to you/distilgpt2-bnb-4bit
     """
-    from quantize import console, pipeline
+    from quantize import pipeline
 
-    recipe = Recipe(
-        bits=int(bits),
-        quant_type=quant_type,
-        double_quant=double_quant,
-        compute_dtype=compute_dtype,
-        skip_modules=skip_modules,
-    )
+    if refresh_card and target is None:
+        raise click.UsageError("--refresh-card needs --push-to REPO")
     request = pipeline.RunRequest(
         model,
         revision,
@@ -292,6 +122,17 @@ def run(
         card_template,
         allow_no_derivatives,
     )
+    if target is None:
+        _run(request, output)
+    else:
+        from quantize.delivery import Wanted
+
+        _deliver(Wanted(request, target, refresh_card, verify_download, dry_run), output)
+
+
+def _run(request: RunRequest, output: Output) -> None:
+    from quantize import console, pipeline
+
     result = pipeline.run(request, output.progress)
     made = result.package
     if not result.created:
@@ -302,7 +143,15 @@ def run(
         lambda terminal: console.show_package(terminal, made),
     )
     if not made.parity.verdict.passed:
-        raise ParityRefused(f"{model} was refused: {made.parity.verdict.reasons[0]}; the evidence is in {made.folder}")
+        reason = made.parity.verdict.reasons[0]
+        raise ParityRefused(f"{request.model} was refused: {reason}; the evidence is in {made.folder}")
+
+
+def _deliver(wanted: Wanted, output: Output) -> None:
+    from quantize import console, delivery
+
+    done = delivery.deliver(wanted, output.progress)
+    output.show(done.summary(), lambda terminal: console.show_delivery(terminal, done))
 
 
 @cli.command()
@@ -383,22 +232,76 @@ def card(
 
 @cli.command()
 @click.argument("folder", type=FOLDER)
-@click.option("--to", "repo_id", required=True, metavar="REPO", help="Hub id to publish to; made when absent.")
-@click.option("--private", is_flag=True, help="Make a new repo private.")
-@click.option("--message", help="Commit message.")
+@target_options("--to", required=True)
 @output_options
-def push(folder: Path, repo_id: str, private: bool, message: str | None, output: Output) -> None:
+def push(folder: Path, target: Target, verify_download: bool, dry_run: bool, output: Output) -> None:
     """Publish a package that passed and is unchanged since, in one commit.
 
     The token comes from HF_TOKEN or `hf auth login`.
 
     \b
     quantize push distilgpt2-bnb-4bit --to you/distilgpt2-bnb-4bit
+    quantize push distilgpt2-bnb-4bit --to you/distilgpt2-bnb-4bit --dry-run
+    quantize push distilgpt2-bnb-4bit --to somebody/model --pr
     """
-    from quantize import console, pipeline
+    from quantize import console, delivery
 
-    receipt = pipeline.push(folder, repo_id, private=private, message=message, progress=output.progress)
+    if dry_run:
+        planned = delivery.plan(folder, target)
+        output.show(planned, lambda terminal: console.show_plan(terminal, planned))
+        return
+    receipt = delivery.push(folder, target, output.progress, verify_download=verify_download)
     output.show(receipt, lambda terminal: console.show_receipt(terminal, receipt))
+
+
+@cli.command()
+@click.argument("catalogue", type=click.Path(path_type=Path, dir_okay=False))
+@click.option(
+    "--output",
+    "-o",
+    "folder",
+    type=FOLDER,
+    default=Path("sync"),
+    show_default=True,
+    help="For evidence and unfinished work.",
+)
+@click.option("--only", multiple=True, metavar="REPO", callback=repo_ids, help="This target. May be repeated.")
+@click.option("--max-models", type=click.IntRange(1), help="Make at most this many; the rest waits for the next time.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done; nothing is fetched, made or published.")
+@click.option("--refresh-card", is_flag=True, help="Also render published cards again, and push those that differ.")
+@click.option("--verify-download", is_flag=True, help="Fetch what was published again, load it and score a sample.")
+@device_option
+@output_options
+@publisher_options
+@click.pass_context
+def sync(
+    context: click.Context,
+    catalogue: Path,
+    folder: Path,
+    only: tuple[str, ...],
+    max_models: int | None,
+    dry_run: bool,
+    refresh_card: bool,
+    verify_download: bool,
+    device: str,
+    publisher: Publisher | None,
+    output: Output,
+) -> None:
+    """Keep the models of a CATALOGUE up to date on the Hub; safe to run every night.
+
+    Exit codes: 0 all up to date or published, 1 some failed, 3 some refused by parity.
+
+    \b
+    quantize sync catalogue.toml
+    quantize sync catalogue.toml --only you/distilgpt2-bnb-4bit --dry-run
+    """
+    from quantize import console
+    from quantize import sync as room
+
+    job = room.Job(catalogue, folder, only, max_models, dry_run, refresh_card, verify_download, device, publisher)
+    report = room.sync(job, output.progress)
+    output.show(report, lambda terminal: console.show_report(terminal, report))
+    context.exit(report.exit_code)
 
 
 @cli.command()
@@ -422,7 +325,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of every kernel that it falls back from
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        cli.main(arguments, prog_name="quantize", standalone_mode=False)
+        code = cli.main(arguments, prog_name="quantize", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -432,4 +335,4 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except QuantizeError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    sys.exit(0)
+    sys.exit(code)

@@ -14,11 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from model_card import nats, split
+from quantize.delivery import Delivery
 from quantize.examination import Examination
 from quantize.package import CARD, Package
 from quantize.parity.verdict import LIMITS
 from quantize.progress import Advance
-from quantize.records import Estimate, Parity, Receipt
+from quantize.records import Estimate, Parity, Plan, Receipt
+from quantize.sync import Report
 
 PLAIN_WIDTH = 100
 
@@ -92,7 +94,53 @@ def show_card(console: Console, package: Package, preview: bool) -> None:
 
 def show_receipt(console: Console, receipt: Receipt) -> None:
     done = "published" if receipt.created_commit else "already there, nothing to do"
-    console.print(f"{done}: {receipt.url}", soft_wrap=True)
+    console.print(f"{done}: {receipt.pull_request or receipt.url}", soft_wrap=True)
+    if proof := receipt.downloaded:
+        console.print(
+            f"fetched again: {proof.files} files, all hashes agree; loss of a sample {proof.sample_nll:.4f} nats a "
+            f"token, of the package {proof.package_nll:.4f}",
+            soft_wrap=True,
+        )
+
+
+def show_plan(console: Console, plan: Plan) -> None:
+    """What a push would create, replace and delete."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("change")
+    table.add_column("path", overflow="fold")
+    table.add_column("size", justify="right", no_wrap=True)
+    for change in plan.changes:
+        if change.action != "keep":
+            table.add_row(change.action, change.path, f"{change.size:,} B" if change.size else "")
+    if table.row_count:
+        console.print(table)
+    kept = sum(change.action == "keep" for change in plan.changes)
+    sent = sum(change.size for change in plan.changes if change.action in ("create", "replace"))
+    where = "a new pull request" if plan.pull_request and not plan.revision else plan.revision or "main"
+    made = "would be made, " if plan.creates_repo else ""
+    console.print(f"{plan.repo_id}: {made}{where}", soft_wrap=True)
+    console.print(f"{sent / 1e6:.1f} MB to send, {kept} files are there already; nothing was changed", soft_wrap=True)
+
+
+def show_delivery(console: Console, delivery: Delivery) -> None:
+    """What came of `run --push-to`."""
+    if delivery.package and delivery.receipt and delivery.receipt.created_commit:
+        show_parity(console, delivery.package.parity)
+        show_package(console, delivery.package)
+    if delivery.receipt:
+        show_receipt(console, delivery.receipt)
+    else:
+        console.print(f"{delivery.state}: {delivery.source} at {delivery.target}", soft_wrap=True)
+
+
+def show_report(console: Console, report: Report) -> None:
+    """What came of every entry of a catalogue."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("target", "state", "detail"):
+        table.add_column(name, overflow="fold")
+    for one in report.outcomes:
+        table.add_row(one.target, one.state, one.detail)
+    console.print(table)
 
 
 def show_examination(console: Console, found: Examination) -> None:

@@ -7,12 +7,13 @@
     │   ├── UnsupportedModel      pickle only, already quantized, not causal, remote code ...
     │   └── CorruptModel          truncated or damaged files, NaN weights
     ├── HubUnreachable            no network, or the Hub answers with errors
-    ├── ConfigError               the config file, or options about the publisher or the card's template
+    ├── ConfigError               the config file, the catalogue, or options about the publisher or the card
     ├── CorpusError               the text to measure on
     ├── DeviceError               the device that was asked for, or its memory
     ├── StorageError              no space, no permission
     ├── PackageError              an output folder or a package that is not what it should be
     ├── PublishError              the upload
+    │   └── Conflict              somebody else committed meanwhile
     └── ParityRefused             exit 3: the package was made and measured, and did not pass
 
 Anything else is a bug and keeps its traceback.
@@ -50,7 +51,11 @@ class CorruptModel(SourceError):
 
 
 class HubUnreachable(QuantizeError):
-    pass
+    """`passing`: may be gone at the next attempt; `retry_after`: seconds that the Hub asks to wait."""
+
+    def __init__(self, message: str, *, passing: bool = True, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.passing, self.retry_after = passing, retry_after
 
 
 class ConfigError(QuantizeError):
@@ -74,6 +79,10 @@ class PackageError(QuantizeError):
 
 
 class PublishError(QuantizeError):
+    pass
+
+
+class Conflict(PublishError):
     pass
 
 

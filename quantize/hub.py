@@ -1,23 +1,24 @@
-"""The one door to the Hub: what the client is asked, and what its many errors mean."""
+"""The one door to the Hub: everything that the client is asked."""
 
 from __future__ import annotations
 
 import glob
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.errors import AccessDenied, HubUnreachable, PublishError, SourceNotFound
+from quantize.errors import AccessDenied, PublishError, SourceNotFound, storage_errors
+from quantize.patience import patiently, set_deadlines, translated
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-REQUEST_TIMEOUT = 30.0
-"""Seconds for a question that is not a transfer."""
+MAIN = "main"
+READ_ONLY = "read"
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,28 @@ class RemoteFile:
     blob_id: str | None
 
 
+@dataclass(frozen=True)
+class Account:
+    """Whose token it is, the namespaces that this user belongs to, and whether the token may only read."""
+
+    name: str
+    namespaces: frozenset[str]
+    read_only: bool
+
+
+@dataclass(frozen=True)
+class Changes:
+    """One commit's worth of changes: files to add (path in the repo: local path) and paths to delete."""
+
+    files: Mapping[str, Path]
+    deleted: tuple[str, ...]
+
+
 def api() -> HfApi:
     """The client, at HF_ENDPOINT where that is set, with a token from huggingface_hub's usual places."""
     from huggingface_hub import HfApi
 
+    set_deadlines()
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, library_name="quantize-bnb")
 
 
@@ -53,16 +72,76 @@ def token_present() -> bool:
     return get_token() is not None
 
 
+def account() -> Account:
+    """Whom the token belongs to; raises AccessDenied where there is none or it is not valid."""
+    if not token_present():
+        raise AccessDenied("no token for the Hub: log in with `hf auth login` or set HF_TOKEN")
+
+    @patiently
+    def ask() -> dict[str, Any]:
+        with translated("the account"):
+            return dict(api().whoami())
+
+    found = ask()
+    role = (found.get("auth") or {}).get("accessToken", {}).get("role")
+    groups = {str(group.get("name")) for group in found.get("orgs") or ()}
+    return Account(str(found["name"]), frozenset({str(found["name"]), *groups}), role == READ_ONLY)
+
+
+@patiently
+def require_write(repo_id: str) -> None:
+    """Raise AccessDenied unless the token may write to this repo."""
+    with translated(repo_id):
+        api().auth_check(repo_id, write=True)
+
+
+@patiently
 def resolve(repo_id: str, revision: str | None) -> tuple[str, tuple[RemoteFile, ...]]:
     """The commit that `revision` means now, and every file of it."""
     with translated(repo_id, revision):
-        info = api().model_info(repo_id, revision=revision, files_metadata=True, timeout=REQUEST_TIMEOUT)
+        info = api().model_info(repo_id, revision=revision, files_metadata=True)
     return str(info.sha), tuple(_remote_file(sibling) for sibling in info.siblings or ())
 
 
+@patiently
+def head(repo_id: str, revision: str | None) -> str:
+    """The commit that `revision` means now."""
+    with translated(repo_id, revision):
+        return str(api().model_info(repo_id, revision=revision).sha)
+
+
+@patiently
+def refs(repo_id: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Branches and tags, each with its commit."""
+    with translated(repo_id):
+        found = api().list_repo_refs(repo_id)
+    return (
+        {branch.name: branch.target_commit for branch in found.branches},
+        {tag.name: tag.target_commit for tag in found.tags},
+    )
+
+
+@patiently
+def history(repo_id: str, revision: str | None) -> tuple[str, ...]:
+    """Commits of a branch or a pull request, newest first."""
+    with translated(repo_id, revision):
+        return tuple(commit.commit_id for commit in api().list_repo_commits(repo_id, revision=revision))
+
+
+@patiently
+def open_pull_request(repo_id: str, author: str, mark: str) -> int | None:
+    """The number of the author's open pull request whose title ends with `mark`."""
+    with translated(repo_id):
+        found = api().get_repo_discussions(
+            repo_id, author=author, discussion_type="pull_request", discussion_status="open"
+        )
+        return next((one.num for one in found if one.title.endswith(mark)), None)
+
+
+@patiently
 def read_json(repo_id: str, commit: str, path: str) -> dict[str, Any]:
     """A small JSON file at a commit; it stays in the Hub's cache."""
-    with translated(repo_id, commit):
+    with translated(repo_id, commit), storage_errors(cache_folder()):
         local = api().hf_hub_download(repo_id, path, revision=commit)
     try:
         content = json.loads(Path(local).read_text("utf-8"))
@@ -73,10 +152,11 @@ def read_json(repo_id: str, commit: str, path: str) -> dict[str, Any]:
     return content
 
 
+@patiently
 def dataset_file(repo_id: str, path: str) -> tuple[str, Path]:
     """One file of a dataset at its present commit, and that commit."""
-    with translated(repo_id):
-        commit = str(api().dataset_info(repo_id, timeout=REQUEST_TIMEOUT).sha)
+    with translated(repo_id), storage_errors(cache_folder()):
+        commit = str(api().dataset_info(repo_id).sha)
         return commit, Path(api().hf_hub_download(repo_id, path, repo_type="dataset", revision=commit))
 
 
@@ -86,11 +166,12 @@ def is_cached(repo_id: str, commit: str, path: str) -> bool:
     return isinstance(try_to_load_from_cache(repo_id, path, revision=commit), str)
 
 
-def download(repo_id: str, commit: str, paths: Sequence[str]) -> Path:
-    """The snapshot folder with exactly these files of the commit brought into the Hub's cache."""
+@patiently
+def download(repo_id: str, commit: str, paths: Sequence[str], cache: Path | None = None) -> Path:
+    """The snapshot folder with exactly these files of the commit brought into the Hub's cache, or another one."""
     patterns = [glob.escape(path) for path in paths]
-    with translated(repo_id, commit):
-        return Path(api().snapshot_download(repo_id, revision=commit, allow_patterns=patterns))
+    with translated(repo_id, commit), storage_errors(cache or cache_folder()):
+        return Path(api().snapshot_download(repo_id, revision=commit, allow_patterns=patterns, cache_dir=cache))
 
 
 def forget(path: Path) -> None:
@@ -99,68 +180,79 @@ def forget(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
+@patiently
+def validate_card(repo_id: str, text: str) -> None:
+    """Let the Hub check a card's metadata; raises PublishError."""
+    from huggingface_hub import ModelCard
+
+    card = ModelCard(text, ignore_metadata_errors=True)
+    try:
+        with translated(repo_id):
+            card.validate(repo_type="model")
+    except ValueError as error:
+        raise PublishError(f"the Hub refuses the card: {' '.join(str(error).split())}") from error
+
+
+@patiently
 def create_repo(repo_id: str, *, private: bool) -> None:
     """Make sure that a model repo of this name exists."""
     with translated(repo_id):
         api().create_repo(repo_id, private=private, exist_ok=True)
 
 
-def commit(repo_id: str, files: Mapping[str, Path], deleted: Sequence[str], *, parent: str, message: str) -> str:
-    """Add `files` (path in the repo: local path) and delete others in one commit on top of `parent`; its id."""
+@patiently
+def create_branch(repo_id: str, branch: str) -> None:
+    """Make sure that a branch of this name exists; a new one starts at main's head."""
+    with translated(repo_id):
+        api().create_branch(repo_id, branch=branch, exist_ok=True)
+
+
+@patiently
+def create_tag(repo_id: str, tag: str, commit: str) -> None:
+    """Make sure that a tag of this name exists; a new one points to `commit`."""
+    with translated(repo_id):
+        api().create_tag(repo_id, tag=tag, revision=commit, exist_ok=True)
+
+
+def operations(changes: Changes) -> list[Any]:
+    """A commit's operations as the client has them; they remember which files were sent."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    operations: list[CommitOperationAdd | CommitOperationDelete] = [
-        *(CommitOperationAdd(path_in_repo=path, path_or_fileobj=local) for path, local in files.items()),
-        *(CommitOperationDelete(path_in_repo=path) for path in deleted),
+    return [
+        *(CommitOperationAdd(path_in_repo=path, path_or_fileobj=local) for path, local in changes.files.items()),
+        *(CommitOperationDelete(path_in_repo=path) for path in changes.deleted),
     ]
-    with translated(repo_id):
-        info = api().create_commit(repo_id, operations, commit_message=message, parent_commit=parent)
-    return str(info.oid)
 
 
-@contextmanager
-def translated(repo_id: str, revision: str | None = None) -> Iterator[None]:
-    """Turn the client's errors into one readable line each."""
-    from huggingface_hub import errors
-
-    transport = (errors.HTTPError, ConnectionError, TimeoutError)  # type: ignore[attr-defined]
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise AccessDenied(
-            f"{repo_id} is gated: accept its terms at {endpoint()}/{repo_id} and log in with `hf auth login`"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise SourceNotFound(f"{repo_id} has no revision {revision!r}") from error
-    except errors.RepositoryNotFoundError as error:
-        raise SourceNotFound(
-            f"no such repo: {repo_id} (if it is private, log in with `hf auth login`; a local folder is "
-            f"written with ./)"
-        ) from error
-    except errors.HFValidationError as error:
-        raise SourceNotFound(f"{repo_id!r} is neither a folder nor a Hub id such as distilbert/distilgpt2") from error
-    except errors.HfHubHTTPError as error:
-        raise _from_status(repo_id, error) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, *transport) as error:
-        raise HubUnreachable(
-            f"cannot reach the Hub at {endpoint()} for {repo_id} ({type(error).__name__}): check the network and "
-            f"run the same command again"
-        ) from error
-
-
-def _from_status(repo_id: str, error: Any) -> AccessDenied | HubUnreachable | PublishError:
-    status = error.response.status_code if error.response is not None else 0
-    if status in (401, 403):
-        return AccessDenied(
-            f"the Hub refused {repo_id} ({status}): the token is missing, expired or lacks the right; "
-            f"log in with `hf auth login`"
+@patiently
+def upload(repo_id: str, changes: list[Any], *, revision: str | None, pull_request: bool) -> None:
+    """Send the large files; nothing shows in the repo before the commit, and what arrived is not sent again."""
+    additions = [change for change in changes if hasattr(change, "path_or_fileobj")]
+    with translated(repo_id, revision):
+        api().preupload_lfs_files(
+            repo_id, additions, revision=revision, create_pr=pull_request, free_memory=False, num_threads=2
         )
-    if status == 412:
-        return PublishError(f"somebody else committed to {repo_id} meanwhile: look at it and push again")
-    reason = (error.server_message or "").strip().splitlines()
-    return HubUnreachable(
-        f"the Hub answered {status} for {repo_id}{': ' + reason[0] if reason else ''}: try again later"
-    )
+
+
+def commit(
+    repo_id: str, changes: list[Any], *, parent: str, revision: str | None, pull_request: bool, message: str
+) -> tuple[str, str | None]:
+    """One commit on top of `parent`: its id, and the address of the pull request that it opened.
+
+    Asked once only: whoever calls it finds out after an error whether the commit was made. Raises Conflict.
+    """
+    with translated(repo_id, revision), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the card's metadata was checked before
+        info = api().create_commit(
+            repo_id,
+            changes,
+            commit_message=message,
+            parent_commit=parent,
+            revision=revision,
+            create_pr=pull_request,
+            num_threads=2,
+        )
+    return str(info.oid), info.pr_url
 
 
 def _remote_file(sibling: Any) -> RemoteFile:

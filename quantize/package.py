@@ -11,8 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantize.errors import PackageError, storage_errors
-from quantize.files import locked, records_of
-from quantize.records import Checkout, Parity, ParitySettings, Provenance, Recipe, Source, read_record, to_json
+from quantize.files import hash_file, locked, records_of
+from quantize.records import (
+    Checkout,
+    FileRecord,
+    Parity,
+    ParitySettings,
+    Provenance,
+    Recipe,
+    Source,
+    read_record,
+    to_json,
+)
 
 PROVENANCE, PARITY, CARD, FIGURES = "provenance.json", "parity.json", "README.md", "figures"
 RECEIPT = "receipt.json"
@@ -47,16 +57,23 @@ def building_site(output: Path) -> Iterator[Path]:
             shutil.rmtree(site, ignore_errors=True)
 
 
-def finished(output: Path, source: Source, recipe: Recipe, settings: ParitySettings) -> Package | None:
+def finished(
+    output: Path, source: Source, recipe: Recipe, settings: ParitySettings, *, outdated: bool = False
+) -> Package | None:
     """The package that already stands at `output`, when it was made from this source in this way.
 
-    Raises PackageError when something else stands there, or when the package was changed since.
+    With `outdated`, one of an earlier state of the same Hub model, or of other settings, counts as none. Raises
+    PackageError when something else stands there, or when the package was changed since.
     """
     if not output.exists():
         return None
     package = open_package(output)
     made_from = package.provenance
-    if made_from.source.fingerprint() != source.fingerprint() or made_from.recipe != recipe:
+    same = made_from.source.fingerprint() == source.fingerprint() and made_from.recipe == recipe
+    replaceable = outdated and source.repo_id is not None and made_from.source.repo_id == source.repo_id
+    if replaceable and not (same and made_from.settings == settings):
+        return None
+    if not same:
         raise PackageError(
             f"{output} holds a package of another source or recipe: name another --output, or replace it with --force"
         )
@@ -87,6 +104,15 @@ def seal(site: Path, provenance: Provenance) -> Provenance:
     for path in site.glob("*.safetensors"):
         shutil.copymode(site / "config.json", path)  # safetensors makes files that only their owner may read
     sealed = dataclasses.replace(provenance, files=records_of(site, without=(PROVENANCE, RECEIPT)))
+    (site / PROVENANCE).write_text(to_json(sealed), "utf-8")
+    return sealed
+
+
+def reseal_card(site: Path, provenance: Provenance) -> Provenance:
+    """Write provenance.json again for a new card beside files that are not all here."""
+    new = FileRecord(CARD, *hash_file(site / CARD))
+    listed = tuple(new if file.path == CARD else file for file in provenance.files)
+    sealed = dataclasses.replace(provenance, files=listed)
     (site / PROVENANCE).write_text(to_json(sealed), "utf-8")
     return sealed
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import model_card
 from model_card import CardFacts
-from quantize import __version__, card, devices, files, package, publish, recipes, source
-from quantize.errors import ConfigError, PackageError, ParityRefused, UnsupportedModel, storage_errors
+from quantize import __version__, card, devices, files, package, recipes, source
+from quantize.errors import ConfigError, PackageError, UnsupportedModel, storage_errors
 from quantize.package import Package
 from quantize.parity import check_inputs, figures, measure, structure
 from quantize.progress import Progress, Silent
-from quantize.records import Checkout, Parity, ParitySettings, Provenance, Publisher, Receipt, Recipe, to_json
+from quantize.records import Checkout, Parity, ParitySettings, Provenance, Publisher, Recipe, package_key
 
 TOOL = "quantize-bnb"
 CONTROLS = {"int8": Recipe(bits=8), "stock NF4": Recipe()}
@@ -26,7 +26,11 @@ CONTROLS = {"int8": Recipe(bits=8), "stock NF4": Recipe()}
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What one `quantize run` was asked for; `output` None means a folder named after the model."""
+    """What one `quantize run` was asked for; `output` None means a folder named after the model.
+
+    `name` is what the card calls the package, where not its folder's name. `replace_outdated` replaces a finished
+    package of an earlier commit of the same model, as `force` replaces any.
+    """
 
     model: str
     revision: str | None = None
@@ -40,6 +44,8 @@ class RunRequest:
     publisher: Publisher | None = None
     card_template: Path | None = None
     allow_no_derivatives: bool = False
+    name: str = ""
+    replace_outdated: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,12 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
             trust_remote_code=request.trust_remote_code,
             progress=progress,
         )
-        if not request.force and (done := package.finished(output, checkout.source, request.recipe, request.settings)):
-            return RunResult(done, created=False)
+        if not request.force:
+            done = package.finished(
+                output, checkout.source, request.recipe, request.settings, outdated=request.replace_outdated
+            )
+            if done:
+                return RunResult(done, created=False)
         _require_derivable(checkout, request.allow_no_derivatives)
         template = _read_template(request.card_template)
         check_inputs(checkout, request.settings)
@@ -87,10 +97,12 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
             settings=request.settings,
             environment=parity.environment,
             publisher=request.publisher,
+            name=request.name or output.name,
+            key=package_key(checkout.source.repo_id or checkout.source.name, checkout.source.pinned, request.recipe),
         )
         package.write_evidence(site, parity)
         figures.draw(parity, site / package.FIGURES)
-        facts = card.facts(output.name, provenance, parity, source.card_text(checkout), card.figure_names(site))
+        facts = card.facts(provenance, parity, source.card_text(checkout), card.figure_names(site))
         package.write_card(site, _rendered(facts, template, request.card_template))
         provenance = package.seal(site, provenance)
         final = package.move_into_place(site, output, passed=parity.verdict.passed)
@@ -153,30 +165,15 @@ def rewrite_card(
     """Render the card of a package again from its evidence; nothing is measured."""
     made = _published_by(package.open_package(folder), publisher)
     package.require_unchanged(made, but=package.CARD)
-    text = _rendered(_facts(made, against), _read_template(card_template), card_template)
+    text = rendered_card(made, against, card_template)
     with storage_errors(folder):
         package.write_card(folder, text)
         return Package(folder, package.seal(folder, made.provenance), made.parity)
 
 
-def push(folder: Path, repo_id: str, *, private: bool, message: str | None, progress: Progress) -> Receipt:
-    """Publish a package that passed and is unchanged since, in one commit; leaves a receipt beside its files."""
-    made = package.open_package(folder)
-    package.require_unchanged(made)
-    if not made.parity.verdict.passed:
-        raise ParityRefused(f"{folder} did not pass parity ({made.parity.verdict.grade}): it is not published")
-    progress.stage(f"push to {repo_id}")
-    receipt = publish.push(
-        folder,
-        files.records_of(folder, without=(package.RECEIPT,)),
-        repo_id,
-        private=private,
-        message=message or f"{made.provenance.source.name} in {made.provenance.recipe.bits} bits",
-        progress=progress,
-    )
-    with storage_errors(folder):
-        (folder / package.RECEIPT).write_text(to_json(receipt), "utf-8")
-    return receipt
+def rendered_card(made: Package, against: str | None, card_template: Path | None) -> str:
+    """The text of a package's card as it would be written now."""
+    return _rendered(_facts(made, against), _read_template(card_template), card_template)
 
 
 def default_output(model: str, recipe: Recipe) -> Path:
@@ -214,8 +211,8 @@ def _published_by(made: Package, publisher: Publisher | None) -> Package:
 def _facts(made: Package, against: str | None) -> CardFacts:
     """What the card of a package is made from: its evidence, and its source's own card."""
     text = source.read_card(made.provenance.source, against)
-    figure_names = card.figure_names(made.folder)
-    return card.facts(made.folder.resolve().name, made.provenance, made.parity, text, figure_names)
+    named = dataclasses.replace(made.provenance, name=made.provenance.name or made.folder.resolve().name)
+    return card.facts(named, made.parity, text, card.figure_names(made.folder))
 
 
 def _require_derivable(checkout: Checkout, allowed: bool) -> None:

@@ -6,6 +6,7 @@ Defaults of the command line stand here, once.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -53,6 +54,12 @@ class Source:
     def fingerprint(self) -> dict[str, str]:
         """What has to agree for two sources to be the same one."""
         return {file.path: file.sha256 for file in self.files}
+
+    @property
+    def pinned(self) -> str:
+        """The commit, or for a local folder a digest of its files."""
+        listed = json.dumps(self.fingerprint(), sort_keys=True).encode()
+        return self.commit or hashlib.sha256(listed).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -344,7 +351,11 @@ class Publisher:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a package comes from, and the hashes that show it is unchanged (of every file but this one)."""
+    """Where a package comes from, and the hashes that show it is unchanged (of every file but this one).
+
+    `name` is what its card calls it: the repo that it was made for, otherwise its folder's name. `key` says what the
+    package is made of; see `package_key`.
+    """
 
     tool: str
     tool_version: str
@@ -355,19 +366,100 @@ class Provenance:
     settings: ParitySettings
     environment: Environment
     publisher: Publisher | None = None
+    name: str = ""
+    key: str = ""
     files: tuple[FileRecord, ...] = ()
     format_version: int = field(default=FORMAT_VERSION)
 
 
 @dataclass(frozen=True)
+class Target:
+    """Where on the Hub a package goes, and how.
+
+    `branch` None means main; `private` matters for a new repo only; `prune` also deletes files that no package put
+    there.
+    """
+
+    repo_id: str
+    private: bool = False
+    branch: str | None = None
+    pull_request: bool = False
+    tag: str | None = None
+    message: str | None = None
+    prune: bool = False
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a push does to one path: `create`, `replace`, `delete` or `keep`; sizes in bytes, 0 for a deletion."""
+
+    action: str
+    path: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a push would do. `head` is the commit that it goes on top of, None where a repo or branch is made first.
+
+    `revision` None means main. With `pull_request` and no `revision`, a new pull request is opened.
+    """
+
+    repo_id: str
+    creates_repo: bool
+    revision: str | None
+    pull_request: bool
+    head: str | None
+    changes: tuple[Change, ...]
+
+    @property
+    def idle(self) -> bool:
+        """Whether everything is there already."""
+        return self.head is not None and all(change.action == "keep" for change in self.changes)
+
+
+@dataclass(frozen=True)
+class Downloaded:
+    """The proof by download: what was fetched into an empty cache, and the loss (nats a token) of a sample text.
+
+    `sample_nll` is that of the model loaded from the Hub, `package_nll` that of the local package on the same device.
+    """
+
+    files: int
+    bytes: int
+    sample_tokens: int
+    sample_nll: float
+    package_nll: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Receipt:
-    """What a push did: the commit that holds the package now, and whether this push made it."""
+    """What a push did: the commit that holds the package now, and whether this push made it. Times are in UTC."""
 
     repo_id: str
     commit: str
     url: str
     created_commit: bool
     files: tuple[FileRecord, ...]
+    key: str = ""
+    branch: str | None = None
+    pull_request: str | None = None
+    tag: str | None = None
+    started: str = ""
+    finished: str = ""
+    downloaded: Downloaded | None = None
+
+
+def package_key(source_name: str, pinned: str, recipe: Recipe) -> str:
+    """What a package is made of, as one sha256: source, its commit or digest, recipe, format version.
+
+    Parameters at their defaults do not count, so that a new one leaves old keys as they are.
+    """
+    parameters = {item.name: getattr(recipe, item.name) for item in fields(recipe)}
+    changed = {name: value for name, value in parameters.items() if value != getattr(Recipe, name, None)}
+    made_of = {"source": source_name, "pinned": pinned, "recipe": changed, "format": FORMAT_VERSION}
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 
 def to_json(record: object) -> str:

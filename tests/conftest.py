@@ -18,10 +18,11 @@ import pytest
 from quantize import pipeline
 from quantize.progress import Silent
 from quantize.records import ParitySettings
+from tests.place import QUICK_OPTIONS, Place, prepared
 
 POCKET = Path(__file__).parent / "models" / "pocket-gpt2"
 QUICK = ParitySettings(max_windows=24, new_tokens=8, require="degraded")
-QUICK_OPTIONS = ("--max-windows", "24", "--new-tokens", "8", "--require", "degraded")
+__all__ = ["POCKET", "QUICK", "QUICK_OPTIONS", "Outcome"]
 
 
 @dataclass(frozen=True)
@@ -72,3 +73,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def package_copy(finished: Path, tmp_path: Path) -> Iterator[Path]:
     yield Path(shutil.copytree(finished, tmp_path / finished.name))
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with prepared(tmp_path_factory.mktemp("place"), POCKET) as ready:
+        yield ready

@@ -43,7 +43,7 @@ def recorded() -> tuple[Provenance, Parity]:
 def pocket_facts() -> CardFacts:
     provenance, parity = recorded()
     text = (POCKET / "README.md").read_text("utf-8")
-    return cards.facts("pocket-gpt2-bnb-4bit", provenance, parity, text, FIGURES)
+    return cards.facts(dataclasses.replace(provenance, name="pocket-gpt2-bnb-4bit"), parity, text, FIGURES)
 
 
 def full_facts() -> CardFacts:
@@ -52,9 +52,15 @@ def full_facts() -> CardFacts:
     assert parity.corpus is not None
     dataset = DatasetRecord("Salesforce/wikitext", "wikitext-2-raw-v1", "test", DATA_COMMIT)
     source = dataclasses.replace(provenance.source, name="heron", repo_id="heron/heron", commit=COMMIT)
-    provenance = dataclasses.replace(provenance, source=source, publisher=Publisher("Ada Reed", LINKS))
+    provenance = dataclasses.replace(
+        provenance,
+        source=source,
+        publisher=Publisher("Ada Reed", LINKS),
+        name="rookery/heron-bnb-4bit",
+        key="5eed" * 16,
+    )
     parity = dataclasses.replace(parity, corpus=dataclasses.replace(parity.corpus, dataset=dataset))
-    return cards.facts("heron-bnb-4bit", provenance, parity, SOURCE_CARD, FIGURES)
+    return cards.facts(provenance, parity, SOURCE_CARD, FIGURES)
 
 
 @pytest.mark.parametrize(("name", "facts"), [("pocket.md", pocket_facts), ("full.md", full_facts)])
@@ -292,7 +298,7 @@ def test_an_unknown_license_is_shown(tmp_path: Path, package_copy: Path, pocket_
     from quantize.card import facts
 
     made = package.open_package(package_copy)
-    text = render(facts("m", made.provenance, made.parity, "no front matter here", ()))
+    text = render(facts(made.provenance, made.parity, "no front matter here", ()))
     assert yaml.safe_load(text.split("---\n")[1])["license"] == "other"
     assert "**License unknown.**" in text
 

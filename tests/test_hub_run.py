@@ -152,7 +152,10 @@ def test_push_needs_a_token_that_may_write(hub: LoopbackHub, finished: Path, tmp
     without = error_line(quantize(hub, tmp_path, "push", str(finished), "--to", TARGET, "-q", token=None))
     assert "no token for the Hub" in without
     reader = error_line(quantize(hub, tmp_path, "push", str(finished), "--to", TARGET, "-q", token="hf_loopback_read"))
-    assert "the Hub refused tester/distilgpt2-bnb-4bit (403)" in reader
+    assert "the token of reader may only read" in reader
+    hub.add_user("stranger", "hf_stranger")
+    stranger = error_line(quantize(hub, tmp_path, "push", str(finished), "--to", TARGET, "-q", token="hf_stranger"))
+    assert "stranger cannot make it under tester: publish under stranger" in stranger
     with pytest.raises(LookupError):
         hub.head(TARGET)
 

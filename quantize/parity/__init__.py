@@ -4,5 +4,6 @@ The protocol is described in docs/parity.md.
 """
 
 from quantize.parity.measure import check_inputs, measure
+from quantize.parity.sample import sample_loss
 
-__all__ = ["check_inputs", "measure"]
+__all__ = ["check_inputs", "measure", "sample_loss"]

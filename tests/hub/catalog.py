@@ -44,6 +44,10 @@ class Catalog:
             self.repositories[kind, repo_id] = repository
             return repository
 
+    def remove(self, kind: str, repo_id: str) -> None:
+        with self.lock:
+            self.repositories.pop((kind, repo_id), None)
+
     def known(self, kind: str, repo_id: str) -> Repository:
         """The repository, for the test itself: no access rules."""
         with self.lock:

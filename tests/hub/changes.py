@@ -35,8 +35,7 @@ def create_repo(call: Call) -> Reply:
 def delete_repo(call: Call) -> Reply:
     address = _named(call)
     call.catalog.writable(*address, call.user)
-    with call.catalog.lock:
-        call.catalog.repositories.pop(address, None)
+    call.catalog.remove(*address)
     return Reply(200)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Kind = Literal["status", "hang", "reset", "reset-body", "drop-reply", "corrupt", "cut"]
+Kind = Literal["none", "status", "hang", "reset", "reset-body", "drop-reply", "corrupt", "cut"]
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Fault:
     The path is the decoded one, with `?query` where there is one, and `path` is searched in it.
     The first `skip` matching requests pass; the next `times` (None: all) meet the fault.
 
+    none        nothing by itself; for what happens `meanwhile`
     status      an error status, with Retry-After and X-Error-Code where given
     hang        no answer, until the faults are cleared or the Hub stops
     reset       the connection is reset before the request's body is read
@@ -25,7 +27,8 @@ class Fault:
     corrupt     one byte of the reply's body is another one (at `after`; None: in the middle)
     cut         the connection is closed in good order after `after` bytes of the body (None: half)
 
-    With `applied`, a status or a hang comes after the request has taken effect.
+    With `applied`, a status or a hang comes after the request has taken effect. `meanwhile` is called before the
+    request is looked at: what somebody else does just then.
     """
 
     method: str
@@ -39,6 +42,7 @@ class Fault:
     message: str = "injected fault"
     after: int | None = None
     applied: bool = False
+    meanwhile: Callable[[], object] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):

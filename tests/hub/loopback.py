@@ -94,6 +94,18 @@ class LoopbackHub:
     ) -> None:
         self._catalog.create(repo_type, repo_id, private=private, gated=gated)
 
+    def delete_repo(self, repo_id: str, repo_type: str = "model") -> None:
+        """Removes a repository, if it is there."""
+        self._catalog.remove(repo_type, repo_id)
+
+    def pull_requests(self, repo_id: str) -> list[int]:
+        """Numbers of all pull requests that were ever opened."""
+        return [one.number for one in self._catalog.known("model", repo_id).discussions if one.is_pull_request]
+
+    def refs(self, repo_id: str) -> dict[str, str]:
+        """Every branch, tag and pull request by its full name, with its commit."""
+        return dict(self._catalog.known("model", repo_id).refs)
+
     def commit(
         self,
         repo_id: str,

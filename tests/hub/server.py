@@ -102,6 +102,8 @@ class _Handler(BaseHTTPRequestHandler):
         raw_path, _, query = self.path.partition("?")
         path = unquote(raw_path)
         fault = self.server.faults.take(self.command, f"{path}?{query}" if query else path)
+        if fault is not None and fault.meanwhile is not None:
+            fault.meanwhile()
         if fault is not None and fault.kind == "reset":
             self._drop(fault)
             return

@@ -1,0 +1,221 @@
+"""From a package, or from a model that has none yet, to a repo that holds it; and nothing where it is there."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantize import devices, files, hub, package, pipeline, publish, source
+from quantize.errors import ParityRefused, PublishError, UnsupportedModel, storage_errors
+from quantize.package import Package
+from quantize.parity import sample_loss
+from quantize.pipeline import RunRequest
+from quantize.progress import Progress
+from quantize.records import (
+    Downloaded,
+    FileRecord,
+    Plan,
+    Provenance,
+    Receipt,
+    Target,
+    grade_at_least,
+    package_key,
+    to_json,
+)
+
+SAME_LOSS = 1e-3
+"""Nats a token by which the model from the Hub may differ from the local one: noise of the kernels."""
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What came of `run --push-to`: `up to date`, `card refreshed`, `would publish`, `would refresh` or `published`.
+
+    `commit` is the target's; None where it holds nothing yet.
+    """
+
+    state: str
+    source: str
+    source_commit: str | None
+    target: str
+    commit: str | None = None
+    package: Package | None = None
+    receipt: Receipt | None = None
+
+    def summary(self) -> dict[str, object]:
+        """What `--json` prints: the evidence lies in the package."""
+        said = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return said | {"package": str(self.package.folder) if self.package else None}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be on the Hub: a package of this source by this recipe, made in this way where it is not."""
+
+    run: RunRequest
+    target: Target
+    refresh_card: bool = False
+    verify_download: bool = False
+    dry_run: bool = False
+    largest_source: float | None = None
+    """Bytes of weights; a larger source is not fetched."""
+
+
+def plan(folder: Path, target: Target) -> Plan:
+    """What pushing a package would do; raises what stands against it, and sends nothing."""
+    made = _publishable(folder)
+    return publish.plan(folder, _files(folder), _titled(target, made.provenance))
+
+
+def push(folder: Path, target: Target, progress: Progress, *, verify_download: bool = False) -> Receipt:
+    """Publish a package that passed and is unchanged since, in one commit; leaves a receipt beside its files."""
+    made = _publishable(folder)
+    target, listed = _titled(target, made.provenance), _files(folder)
+    started = _now()
+    progress.stage(f"push to {target.repo_id}")
+    receipt = publish.push(folder, listed, target, publish.plan(folder, listed, target), progress)
+    proof = _proved_by_download(made, receipt, progress) if verify_download else None
+    receipt = dataclasses.replace(receipt, key=made.provenance.key, started=started, finished=_now(), downloaded=proof)
+    with storage_errors(folder):
+        (folder / package.RECEIPT).write_text(to_json(receipt), "utf-8")
+    return receipt
+
+
+def deliver(wanted: Wanted, progress: Progress) -> Delivery:
+    """Publish a model's package where the target does not hold it yet.
+
+    The Hub is asked first, and nothing is downloaded when the key there agrees. Raises ParityRefused, after leaving
+    the evidence, and what `pipeline.run` and `push` raise.
+    """
+    request, target = wanted.run, wanted.target
+    progress.stage(f"compare {request.model} with {target.repo_id}")
+    account = publish.require_access(target)
+    commit, pinned = _pinned(request, wanted.largest_source, progress)
+    key = package_key(_source_name(request.model), pinned, request.recipe)
+    there = publish.published(target, account)
+    outcome = Delivery("would publish", request.model, commit, target.repo_id, there[0] if there else None)
+    if there and there[1].key == key and grade_at_least(there[1].settings.require, request.settings.require):
+        progress.note(f"{target.repo_id} is up to date: source {(commit or pinned)[:12]}, key {key[:12]}")
+        if wanted.refresh_card:
+            return _refreshed(wanted, there, outcome, progress)
+        return dataclasses.replace(outcome, state="up to date")
+    if wanted.dry_run:
+        return outcome
+    made = pipeline.run(
+        dataclasses.replace(
+            request,
+            revision=commit,
+            output=request.output or Path(target.repo_id.rsplit("/", 1)[-1]),
+            name=target.repo_id,
+            replace_outdated=True,
+        ),
+        progress,
+    ).package
+    if not made.parity.verdict.passed:
+        raise ParityRefused(
+            f"{request.model} was refused: {made.parity.verdict.reasons[0]}; the evidence is in {made.folder}"
+        )
+    receipt = push(made.folder, target, progress, verify_download=wanted.verify_download)
+    return dataclasses.replace(outcome, state="published", commit=receipt.commit, package=made, receipt=receipt)
+
+
+def _publishable(folder: Path) -> Package:
+    made = package.open_package(folder)
+    package.require_unchanged(made)
+    if not made.parity.verdict.passed:
+        raise ParityRefused(f"{folder} did not pass parity ({made.parity.verdict.grade}): it is not published")
+    return made
+
+
+def _files(folder: Path) -> tuple[FileRecord, ...]:
+    return files.records_of(folder, without=(package.RECEIPT,))
+
+
+def _titled(target: Target, provenance: Provenance) -> Target:
+    """The target with a commit message."""
+    title = f"{provenance.source.name} in {provenance.recipe.bits} bits"
+    return dataclasses.replace(target, message=target.message or title)
+
+
+def _source_name(model: str) -> str:
+    return source.name_of(model) if source.is_local(model) else model
+
+
+def _pinned(request: RunRequest, largest: float | None, progress: Progress) -> tuple[str | None, str]:
+    """The commit of a Hub model, and what pins the source: that commit, or a folder's digest."""
+    if source.is_local(request.model):
+        checkout = source.fetch(
+            request.model, revision=request.revision, trust_remote_code=request.trust_remote_code, progress=progress
+        )
+        return None, checkout.source.pinned
+    commit, listing = hub.resolve(request.model, request.revision)
+    size = sum(file.size for file in listing if file.path.endswith(".safetensors") and "/" not in file.path)
+    if largest is not None and size > largest:
+        raise UnsupportedModel(
+            f"{request.model} has {size / 1e9:.2f} GB of weights, more than the limit of {largest / 1e9:.2f} GB"
+        )
+    return commit, commit
+
+
+def _refreshed(wanted: Wanted, there: tuple[str, Provenance], outcome: Delivery, progress: Progress) -> Delivery:
+    """Render the card of a published package again, and push it alone where it differs."""
+    commit, provenance = there
+    repo_id = wanted.target.repo_id
+    figures = [file.path for file in provenance.files if file.path.startswith(f"{package.FIGURES}/")]
+    needed = [package.PROVENANCE, package.PARITY, package.CARD, *figures]
+    with tempfile.TemporaryDirectory(prefix="quantize-card-") as place:
+        folder = Path(place)
+        cached = hub.download(repo_id, commit, needed)
+        (folder / package.FIGURES).mkdir()
+        for path in needed:
+            shutil.copyfile(cached / path, folder / path)
+        publisher = wanted.run.publisher or provenance.publisher
+        published = package.open_package(folder)
+        made = dataclasses.replace(published, provenance=dataclasses.replace(provenance, publisher=publisher))
+        against = wanted.run.model if source.is_local(wanted.run.model) else None
+        text = pipeline.rendered_card(made, against, wanted.run.card_template)
+        if text == (folder / package.CARD).read_text("utf-8"):
+            return dataclasses.replace(outcome, state="up to date")
+        if wanted.dry_run:
+            return dataclasses.replace(outcome, state="would refresh")
+        package.write_card(folder, text)
+        package.reseal_card(folder, made.provenance)
+        changed = tuple(file for file in _files(folder) if file.path in (package.CARD, package.PROVENANCE))
+        target = dataclasses.replace(wanted.target, message=wanted.target.message or "Card rendered again")
+        progress.stage(f"push the card to {repo_id}")
+        planned = publish.plan(folder, changed, target, whole=False)
+        receipt = publish.push(folder, changed, target, planned, progress)
+    return dataclasses.replace(outcome, state="card refreshed", commit=receipt.commit, receipt=receipt)
+
+
+def _proved_by_download(made: Package, receipt: Receipt, progress: Progress) -> Downloaded:
+    """Fetch what was published into an empty cache, hash it, and let stock transformers load and run it."""
+    started, samples = time.monotonic(), made.parity.generation.samples if made.parity.generation else ()
+    texts = [sample.prompt + sample.reference_greedy for sample in samples]
+    size = sum(file.size for file in receipt.files)
+    device, trust = devices.choose("auto"), made.provenance.source.remote_code
+    progress.note(f"fetching {size / 1e6:.1f} MB again from {receipt.repo_id}")
+    with tempfile.TemporaryDirectory(prefix="quantize-download-") as place:
+        cache = Path(place)
+        files.require_space(cache, size, f"downloading {receipt.repo_id}")
+        folder = hub.download(receipt.repo_id, receipt.commit, [file.path for file in receipt.files], cache)
+        for file in receipt.files:
+            if files.hash_file(folder / file.path) != (file.size, file.sha256):
+                raise PublishError(f"{file.path} comes back from {receipt.repo_id} with other content: push again")
+        tokens, loss = sample_loss(receipt.repo_id, texts, device, trust, revision=receipt.commit, cache_dir=cache)
+    _, expected = sample_loss(made.folder, texts, device, trust, local_files_only=True)
+    if not abs(loss - expected) <= SAME_LOSS:
+        raise PublishError(
+            f"the model loaded from {receipt.repo_id} computes something else ({loss:.4f} nats a token instead of "
+            f"{expected:.4f}): look at the repo before anybody uses it"
+        )
+    return Downloaded(len(receipt.files), size, tokens, loss, expected, round(time.monotonic() - started, 3))
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,32 @@
+"""A few texts under one model: what shows that a checkpoint which was fetched computes what its package does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def sample_loss(
+    checkpoint: str | Path, texts: Sequence[str], device: str, trust_remote_code: bool, **place: Any
+) -> tuple[int, float]:
+    """Tokens predicted in `texts`, and their mean loss in nats, under the model that stock transformers loads.
+
+    `place` is where from: `revision` and `cache_dir` of a Hub id.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = {**place, "trust_remote_code": trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, **options)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, device_map={"": device}, use_safetensors=True, **options)
+    tokens, total = 0, 0.0
+    with torch.inference_mode():
+        for text in texts:
+            ids = tokenizer(text, return_tensors="pt").input_ids.to(device)
+            if ids.shape[1] < 2:
+                continue
+            logits = model.eval()(ids).logits[0, :-1].double()
+            total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+            tokens += ids.shape[1] - 1
+    return tokens, total / max(tokens, 1)

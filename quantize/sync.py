@@ -1,0 +1,194 @@
+"""A catalogue's models, one after the other, each brought up to date on the Hub; the Hub is the only state."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shutil
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantize import catalogue
+from quantize.catalogue import Entry
+from quantize.delivery import Delivery, Wanted, deliver
+from quantize.errors import ConfigError, ParityRefused, QuantizeError, storage_errors
+from quantize.files import locked
+from quantize.package import REFUSED
+from quantize.pipeline import RunRequest
+from quantize.progress import Progress
+from quantize.records import Publisher, Target
+from quantize.source import is_local
+
+PACKAGES, EVIDENCE = "packages", "evidence"
+SUMMARY = "GITHUB_STEP_SUMMARY"
+PENDING = ("would publish", "would refresh")
+OK = ("up to date", "published", "card refreshed", "postponed", *PENDING)
+FAILED, REFUSAL = 1, 3
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one `quantize sync` was asked for; `only` are targets, none meaning all."""
+
+    catalogue: Path
+    folder: Path
+    only: tuple[str, ...] = ()
+    max_models: int | None = None
+    dry_run: bool = False
+    refresh_card: bool = False
+    verify_download: bool = False
+    device: str = "auto"
+    publisher: Publisher | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one entry: a state of a delivery, or `postponed`, `refused`, `failed`; `detail` says why."""
+
+    target: str
+    source: str
+    state: str
+    detail: str
+    source_commit: str | None
+    commit: str | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of all entries. `exit_code`: 0, 1 where some failed, 3 where some were refused by parity."""
+
+    catalogue: str
+    started: str
+    finished: str
+    outcomes: tuple[Outcome, ...]
+    exit_code: int
+
+
+def sync(job: Job, progress: Progress) -> Report:
+    """Publish what the Hub does not hold yet; what fails does not stop the rest.
+
+    Raises ConfigError (the catalogue, or `only`), or when another job works on this catalogue.
+    """
+    entries = _chosen(catalogue.read(job.catalogue), job)
+    started = _now()
+    with locked(job.catalogue.resolve(), ConfigError(f"another job works on {job.catalogue}: wait for it")):
+        outcomes: list[Outcome] = []
+        for number, entry in enumerate(entries, 1):
+            progress.stage(f"{number} of {len(entries)}: {entry.target}")
+            made = sum(outcome.state == "published" for outcome in outcomes)
+            outcomes.append(
+                _attempt(entry, job, progress, enough=job.max_models is not None and made >= job.max_models)
+            )
+    states = {outcome.state for outcome in outcomes}
+    code = FAILED if "failed" in states else REFUSAL if "refused" in states else 0
+    report = Report(job.catalogue.name, started, _now(), tuple(outcomes), code)
+    _write_summary(report)
+    return report
+
+
+def _chosen(entries: tuple[Entry, ...], job: Job) -> tuple[Entry, ...]:
+    absent = sorted(set(job.only) - {entry.target for entry in entries})
+    if absent:
+        raise ConfigError(f"{job.catalogue} has no target {absent[0]}: see --only")
+    hidden = next((entry for entry in entries if is_local(entry.source)), None)
+    if hidden:
+        raise ConfigError(f"{job.catalogue}:{hidden.line}: {hidden.source} is also a folder here: start sync elsewhere")
+    return tuple(entry for entry in entries if not job.only or entry.target in job.only)
+
+
+def _attempt(entry: Entry, job: Job, progress: Progress, *, enough: bool) -> Outcome:
+    """One entry from start to end, whatever happens in it."""
+    started = time.monotonic()
+    package = job.folder / PACKAGES / _folder_name(entry)
+    detail, delivery = "", None
+    try:
+        with storage_errors(job.folder):
+            delivery = deliver(_wanted(entry, job, package, dry_run=job.dry_run or enough), progress)
+            state = "postponed" if enough and delivery.state in PENDING else delivery.state
+            detail = delivery.receipt.url if delivery.receipt else ""
+    except ParityRefused as error:
+        state, detail = "refused", str(error)
+    except QuantizeError as error:
+        state, detail = "failed", str(error)
+    except Exception as error:  # noqa: BLE001 - a bug met in one model must not stop the others; its traceback is shown
+        traceback.print_exc()
+        state, detail = "failed", f"a bug: {type(error).__name__}: {error}"
+    if state not in OK:
+        progress.note(f"{state}: {detail}")
+    _keep_evidence(entry, job.folder, package, done=state in ("published", "refused"))
+    return _outcome(entry, state, detail, delivery, time.monotonic() - started)
+
+
+def _outcome(entry: Entry, state: str, detail: str, delivery: Delivery | None, seconds: float) -> Outcome:
+    return Outcome(
+        target=entry.target,
+        source=entry.source,
+        state=state,
+        detail=detail,
+        source_commit=delivery.source_commit if delivery else None,
+        commit=delivery.commit if delivery else None,
+        seconds=round(seconds, 3),
+    )
+
+
+def _wanted(entry: Entry, job: Job, package: Path, *, dry_run: bool) -> Wanted:
+    request = RunRequest(
+        model=entry.source,
+        revision=entry.revision,
+        output=package,
+        recipe=entry.recipe,
+        settings=entry.settings,
+        device=job.device,
+        publisher=job.publisher,
+        allow_no_derivatives=entry.allow_no_derivatives,
+    )
+    return Wanted(
+        run=request,
+        target=Target(entry.target, private=entry.private),
+        refresh_card=job.refresh_card,
+        verify_download=job.verify_download,
+        dry_run=dry_run,
+        largest_source=entry.max_source_gb * 1e9 if entry.max_source_gb else None,
+    )
+
+
+def _folder_name(entry: Entry) -> str:
+    return entry.target.replace("/", "--")
+
+
+def _keep_evidence(entry: Entry, folder: Path, package: Path, *, done: bool) -> None:
+    """Leave everything but the weights; a package that is not published yet also stays whole for the next time."""
+    for made in (package, package.with_name(f"{package.name}{REFUSED}")):
+        if made.is_dir():
+            kept = folder / EVIDENCE / _folder_name(entry)
+            shutil.rmtree(kept, ignore_errors=True)
+            shutil.copytree(made, kept, ignore=shutil.ignore_patterns("*.safetensors"))
+            if done:
+                shutil.rmtree(made)
+
+
+def _write_summary(report: Report) -> None:
+    """A table for the page of a GitHub job, where this is one."""
+    place = os.environ.get(SUMMARY)
+    if not place:
+        return
+    lines = [f"## quantize sync {report.catalogue}", "", "| target | source | state | detail |", "|---|---|---|---|"]
+    lines += [
+        f"| {' | '.join(_cell(text) for text in (one.target, one.source, one.state, one.detail))} |"
+        for one in report.outcomes
+    ]
+    with storage_errors(place), Path(place).open("a", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+
+
+def _cell(text: str) -> str:
+    """Text that stays in its cell and is shown as it is."""
+    escaped = "".join(f"\\{letter}" if letter in "\\`*_[]<>|" else letter for letter in text)
+    return " ".join(escaped.split())
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
