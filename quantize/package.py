@@ -71,7 +71,7 @@ def finished(
     made_from = package.provenance
     same = made_from.source.fingerprint() == source.fingerprint() and made_from.recipe == recipe
     replaceable = outdated and source.repo_id is not None and made_from.source.repo_id == source.repo_id
-    if replaceable and not (same and made_from.settings == settings):
+    if replaceable and not (same and made_from.source.commit == source.commit and made_from.settings == settings):
         return None
     if not same:
         raise PackageError(

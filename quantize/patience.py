@@ -121,6 +121,11 @@ def _meaning(error: BaseException, repo_id: str, revision: str | None) -> Quanti
             return HubUnreachable(f"the Hub at {here} answers for {repo_id} with something else than JSON: try again")
         case errors.OfflineModeIsEnabled():
             return HubUnreachable(f"HF_HUB_OFFLINE forbids to ask the Hub for {repo_id}: unset it", passing=False)
+        case _ if type(error) is ConnectionError:  # raised by nothing but the client's Xet code
+            return HubUnreachable(
+                f"the Xet storage of the Hub at {here} cannot be reached for {repo_id}: try again, or do without it by "
+                f"setting HF_HUB_DISABLE_XET=1"
+            )
         case errors.LocalEntryNotFoundError() | errors.HTTPError() | ConnectionError() | TimeoutError():  # type: ignore[attr-defined]
             return HubUnreachable(
                 f"cannot reach the Hub at {here} for {repo_id} ({type(error).__name__}): check the network and "

@@ -67,12 +67,10 @@ def plan(folder: Path, files: Sequence[FileRecord], target: Target, *, whole: bo
     hub.validate_card(target.repo_id, (folder / CARD).read_text("utf-8"))
     exists = _exists(target.repo_id)
     revision, head, remote = _present(target, account, exists)
-    if target.tag and exists:
-        _require_free_tag(target, head)
     stale = _stale(target, head, files, remote) if whole and head else ()
     there = {file.path: file for file in remote}
     changes = [_change(folder / file.path, file, there.get(file.path)) for file in files]
-    return Plan(
+    planned = Plan(
         repo_id=target.repo_id,
         creates_repo=not exists,
         revision=revision,
@@ -80,6 +78,9 @@ def plan(folder: Path, files: Sequence[FileRecord], target: Target, *, whole: bo
         head=head,
         changes=(*changes, *(Change("delete", path, 0) for path in stale)),
     )
+    if target.tag and exists:
+        _require_free_tag(target, head if planned.idle else None)
+    return planned
 
 
 def push(folder: Path, files: Sequence[FileRecord], target: Target, planned: Plan, progress: Progress) -> Receipt:
@@ -138,8 +139,10 @@ def _exists(repo_id: str) -> bool:
     return True
 
 
-def _require_free_tag(target: Target, head: str | None) -> None:
-    if hub.refs(target.repo_id)[1].get(str(target.tag), head) != head:
+def _require_free_tag(target: Target, commit: str | None) -> None:
+    """Raise PublishError where the tag exists on another commit than `commit`, None being one to come."""
+    taken = hub.refs(target.repo_id)[1].get(str(target.tag))
+    if taken not in (None, commit):
         raise PublishError(f"{target.repo_id} has a tag {target.tag} on another commit: choose another --tag")
 
 

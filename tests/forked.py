@@ -118,7 +118,7 @@ def _become(order: dict[str, Any]) -> None:
     if order["limit"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["limit"], order["limit"]))
     asleep = time.sleep
-    time.sleep = lambda seconds: asleep(seconds * FASTER)
+    time.sleep = lambda seconds: asleep(float(seconds) * FASTER)
     from quantize.cli import main
 
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,12 +38,15 @@ COMMANDS = {
 
 @dataclass(frozen=True)
 class Place:
-    """What a test of publishing works with: `cache` is the Hub's cache, `package` is sealed and passed."""
+    """What a test of publishing works with: `cache` is the Hub's cache, `package` is sealed and passed; `seconds`
+    is what making and publishing it took.
+    """
 
     hub: LoopbackHub
     warm: Warm
     cache: Path
     package: Path
+    seconds: float
 
     def fresh(self, folder: Path, *, afresh: bool = False) -> Path:
         """A folder to work in as a command leaves it before it publishes, or an empty one with an empty cache."""
@@ -87,7 +91,9 @@ def prepared(root: Path, pocket: Path) -> Iterator[Place]:
     with LoopbackHub() as hub, warm_process(hub.env(home=root / "home"), root) as warm:
         seed_distilgpt2(hub, pocket)
         hub.add_user("tester", EXPIRED_TOKEN, role="expired")
+        assert warm.run("--version", cwd=root).code == 0
+        started = time.monotonic()
         made = warm.run(*COMMANDS["run --push-to"], cwd=root, env={"HF_TOKEN": WRITE_TOKEN})
         assert made.code == 0, made.err
         (root / NAME / "receipt.json").unlink()
-        yield Place(hub, warm, root / "home" / "hub", root / NAME)
+        yield Place(hub, warm, root / "home" / "hub", root / NAME, time.monotonic() - started)
