@@ -117,8 +117,8 @@ def show_plan(console: Console, plan: Plan) -> None:
     kept = sum(change.action == "keep" for change in plan.changes)
     sent = sum(change.size for change in plan.changes if change.action in ("create", "replace"))
     where = "a new pull request" if plan.pull_request and not plan.revision else plan.revision or "main"
-    made = "would be made, " if plan.creates_repo else ""
-    console.print(f"{plan.repo_id}: {made}{where}", soft_wrap=True)
+    made = " (would be made)" if plan.creates_repo else ""
+    console.print(f"{plan.repo_id}{made}, {where}", soft_wrap=True)
     console.print(f"{sent / 1e6:.1f} MB to send, {kept} files are there already; nothing was changed", soft_wrap=True)
 
 

@@ -136,15 +136,16 @@ def _meaning(error: BaseException, repo_id: str, revision: str | None) -> Quanti
 
 def _from_status(repo_id: str, error: Any) -> QuantizeError:
     status = error.response.status_code if error.response is not None else 0
+    reason = ((error.server_message or "").strip().splitlines() or [""])[0]
+    because = f": {reason}" if reason else ""
     if status in (401, 403):
         return AccessDenied(
-            f"the Hub refused {repo_id} ({status}): the token is missing, expired or lacks the right; "
+            f"the Hub refused {repo_id} ({status}{because}): the token is missing, expired or lacks the right; "
             f"log in with `hf auth login`"
         )
     if status == 412:
         return Conflict(f"somebody else committed to {repo_id} meanwhile: look at it and push again")
-    reason = ((error.server_message or "").strip().splitlines() or [""])[0]
-    said = f"the Hub answered {status} for {repo_id}{': ' + reason if reason else ''}"
+    said = f"the Hub answered {status} for {repo_id}{because}"
     if status == 429 or status >= 500 or status == 0:
         return HubUnreachable(f"{said}: try again later", retry_after=_retry_after(error.response))
     return PublishError(said)

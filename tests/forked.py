@@ -20,7 +20,7 @@ from typing import Any
 
 FASTER = 0.02
 """Waits between two attempts shrink to this share, the client's and ours alike: tests do not sit them out."""
-DEADLINE = "3"
+DEADLINE = "2"
 """Seconds for an answer from the loopback Hub."""
 
 

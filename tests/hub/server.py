@@ -137,7 +137,11 @@ class _Handler(BaseHTTPRequestHandler):
         if "Transfer-Encoding" in self.headers:
             self.close_connection = True  # the body stays unread
             return b""
-        return self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        announced = int(self.headers.get("Content-Length", "0"))
+        body = self.rfile.read(announced)
+        if len(body) < announced:
+            raise ConnectionAbortedError("the client left in the middle of a request")
+        return body
 
     def _send(self, reply: Reply, fault: Fault | None) -> None:
         body = b"" if self.command == "HEAD" else reply.body
