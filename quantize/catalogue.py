@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import ConfigError
-from quantize.records import COMPUTE_DTYPES, GRADES, QUANT_TYPES, ParitySettings, Recipe
+from quantize.records import COMPUTE_DTYPES, GRADES, HUB_ID, QUANT_TYPES, ParitySettings, Recipe
 
 Problem = tuple[int, str]
 """The line that it stands in, and what is wrong there."""
@@ -77,10 +77,6 @@ def _whole(low: int, high: int | None = None) -> Rule:
 
 def _is_line(value: object) -> bool:
     return isinstance(value, str) and value.strip() != "" and "\n" not in value
-
-
-HUB_ID = re.compile(r"(?!.*(?:--|\.\.))(?:\b[\w.-]{1,96}\b/)?\b[\w.-]{1,96}\b(?<!\.git)", re.ASCII)
-"""As the Hub's client checks it."""
 
 
 def _is_hub_id(value: object) -> bool:

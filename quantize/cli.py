@@ -301,6 +301,9 @@ def sync(
     job = room.Job(catalogue, folder, only, max_models, dry_run, refresh_card, verify_download, device, publisher)
     report = room.sync(job, output.progress)
     output.show(report, lambda terminal: console.show_report(terminal, report))
+    for one in report.outcomes if output.quiet else ():
+        if one.state not in room.OK:
+            click.echo(f"{one.state}: {one.target}: {one.detail}", err=True)
     context.exit(report.exit_code)
 
 

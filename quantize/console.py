@@ -97,8 +97,7 @@ def show_receipt(console: Console, receipt: Receipt) -> None:
     console.print(f"{done}: {receipt.pull_request or receipt.url}", soft_wrap=True)
     if proof := receipt.downloaded:
         console.print(
-            f"fetched again: {proof.files} files, all hashes agree; loss of a sample {proof.sample_nll:.4f} nats a "
-            f"token, of the package {proof.package_nll:.4f}",
+            f"fetched again: {proof.files} files, all hashes agree; a sample costs {proof.sample_nll:.4f} nats a token",
             soft_wrap=True,
         )
 

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize import devices, files, hub, package, pipeline, publish, source
+from quantize import __version__, devices, files, hub, package, pipeline, publish, source
 from quantize.errors import ParityRefused, PublishError, UnsupportedModel, storage_errors
 from quantize.package import Package
 from quantize.parity import sample_loss
@@ -19,12 +19,14 @@ from quantize.progress import Progress
 from quantize.records import (
     Downloaded,
     FileRecord,
+    Parity,
     Plan,
     Provenance,
     Receipt,
     Target,
     grade_at_least,
     package_key,
+    read_record,
     to_json,
 )
 
@@ -63,23 +65,26 @@ class Wanted:
     verify_download: bool = False
     dry_run: bool = False
     largest_source: float | None = None
-    """Bytes of weights; a larger source is not fetched."""
+    refused_before: Path | None = None
+    """`largest_source` in bytes of weights; `refused_before` is the evidence of an earlier try, where there is one."""
 
 
 def plan(folder: Path, target: Target) -> Plan:
     """What pushing a package would do; raises what stands against it, and sends nothing."""
     made = _publishable(folder)
-    return publish.plan(folder, _files(folder), _titled(target, made.provenance))
+    return publish.plan(folder, _files(made), _titled(target, made.provenance))
 
 
 def push(folder: Path, target: Target, progress: Progress, *, verify_download: bool = False) -> Receipt:
     """Publish a package that passed and is unchanged since, in one commit; leaves a receipt beside its files."""
     made = _publishable(folder)
-    target, listed = _titled(target, made.provenance), _files(folder)
+    target, listed = _titled(target, made.provenance), _files(made)
     started = _now()
     progress.stage(f"push to {target.repo_id}")
     receipt = publish.push(folder, listed, target, publish.plan(folder, listed, target), progress)
-    proof = _proved_by_download(made, receipt, progress) if verify_download else None
+    proof = None
+    if verify_download:
+        proof = _proved_by_download(target.repo_id, receipt.commit, listed, made.provenance, folder, progress)
     receipt = dataclasses.replace(receipt, key=made.provenance.key, started=started, finished=_now(), downloaded=proof)
     with storage_errors(folder):
         (folder / package.RECEIPT).write_text(to_json(receipt), "utf-8")
@@ -93,17 +98,18 @@ def deliver(wanted: Wanted, progress: Progress) -> Delivery:
     the evidence, and what `pipeline.run` and `push` raise.
     """
     request, target = wanted.run, wanted.target
+    if request.model.lower() == target.repo_id.lower():
+        raise PublishError(f"{target.repo_id} is the source itself: publish to another repo")
     progress.stage(f"compare {request.model} with {target.repo_id}")
     account = publish.require_access(target)
+    there = publish.require_room(target, account)
     commit, pinned = _pinned(request, wanted.largest_source, progress)
     key = package_key(_source_name(request.model), pinned, request.recipe)
-    there = publish.published(target, account)
     outcome = Delivery("would publish", request.model, commit, target.repo_id, there[0] if there else None)
-    if there and there[1].key == key and grade_at_least(there[1].settings.require, request.settings.require):
+    if there and not request.force and _satisfies(there[1], key, request):
         progress.note(f"{target.repo_id} is up to date: source {(commit or pinned)[:12]}, key {key[:12]}")
-        if wanted.refresh_card:
-            return _refreshed(wanted, there, outcome, progress)
-        return dataclasses.replace(outcome, state="up to date")
+        return _kept(wanted, there, outcome, progress)
+    _require_not_refused(wanted, key)
     if wanted.dry_run:
         return outcome
     made = pipeline.run(
@@ -124,6 +130,40 @@ def deliver(wanted: Wanted, progress: Progress) -> Delivery:
     return dataclasses.replace(outcome, state="published", commit=receipt.commit, package=made, receipt=receipt)
 
 
+def _satisfies(held: Provenance, key: str, request: RunRequest) -> bool:
+    """Whether a published package is what would be made now, judged at least as strictly."""
+    return held.key == key and grade_at_least(held.settings.require, request.settings.require)
+
+
+def _kept(wanted: Wanted, there: tuple[str, Provenance], outcome: Delivery, progress: Progress) -> Delivery:
+    """What is still to do where the package itself is up to date: its card, its tag, the proof by download."""
+    target = wanted.target
+    done = _refreshed(wanted, there, outcome, progress) if wanted.refresh_card else None
+    done = done or dataclasses.replace(outcome, state="up to date")
+    if wanted.dry_run:
+        return done
+    commit = str(done.commit)
+    if target.tag:
+        publish.tag(target, commit)
+    if wanted.verify_download:
+        listed = tuple(file for file in there[1].files if file.path != package.CARD)
+        _proved_by_download(target.repo_id, commit, listed, there[1], None, progress)
+    return done
+
+
+def _require_not_refused(wanted: Wanted, key: str) -> None:
+    """Raise ParityRefused where the very same was made and refused before, with the evidence still here."""
+    folder = wanted.refused_before
+    if folder is None or wanted.run.force or not (folder / package.PROVENANCE).is_file():
+        return
+    earlier = package.open_package(folder)
+    made_by = (earlier.provenance.key, earlier.provenance.settings, earlier.provenance.tool_version)
+    if made_by == (key, wanted.run.settings, __version__) and not earlier.parity.verdict.passed:
+        raise ParityRefused(
+            f"{wanted.run.model} was refused before: {earlier.parity.verdict.reasons[0]}; delete {folder} to try again"
+        )
+
+
 def _publishable(folder: Path) -> Package:
     made = package.open_package(folder)
     package.require_unchanged(made)
@@ -132,8 +172,10 @@ def _publishable(folder: Path) -> Package:
     return made
 
 
-def _files(folder: Path) -> tuple[FileRecord, ...]:
-    return files.records_of(folder, without=(package.RECEIPT,))
+def _files(made: Package) -> tuple[FileRecord, ...]:
+    """Everything that is published: what was sealed, and the record of it."""
+    record = FileRecord(package.PROVENANCE, *files.hash_file(made.folder / package.PROVENANCE))
+    return (*made.provenance.files, record)
 
 
 def _titled(target: Target, provenance: Provenance) -> Target:
@@ -162,59 +204,80 @@ def _pinned(request: RunRequest, largest: float | None, progress: Progress) -> t
     return commit, commit
 
 
-def _refreshed(wanted: Wanted, there: tuple[str, Provenance], outcome: Delivery, progress: Progress) -> Delivery:
-    """Render the card of a published package again, and push it alone where it differs."""
+def _refreshed(wanted: Wanted, there: tuple[str, Provenance], outcome: Delivery, progress: Progress) -> Delivery | None:
+    """Render the card of a published package again, and push it alone; None where it is as it would be.
+
+    A card that somebody edited on the Hub is left alone.
+    """
     commit, provenance = there
     repo_id = wanted.target.repo_id
-    figures = [file.path for file in provenance.files if file.path.startswith(f"{package.FIGURES}/")]
-    needed = [package.PROVENANCE, package.PARITY, package.CARD, *figures]
+    _, remote = hub.resolve(repo_id, commit)
+    small = [file for file in remote if file.path in (package.PROVENANCE, package.PARITY, package.CARD)]
+    small += [file for file in remote if file.path.startswith(f"{package.FIGURES}/")]
     with tempfile.TemporaryDirectory(prefix="quantize-card-") as place:
         folder = Path(place)
-        cached = hub.download(repo_id, commit, needed)
-        (folder / package.FIGURES).mkdir()
-        for path in needed:
-            shutil.copyfile(cached / path, folder / path)
+        cached = hub.fetch(repo_id, commit, small)
+        for file in small:
+            (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(cached / file.path, folder / file.path)
+        if FileRecord(package.CARD, *files.hash_file(folder / package.CARD)) not in provenance.files:
+            progress.note(
+                f"the card of {repo_id} was edited on the Hub and is left alone: push the package to replace it"
+            )
+            return None
         publisher = wanted.run.publisher or provenance.publisher
-        published = package.open_package(folder)
-        made = dataclasses.replace(published, provenance=dataclasses.replace(provenance, publisher=publisher))
+        made = dataclasses.replace(
+            package.open_package(folder), provenance=dataclasses.replace(provenance, publisher=publisher)
+        )
         against = wanted.run.model if source.is_local(wanted.run.model) else None
         text = pipeline.rendered_card(made, against, wanted.run.card_template)
         if text == (folder / package.CARD).read_text("utf-8"):
-            return dataclasses.replace(outcome, state="up to date")
+            return None
         if wanted.dry_run:
             return dataclasses.replace(outcome, state="would refresh")
         package.write_card(folder, text)
-        package.reseal_card(folder, made.provenance)
-        changed = tuple(file for file in _files(folder) if file.path in (package.CARD, package.PROVENANCE))
-        target = dataclasses.replace(wanted.target, message=wanted.target.message or "Card rendered again")
+        sealed = dataclasses.replace(made, provenance=package.reseal_card(folder, made.provenance))
+        changed = tuple(file for file in _files(sealed) if file.path in (package.CARD, package.PROVENANCE))
+        target = dataclasses.replace(wanted.target, tag=None, message=wanted.target.message or "Card rendered again")
         progress.stage(f"push the card to {repo_id}")
         planned = publish.plan(folder, changed, target, whole=False)
         receipt = publish.push(folder, changed, target, planned, progress)
     return dataclasses.replace(outcome, state="card refreshed", commit=receipt.commit, receipt=receipt)
 
 
-def _proved_by_download(made: Package, receipt: Receipt, progress: Progress) -> Downloaded:
-    """Fetch what was published into an empty cache, hash it, and let stock transformers load and run it."""
-    started, samples = time.monotonic(), made.parity.generation.samples if made.parity.generation else ()
-    texts = [sample.prompt + sample.reference_greedy for sample in samples]
-    size = sum(file.size for file in receipt.files)
-    device, trust = devices.choose("auto"), made.provenance.source.remote_code
-    progress.note(f"fetching {size / 1e6:.1f} MB again from {receipt.repo_id}")
+def _proved_by_download(
+    repo_id: str,
+    commit: str,
+    listed: tuple[FileRecord, ...],
+    provenance: Provenance,
+    local: Path | None,
+    progress: Progress,
+) -> Downloaded:
+    """Fetch what was published into an empty cache, hash it, and let stock transformers load and run it.
+
+    Raises PublishError where something differs, or where the model computes something else than the `local` package.
+    """
+    started, size = time.monotonic(), sum(file.size for file in listed)
+    device, trust = devices.choose("auto"), provenance.source.remote_code
+    progress.note(f"fetching {size / 1e6:.1f} MB again from {repo_id}")
     with tempfile.TemporaryDirectory(prefix="quantize-download-") as place:
         cache = Path(place)
-        files.require_space(cache, size, f"downloading {receipt.repo_id}")
-        folder = hub.download(receipt.repo_id, receipt.commit, [file.path for file in receipt.files], cache)
-        for file in receipt.files:
-            if files.hash_file(folder / file.path) != (file.size, file.sha256):
-                raise PublishError(f"{file.path} comes back from {receipt.repo_id} with other content: push again")
-        tokens, loss = sample_loss(receipt.repo_id, texts, device, trust, revision=receipt.commit, cache_dir=cache)
-    _, expected = sample_loss(made.folder, texts, device, trust, local_files_only=True)
-    if not abs(loss - expected) <= SAME_LOSS:
+        files.require_space(cache, size, f"downloading {repo_id}")
+        folder = hub.download(repo_id, commit, [file.path for file in listed], cache)
+        for file in listed:
+            fetched = folder / file.path
+            if not fetched.is_file() or files.hash_file(fetched) != (file.size, file.sha256):
+                raise PublishError(f"{file.path} comes back from {repo_id} with other content: push again with --force")
+        generated = read_record(Parity, folder / package.PARITY).generation
+        texts = [sample.prompt + sample.reference_greedy for sample in generated.samples] if generated else []
+        tokens, loss = sample_loss(folder, texts, device, trust)
+    expected = sample_loss(local, texts, device, trust)[1] if local else None
+    if not abs(loss - (loss if expected is None else expected)) <= SAME_LOSS:
         raise PublishError(
-            f"the model loaded from {receipt.repo_id} computes something else ({loss:.4f} nats a token instead of "
-            f"{expected:.4f}): look at the repo before anybody uses it"
+            f"the model from {repo_id} computes something else ({loss:.4f} nats a token instead of {expected}): "
+            f"look at the repo before anybody uses it"
         )
-    return Downloaded(len(receipt.files), size, tokens, loss, expected, round(time.monotonic() - started, 3))
+    return Downloaded(len(listed), size, tokens, loss, expected, round(time.monotonic() - started, 3))
 
 
 def _now() -> str:

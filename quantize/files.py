@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from quantize.errors import QuantizeError, StorageError
+from quantize.errors import QuantizeError, StorageError, storage_errors
 from quantize.records import FileRecord
 
 CHUNK = 1 << 20
@@ -54,7 +54,8 @@ def locked(path: Path, busy: QuantizeError) -> Iterator[None]:
     name = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]
     lock = FileLock(Path(tempfile.gettempdir()) / f"quantize-{name}.lock", mode=0o666)
     try:
-        lock.acquire(timeout=0)
+        with storage_errors(lock.lock_file):
+            lock.acquire(timeout=0)
     except Timeout:
         raise busy from None
     try:

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.errors import AccessDenied, PublishError, SourceNotFound, storage_errors
+from quantize.errors import AccessDenied, CorruptModel, PublishError, storage_errors
+from quantize.files import git_blob_id, hash_file
 from quantize.patience import patiently, set_deadlines, translated
+from quantize.progress import Advance, ignore
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -67,15 +69,22 @@ def cache_folder() -> Path:
 
 
 def token_present() -> bool:
+    return _token() is not None
+
+
+def _token() -> str | None:
     from huggingface_hub import get_token
 
-    return get_token() is not None
+    return get_token()
 
 
 def account() -> Account:
     """Whom the token belongs to; raises AccessDenied where there is none or it is not valid."""
-    if not token_present():
+    token = _token()
+    if token is None:
         raise AccessDenied("no token for the Hub: log in with `hf auth login` or set HF_TOKEN")
+    if not token.isascii():
+        raise AccessDenied("the token for the Hub has a letter that no token has: copy it once more")
 
     @patiently
     def ask() -> dict[str, Any]:
@@ -138,18 +147,45 @@ def open_pull_request(repo_id: str, author: str, mark: str) -> int | None:
         return next((one.num for one in found if one.title.endswith(mark)), None)
 
 
-@patiently
-def read_json(repo_id: str, commit: str, path: str) -> dict[str, Any]:
-    """A small JSON file at a commit; it stays in the Hub's cache."""
-    with translated(repo_id, commit), storage_errors(cache_folder()):
-        local = api().hf_hub_download(repo_id, path, revision=commit)
+def read_json(repo_id: str, commit: str, file: RemoteFile) -> dict[str, Any]:
+    """A small JSON file at a commit, as the Hub lists it; it stays in the Hub's cache. Raises CorruptModel."""
+    local = fetch(repo_id, commit, [file]) / file.path
     try:
-        content = json.loads(Path(local).read_text("utf-8"))
-    except ValueError as error:
-        raise SourceNotFound(f"{path} of {repo_id} is not JSON: {error}") from error
+        content = json.loads(local.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CorruptModel(f"{file.path} of {repo_id} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise SourceNotFound(f"{path} of {repo_id} is not a JSON object")
+        raise CorruptModel(f"{file.path} of {repo_id} is not a JSON object")
     return content
+
+
+def fetch(
+    repo_id: str, commit: str, files: Sequence[RemoteFile], advance: Advance = ignore, cache: Path | None = None
+) -> Path:
+    """The snapshot folder with exactly these files of a commit, whose hashes agree with what the Hub lists.
+
+    What arrived damaged is fetched once more; raises CorruptModel where that does not help.
+    """
+    paths = [file.path for file in files]
+    folder = download(repo_id, commit, paths, cache)
+    damaged = [file.path for file in files if not _arrived(folder / file.path, file, advance)]
+    if damaged:
+        for path in damaged:
+            forget(folder / path)
+        folder = download(repo_id, commit, paths, cache)
+        damaged = [file.path for file in files if not _arrived(folder / file.path, file, ignore)]
+    if damaged:
+        raise CorruptModel(f"{damaged[0]} of {repo_id} arrives with a wrong hash: try again on another network")
+    return folder
+
+
+def _arrived(path: Path, expected: RemoteFile, advance: Advance) -> bool:
+    if not path.is_file():
+        return False
+    if expected.sha256 is not None:
+        return hash_file(path, advance)[1] == expected.sha256
+    advance(path.stat().st_size)
+    return expected.blob_id in (None, git_blob_id(path))
 
 
 @patiently
@@ -195,16 +231,16 @@ def validate_card(repo_id: str, text: str) -> None:
 
 @patiently
 def create_repo(repo_id: str, *, private: bool) -> None:
-    """Make sure that a model repo of this name exists."""
+    """Make sure that a model repo of this name exists; an organization's own default may make it private, too."""
     with translated(repo_id):
-        api().create_repo(repo_id, private=private, exist_ok=True)
+        api().create_repo(repo_id, private=private or None, exist_ok=True)
 
 
 @patiently
-def create_branch(repo_id: str, branch: str) -> None:
-    """Make sure that a branch of this name exists; a new one starts at main's head."""
+def create_branch(repo_id: str, branch: str, start: str) -> None:
+    """Make sure that a branch of this name exists; a new one starts at the commit `start`."""
     with translated(repo_id):
-        api().create_branch(repo_id, branch=branch, exist_ok=True)
+        api().create_branch(repo_id, branch=branch, revision=start, exist_ok=True)
 
 
 @patiently

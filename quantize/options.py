@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quantize.errors import ParityRefused, QuantizeError
-from quantize.records import COMPUTE_DTYPES, GRADES, QUANT_TYPES, ParitySettings, Recipe, Target, to_json
+from quantize.records import COMPUTE_DTYPES, GRADES, HUB_ID, QUANT_TYPES, ParitySettings, Recipe, Target, to_json
 
 if TYPE_CHECKING:
     from quantize.progress import Progress
 
-REPO_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
@@ -210,7 +208,7 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def repo_ids(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
     """A callback that refuses what is no Hub id, alone or in a tuple."""
     for one in value if isinstance(value, tuple) else (value,):
-        if one is not None and not REPO_ID.fullmatch(one):
+        if one is not None and not ("/" in one and HUB_ID.fullmatch(one)):
             raise click.BadParameter(f"{one!r} is no Hub id: write it as owner/name")
     return value
 

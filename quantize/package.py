@@ -70,8 +70,9 @@ def finished(
     package = open_package(output)
     made_from = package.provenance
     same = made_from.source.fingerprint() == source.fingerprint() and made_from.recipe == recipe
-    replaceable = outdated and source.repo_id is not None and made_from.source.repo_id == source.repo_id
-    if replaceable and not (same and made_from.source.commit == source.commit and made_from.settings == settings):
+    ours = made_from.source.repo_id == source.repo_id is not None and made_from.recipe == recipe
+    if outdated and ours and (made_from.source.commit, made_from.settings) != (source.commit, settings):
+        require_unchanged(package)
         return None
     if not same:
         raise PackageError(

@@ -9,6 +9,10 @@ from typing import Protocol
 Advance = Callable[[int], None]
 
 
+def ignore(amount: int) -> None:
+    """An `Advance` that nobody watches."""
+
+
 class Progress(Protocol):
     """Shows which stage runs and how far it is; the console has the visible one."""
 

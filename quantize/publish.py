@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from quantize import hub
-from quantize.errors import AccessDenied, Conflict, HubUnreachable, PackageError, PublishError, SourceNotFound
+from quantize.errors import (
+    AccessDenied,
+    Conflict,
+    CorruptModel,
+    HubUnreachable,
+    PackageError,
+    PublishError,
+    SourceNotFound,
+)
 from quantize.files import git_blob_id
 from quantize.patience import patiently
 from quantize.progress import Progress
@@ -39,22 +48,22 @@ def require_access(target: Target) -> hub.Account:
     return account
 
 
-def published(target: Target, account: hub.Account) -> tuple[str, Provenance] | None:
+def require_room(target: Target, account: hub.Account) -> tuple[str, Provenance] | None:
     """The commit at which the target holds a whole package, and that package's provenance; None where it does not.
 
-    Large files are compared by hash and small ones by size; the card may have been edited on the Hub.
+    Large files are compared by hash and small ones by size; the card may have been edited on the Hub, but not be gone.
+    Raises PublishError where a package could not be published: weights or a tag are in the way.
     """
-    try:
-        _, head, remote = _present(target, account, _exists(target.repo_id))
-        there = {file.path: file for file in remote}
-        if head is None or PROVENANCE not in there:
-            return None
-        listed = json.dumps(hub.read_json(target.repo_id, head, PROVENANCE))
-        provenance = from_json(Provenance, listed, f"{PROVENANCE} of {target.repo_id}")
-    except PackageError:
+    if not _exists(target.repo_id):
         return None
-    sealed = [file for file in provenance.files if file.path != CARD]
-    return (head, provenance) if all(_listed_as(file, there.get(file.path)) for file in sealed) else None
+    place = _look(target, account)
+    there = {file.path: file for file in place.files}
+    _require_ours(target, place, ())
+    head, held = place.head, place.provenance
+    if head is None or held is None or CARD not in there:
+        return None
+    sealed = [file for file in held.files if file.path != CARD]
+    return (head, held) if all(_listed_as(file, there.get(file.path)) for file in sealed) else None
 
 
 def plan(folder: Path, files: Sequence[FileRecord], target: Target, *, whole: bool = True) -> Plan:
@@ -66,20 +75,25 @@ def plan(folder: Path, files: Sequence[FileRecord], target: Target, *, whole: bo
     account = require_access(target)
     hub.validate_card(target.repo_id, (folder / CARD).read_text("utf-8"))
     exists = _exists(target.repo_id)
-    revision, head, remote = _present(target, account, exists)
-    stale = _stale(target, head, files, remote) if whole and head else ()
-    there = {file.path: file for file in remote}
+    if not exists and target.pull_request:
+        raise PublishError(f"there is no {target.repo_id} to open a pull request against: publish it without --pr")
+    place = _look(target, account) if exists else Place(target.branch, target.branch is not None, None, ())
+    there = {file.path: file for file in place.files}
+    if exists and whole:
+        _require_ours(target, place, files)
+    stale = _stale(target, place, files) if whole else ()
     changes = [_change(folder / file.path, file, there.get(file.path)) for file in files]
     planned = Plan(
         repo_id=target.repo_id,
         creates_repo=not exists,
-        revision=revision,
+        creates_branch=place.branch_is_new,
+        revision=place.revision,
         pull_request=target.pull_request,
-        head=head,
+        head=place.head,
         changes=(*changes, *(Change("delete", path, 0) for path in stale)),
     )
     if target.tag and exists:
-        _require_free_tag(target, head if planned.idle else None)
+        _require_free_tag(target, place.head if planned.idle else None)
     return planned
 
 
@@ -98,7 +112,7 @@ def push(folder: Path, files: Sequence[FileRecord], target: Target, planned: Pla
         commit, opened = _publish(folder, files, target, planned)
     _require_arrived(folder, files, repo_id, commit)
     if target.tag:
-        _tag(target, commit)
+        tag(target, commit)
     return Receipt(
         repo_id=repo_id,
         commit=commit,
@@ -111,16 +125,26 @@ def push(folder: Path, files: Sequence[FileRecord], target: Target, planned: Pla
     )
 
 
-def _present(
-    target: Target, account: hub.Account, exists: bool
-) -> tuple[str | None, str | None, tuple[hub.RemoteFile, ...]]:
-    """The revision to write to, its head where it exists, and the files there."""
-    if not exists and target.pull_request:
-        raise PublishError(f"there is no {target.repo_id} to open a pull request against: publish it without --pr")
-    if not exists or (target.branch and target.branch not in hub.refs(target.repo_id)[0]):
-        return target.branch, None, ()
+@dataclass(frozen=True)
+class Place:
+    """Where a package is to go: the revision (None: main), and what is there now.
+
+    A branch that does not exist yet starts at main's head, so it has main's files.
+    """
+
+    revision: str | None
+    branch_is_new: bool
+    head: str | None
+    files: tuple[hub.RemoteFile, ...]
+    provenance: Provenance | None = None
+
+
+def _look(target: Target, account: hub.Account) -> Place:
+    """The target as it is now, in a repo that exists."""
     revision = _revision(target, account)
-    return revision, *hub.resolve(target.repo_id, revision)
+    is_new = target.branch is not None and target.branch not in hub.refs(target.repo_id)[0]
+    head, remote = hub.resolve(target.repo_id, None if is_new else revision)
+    return Place(revision, is_new, head, remote, _provenance(target.repo_id, head, remote))
 
 
 def _revision(target: Target, account: hub.Account) -> str | None:
@@ -129,6 +153,17 @@ def _revision(target: Target, account: hub.Account) -> str | None:
         return target.branch
     number = hub.open_pull_request(target.repo_id, account.name, MARK)
     return f"refs/pr/{number}" if number else None
+
+
+def _provenance(repo_id: str, head: str, remote: Sequence[hub.RemoteFile]) -> Provenance | None:
+    """The record of the package that is there; one that cannot be read counts as none."""
+    file = next((file for file in remote if file.path == PROVENANCE), None)
+    if file is None:
+        return None
+    try:
+        return from_json(Provenance, json.dumps(hub.read_json(repo_id, head, file)), f"{PROVENANCE} of {repo_id}")
+    except (CorruptModel, PackageError):
+        return None
 
 
 def _exists(repo_id: str) -> bool:
@@ -146,27 +181,35 @@ def _require_free_tag(target: Target, commit: str | None) -> None:
         raise PublishError(f"{target.repo_id} has a tag {target.tag} on another commit: choose another --tag")
 
 
-def _stale(target: Target, head: str, files: Sequence[FileRecord], remote: Sequence[hub.RemoteFile]) -> tuple[str, ...]:
-    """Files of an earlier package that this one lacks, and with `prune` everything else.
+def _require_ours(target: Target, place: Place, files: Sequence[FileRecord]) -> None:
+    """Raise PublishError where weights are in the way that no package put there, unless they are to be pruned.
 
-    Weights of any other origin are refused: they would be loaded in place of the package's own, since
-    `model.safetensors` comes before shards.
+    They would be lost, or be loaded in place of the package's own: `model.safetensors` comes before shards.
     """
-    there = {file.path for file in remote}
-    others = there - {file.path for file in files} - {HUBS_OWN}
-    if target.prune:
-        return tuple(sorted(others))
-    earlier: set[str] = set()
-    if PROVENANCE in there:
-        listed = hub.read_json(target.repo_id, head, PROVENANCE).get("files") or []
-        earlier = {entry["path"] for entry in listed if isinstance(entry, dict) and "path" in entry}
-    foreign = sorted(path for path in others - earlier if path.endswith(WEIGHTS))
-    if foreign:
+    ours = _earlier(place) | {file.path for file in files if _listed_as(file, _at(place, file.path), exactly=True)}
+    foreign = sorted(file.path for file in place.files if file.path.endswith(WEIGHTS) and file.path not in ours)
+    if foreign and not target.prune:
         raise PublishError(
             f"{target.repo_id} holds weights that no package put there ({foreign[0]}): push to another repo, or delete "
             f"what is not the package's with --prune"
         )
-    return tuple(sorted(others & earlier))
+
+
+def _stale(target: Target, place: Place, files: Sequence[FileRecord]) -> tuple[str, ...]:
+    """Files of an earlier package that this one lacks, and with `prune` everything else."""
+    others = {file.path for file in place.files} - {file.path for file in files} - {HUBS_OWN}
+    return tuple(sorted(others if target.prune else others & _earlier(place)))
+
+
+def _earlier(place: Place) -> set[str]:
+    """What a package put there, and nobody has changed since; the record of it is the package's own as well."""
+    listed = place.provenance.files if place.provenance else ()
+    unchanged = {file.path for file in listed if _listed_as(file, _at(place, file.path))}
+    return unchanged | ({PROVENANCE} if place.provenance else set())
+
+
+def _at(place: Place, path: str) -> hub.RemoteFile | None:
+    return next((file for file in place.files if file.path == path), None)
 
 
 def _change(path: Path, file: FileRecord, there: hub.RemoteFile | None) -> Change:
@@ -178,11 +221,9 @@ def _change(path: Path, file: FileRecord, there: hub.RemoteFile | None) -> Chang
 def _publish(folder: Path, files: Sequence[FileRecord], target: Target, planned: Plan) -> tuple[str, str | None]:
     """Make what is missing and commit; the commit, and the address of a pull request that was opened."""
     repo_id, revision = target.repo_id, planned.revision
-    if planned.creates_repo:
-        hub.create_repo(repo_id, private=target.private)
-    if revision and planned.head is None:
-        hub.create_branch(repo_id, revision)
-    parent = planned.head or hub.head(repo_id, revision)
+    parent = planned.head or _made(target)
+    if revision and planned.creates_branch:
+        hub.create_branch(repo_id, revision, parent)
     opens = target.pull_request and revision is None
     local = {change.path: folder / change.path for change in planned.changes if change.action in ("create", "replace")}
     deleted = tuple(change.path for change in planned.changes if change.action == "delete")
@@ -191,23 +232,26 @@ def _publish(folder: Path, files: Sequence[FileRecord], target: Target, planned:
     wanted = {file.path: (folder / file.path, file) for file in files}
 
     def commit() -> tuple[str, str | None]:
+        title = f"{target.message} {MARK}" if opens else str(target.message)
         try:
-            title = f"{target.message} {MARK}" if opens else str(target.message)
             return hub.commit(repo_id, operations, parent=parent, revision=revision, pull_request=opens, message=title)
-        except (HubUnreachable, Conflict) as error:
+        except (HubUnreachable, Conflict):
             landed = _landed(target, parent, revision, opens, wanted, deleted)
             if landed is None:
-                _give_up_where_unsure(error, opens)
                 raise
             return landed
 
-    return patiently(commit)()
+    # A second commit on the same parent is harmless, since only one can win; a second pull request is not.
+    return commit() if opens else patiently(commit)()
 
 
-def _give_up_where_unsure(error: Exception, opens: bool) -> None:
-    """A second commit on the same parent is harmless, since only one can win; a second pull request is not."""
-    if opens and isinstance(error, HubUnreachable):
-        error.passing = False
+def _made(target: Target) -> str:
+    """Make the repo; its first commit. Raises Conflict where somebody else has made it and put something there."""
+    hub.create_repo(target.repo_id, private=target.private)
+    head, files = hub.resolve(target.repo_id, None)
+    if any(file.path != HUBS_OWN for file in files):
+        raise Conflict(f"somebody else made {target.repo_id} meanwhile: look at it and push again")
+    return head
 
 
 def _landed(
@@ -241,7 +285,8 @@ def _require_arrived(folder: Path, files: Sequence[FileRecord], repo_id: str, co
         raise PublishError(f"{wrong[0]} arrived at {repo_id} with other content: push again")
 
 
-def _tag(target: Target, commit: str) -> None:
+def tag(target: Target, commit: str) -> None:
+    """Make sure that the target's tag names the commit; raises PublishError where it names another one."""
     hub.create_tag(target.repo_id, str(target.tag), commit)
     _require_free_tag(target, commit)
 
@@ -253,8 +298,11 @@ def _same(path: Path, file: FileRecord, there: hub.RemoteFile | None) -> bool:
     return there.sha256 == file.sha256 if there.sha256 else there.blob_id == git_blob_id(path)
 
 
-def _listed_as(file: FileRecord, there: hub.RemoteFile | None) -> bool:
-    return there is not None and there.size == file.size and there.sha256 in (None, file.sha256)
+def _listed_as(file: FileRecord, there: hub.RemoteFile | None, *, exactly: bool = False) -> bool:
+    """Whether the Hub lists this file with this content: small ones are known by their size only, unless `exactly`."""
+    if there is None or there.size != file.size:
+        return False
+    return there.sha256 == file.sha256 if there.sha256 or exactly else True
 
 
 def _discussion(planned: Plan) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,9 @@ FORMAT_VERSION = 1
 """Of the package: raised when an older `quantize` could not read what a newer one wrote."""
 
 DEFAULT_MODEL = "distilbert/distilgpt2"
+
+HUB_ID = re.compile(r"(?!.*(?:--|\.\.))(?:\b[\w.-]{1,96}\b/)?\b[\w.-]{1,96}\b(?<!\.git)", re.ASCII)
+"""As the Hub's client checks it."""
 
 QUANT_TYPES = ("nf4", "fp4")
 COMPUTE_DTYPES = ("auto", "float16", "bfloat16", "float32")
@@ -400,13 +404,14 @@ class Change:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a push would do. `head` is the commit that it goes on top of, None where a repo or branch is made first.
+    """What a push would do. `head` is the commit that it goes on top of, None where the repo is made first.
 
     `revision` None means main. With `pull_request` and no `revision`, a new pull request is opened.
     """
 
     repo_id: str
     creates_repo: bool
+    creates_branch: bool
     revision: str | None
     pull_request: bool
     head: str | None
@@ -415,21 +420,22 @@ class Plan:
     @property
     def idle(self) -> bool:
         """Whether everything is there already."""
-        return self.head is not None and all(change.action == "keep" for change in self.changes)
+        return not self.creates_branch and all(change.action == "keep" for change in self.changes)
 
 
 @dataclass(frozen=True)
 class Downloaded:
     """The proof by download: what was fetched into an empty cache, and the loss (nats a token) of a sample text.
 
-    `sample_nll` is that of the model loaded from the Hub, `package_nll` that of the local package on the same device.
+    `sample_nll` is that of the model from the Hub, `package_nll` that of the local package on the same device, None
+    where there is none.
     """
 
     files: int
     bytes: int
     sample_tokens: int
     sample_nll: float
-    package_nll: float
+    package_nll: float | None
     seconds: float
 
 

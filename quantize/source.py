@@ -11,7 +11,7 @@ from typing import Any
 
 from quantize import hub
 from quantize.errors import CorruptModel, PackageError, SourceNotFound, UnsupportedModel
-from quantize.files import git_blob_id, hash_file, require_space
+from quantize.files import hash_file, require_space
 from quantize.progress import Progress
 from quantize.records import Checkout, FileRecord, Source
 
@@ -79,7 +79,7 @@ def fetch_checkpoint(reference: str, records: tuple[str, ...], progress: Progres
         return Path(reference).expanduser()
     commit, listing = hub.resolve(reference, None)
     remote = {file.path: file for file in listing}
-    index = hub.read_json(reference, commit, SHARD_INDEX) if SHARD_INDEX in remote else None
+    index = hub.read_json(reference, commit, remote[SHARD_INDEX]) if SHARD_INDEX in remote else None
     chosen = [*choose_files(remote, index, reference, remote_code=False), *(name for name in records if name in remote)]
     require_space(hub.cache_folder(), sum(remote[path].size for path in chosen), f"downloading {reference}")
     return _downloaded(reference, commit, [remote[path] for path in chosen], progress)
@@ -197,9 +197,9 @@ def _from_hub(repo_id: str, revision: str | None, trust_remote_code: bool, progr
     remote = {file.path: file for file in listing}
     if "config.json" not in remote:
         raise UnsupportedModel(f"{repo_id} has no config.json: it is not a transformers model")
-    config = hub.read_json(repo_id, commit, "config.json")
+    config = hub.read_json(repo_id, commit, remote["config.json"])
     check_config(config, repo_id, trust_remote_code)
-    index = hub.read_json(repo_id, commit, SHARD_INDEX) if SHARD_INDEX in remote else None
+    index = hub.read_json(repo_id, commit, remote[SHARD_INDEX]) if SHARD_INDEX in remote else None
     chosen = choose_files(remote, index, repo_id, needs_remote_code(config))
     missing = sum(remote[path].size for path in chosen if not hub.is_cached(repo_id, commit, path))
     require_space(hub.cache_folder(), missing, f"downloading {repo_id}")
@@ -210,32 +210,8 @@ def _from_hub(repo_id: str, revision: str | None, trust_remote_code: bool, progr
 
 
 def _downloaded(repo_id: str, commit: str, files: list[hub.RemoteFile], progress: Progress) -> Path:
-    """Bring the files of a commit and check their hashes; what arrived damaged is fetched once more."""
-    paths = [file.path for file in files]
-    folder = hub.download(repo_id, commit, paths)
-    damaged = _damaged(folder, files, progress)
-    if damaged:
-        for path in damaged:
-            hub.forget(folder / path)
-        folder = hub.download(repo_id, commit, paths)
-        damaged = _damaged(folder, files, progress)
-    if damaged:
-        raise CorruptModel(f"{damaged[0]} of {repo_id} arrives with a wrong hash: try again on another network")
-    return folder
-
-
-def _damaged(folder: Path, expected: list[hub.RemoteFile], progress: Progress) -> list[str]:
-    with progress.task("checking the download", sum(file.size for file in expected), "B") as advance:
-        return [file.path for file in expected if not _arrived(folder / file.path, file, advance)]
-
-
-def _arrived(path: Path, expected: hub.RemoteFile, advance: Any) -> bool:
-    if not path.is_file():
-        return False
-    if expected.sha256 is not None:
-        return hash_file(path, advance)[1] == expected.sha256
-    advance(path.stat().st_size)
-    return expected.blob_id in (None, git_blob_id(path))
+    with progress.task("checking the download", sum(file.size for file in files), "B") as advance:
+        return hub.fetch(repo_id, commit, files, advance)
 
 
 def _choose_weights(available: set[str], index: Mapping[str, Any] | None, name: str) -> set[str]:

@@ -13,9 +13,9 @@ from pathlib import Path
 from quantize import catalogue
 from quantize.catalogue import Entry
 from quantize.delivery import Delivery, Wanted, deliver
-from quantize.errors import ConfigError, ParityRefused, QuantizeError, storage_errors
+from quantize.errors import ConfigError, ParityRefused, QuantizeError, StorageError, storage_errors
 from quantize.files import locked
-from quantize.package import REFUSED
+from quantize.package import PROVENANCE, REFUSED, open_package
 from quantize.pipeline import RunRequest
 from quantize.progress import Progress
 from quantize.records import Publisher, Target
@@ -24,8 +24,9 @@ from quantize.source import is_local
 PACKAGES, EVIDENCE = "packages", "evidence"
 SUMMARY = "GITHUB_STEP_SUMMARY"
 PENDING = ("would publish", "would refresh")
+TRIED = ("published", "refused", "failed")
 OK = ("up to date", "published", "card refreshed", "postponed", *PENDING)
-FAILED, REFUSAL = 1, 3
+FAILED, REFUSAL, INTERRUPTED = 1, 3, 130
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one entry: a state of a delivery, or `postponed`, `refused`, `failed`; `detail` says why."""
+    """What came of one entry: a state of a delivery, or `postponed`, `refused`, `failed`, `interrupted`, and why."""
 
     target: str
     source: str
@@ -58,7 +59,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Report:
-    """What came of all entries. `exit_code`: 0, 1 where some failed, 3 where some were refused by parity."""
+    """What came of all entries. `exit_code`: 0, 1 where some failed, 3 where some were refused, 130 when stopped."""
 
     catalogue: str
     started: str
@@ -70,22 +71,27 @@ class Report:
 def sync(job: Job, progress: Progress) -> Report:
     """Publish what the Hub does not hold yet; what fails does not stop the rest.
 
-    Raises ConfigError (the catalogue, or `only`), or when another job works on this catalogue.
+    Ctrl-C and SIGTERM end it with a report of what was done. Raises ConfigError (the catalogue, or `only`), or when
+    another job works on this catalogue.
     """
     entries = _chosen(catalogue.read(job.catalogue), job)
     started = _now()
+    outcomes: list[Outcome] = []
+    code = 0
     with locked(job.catalogue.resolve(), ConfigError(f"another job works on {job.catalogue}: wait for it")):
-        outcomes: list[Outcome] = []
         for number, entry in enumerate(entries, 1):
             progress.stage(f"{number} of {len(entries)}: {entry.target}")
-            made = sum(outcome.state == "published" for outcome in outcomes)
-            outcomes.append(
-                _attempt(entry, job, progress, enough=job.max_models is not None and made >= job.max_models)
-            )
+            enough = job.max_models is not None and sum(one.state in TRIED for one in outcomes) >= job.max_models
+            try:
+                outcomes.append(_attempt(entry, job, progress, enough=enough))
+            except (KeyboardInterrupt, SystemExit) as stop:
+                outcomes.append(_outcome(entry, "interrupted", "run the same command again", None, 0.0))
+                code = INTERRUPTED if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
+                break
     states = {outcome.state for outcome in outcomes}
-    code = FAILED if "failed" in states else REFUSAL if "refused" in states else 0
+    code = code or (FAILED if "failed" in states else REFUSAL if "refused" in states else 0)
     report = Report(job.catalogue.name, started, _now(), tuple(outcomes), code)
-    _write_summary(report)
+    _write_summary(report, progress)
     return report
 
 
@@ -102,15 +108,11 @@ def _chosen(entries: tuple[Entry, ...], job: Job) -> tuple[Entry, ...]:
 def _attempt(entry: Entry, job: Job, progress: Progress, *, enough: bool) -> Outcome:
     """One entry from start to end, whatever happens in it."""
     started = time.monotonic()
-    package = job.folder / PACKAGES / _folder_name(entry)
     detail, delivery = "", None
     try:
         with storage_errors(job.folder):
-            delivery = deliver(_wanted(entry, job, package, dry_run=job.dry_run or enough), progress)
-            state = "postponed" if enough and delivery.state in PENDING else delivery.state
-            detail = delivery.receipt.url if delivery.receipt else ""
-    except ParityRefused as error:
-        state, detail = "refused", str(error)
+            delivery, state, detail = _delivered(entry, job, progress, dry_run=job.dry_run or enough)
+            state = "postponed" if enough and state in PENDING else state
     except QuantizeError as error:
         state, detail = "failed", str(error)
     except Exception as error:  # noqa: BLE001 - a bug met in one model must not stop the others; its traceback is shown
@@ -118,8 +120,29 @@ def _attempt(entry: Entry, job: Job, progress: Progress, *, enough: bool) -> Out
         state, detail = "failed", f"a bug: {type(error).__name__}: {error}"
     if state not in OK:
         progress.note(f"{state}: {detail}")
-    _keep_evidence(entry, job.folder, package, done=state in ("published", "refused"))
     return _outcome(entry, state, detail, delivery, time.monotonic() - started)
+
+
+def _delivered(entry: Entry, job: Job, progress: Progress, *, dry_run: bool) -> tuple[Delivery | None, str, str]:
+    """A delivery and what there is to say of it; its evidence is kept, and what is done with is removed."""
+    made, kept = (job.folder / part / _folder_name(entry) for part in (PACKAGES, EVIDENCE))
+    _drop_outdated(made, entry)
+    wanted = _wanted(entry, job, made, kept, dry_run=dry_run)
+    try:
+        delivery = deliver(wanted, progress)
+    except ParityRefused as error:
+        refused = made.with_name(f"{made.name}{REFUSED}")
+        _keep_evidence(refused, kept)
+        shutil.rmtree(refused, ignore_errors=True)
+        return None, "refused", str(error)
+    except QuantizeError:
+        _keep_evidence(made, kept)
+        raise
+    if delivery.state == "published":
+        _keep_evidence(made, kept)
+    if not dry_run:
+        shutil.rmtree(made, ignore_errors=True)
+    return delivery, delivery.state, delivery.receipt.url if delivery.receipt else ""
 
 
 def _outcome(entry: Entry, state: str, detail: str, delivery: Delivery | None, seconds: float) -> Outcome:
@@ -134,7 +157,7 @@ def _outcome(entry: Entry, state: str, detail: str, delivery: Delivery | None, s
     )
 
 
-def _wanted(entry: Entry, job: Job, package: Path, *, dry_run: bool) -> Wanted:
+def _wanted(entry: Entry, job: Job, package: Path, evidence: Path, *, dry_run: bool) -> Wanted:
     request = RunRequest(
         model=entry.source,
         revision=entry.revision,
@@ -151,6 +174,7 @@ def _wanted(entry: Entry, job: Job, package: Path, *, dry_run: bool) -> Wanted:
         refresh_card=job.refresh_card,
         verify_download=job.verify_download,
         dry_run=dry_run,
+        refused_before=evidence,
         largest_source=entry.max_source_gb * 1e9 if entry.max_source_gb else None,
     )
 
@@ -159,18 +183,24 @@ def _folder_name(entry: Entry) -> str:
     return entry.target.replace("/", "--")
 
 
-def _keep_evidence(entry: Entry, folder: Path, package: Path, *, done: bool) -> None:
-    """Leave everything but the weights; a package that is not published yet also stays whole for the next time."""
-    for made in (package, package.with_name(f"{package.name}{REFUSED}")):
-        if made.is_dir():
-            kept = folder / EVIDENCE / _folder_name(entry)
-            shutil.rmtree(kept, ignore_errors=True)
-            shutil.copytree(made, kept, ignore=shutil.ignore_patterns("*.safetensors"))
-            if done:
-                shutil.rmtree(made)
+def _drop_outdated(made: Path, entry: Entry) -> None:
+    """Remove an unpublished package of another recipe: the catalogue has changed since it was made."""
+    if (made / PROVENANCE).is_file() and open_package(made).provenance.recipe != entry.recipe:
+        shutil.rmtree(made)
 
 
-def _write_summary(report: Report) -> None:
+def _keep_evidence(made: Path, kept: Path) -> None:
+    """Leave everything of a package but its weights; of several tries the last. Raises StorageError."""
+    if not made.is_dir():
+        return
+    try:
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(made, kept, ignore=shutil.ignore_patterns("*.safetensors"))
+    except OSError as error:
+        raise StorageError(f"the evidence cannot be kept in {kept} ({error}): make room, or mend the folder") from error
+
+
+def _write_summary(report: Report, progress: Progress) -> None:
     """A table for the page of a GitHub job, where this is one."""
     place = os.environ.get(SUMMARY)
     if not place:
@@ -180,8 +210,11 @@ def _write_summary(report: Report) -> None:
         f"| {' | '.join(_cell(text) for text in (one.target, one.source, one.state, one.detail))} |"
         for one in report.outcomes
     ]
-    with storage_errors(place), Path(place).open("a", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
+    try:
+        with Path(place).open("a", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n")
+    except OSError as error:
+        progress.note(f"no summary was written to {place}: {error.strerror}")
 
 
 def _cell(text: str) -> str:

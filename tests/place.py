@@ -60,8 +60,8 @@ class Place:
             shutil.copytree(self.package, folder / "sync" / "packages" / TARGET.replace("/", "--"))
         return folder
 
-    def run(self, name: str, folder: Path, token: str = WRITE_TOKEN, limit: int | None = None) -> Ended:
-        return self.warm.run(*COMMANDS[name], cwd=folder, env={"HF_TOKEN": token}, largest_file=limit)
+    def run(self, name: str, folder: Path, *options: str, token: str = WRITE_TOKEN, limit: int | None = None) -> Ended:
+        return self.warm.run(*COMMANDS[name], *options, cwd=folder, env={"HF_TOKEN": token}, largest_file=limit)
 
     def commits(self) -> list[str]:
         """Titles of the commits that somebody made to the target, newest first."""

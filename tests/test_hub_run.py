@@ -160,24 +160,6 @@ def test_push_needs_a_token_that_may_write(hub: LoopbackHub, finished: Path, tmp
         hub.head(TARGET)
 
 
-def test_a_push_removes_what_an_earlier_package_left_and_spares_other_weights(
-    hub: LoopbackHub, finished: Path, tmp_path: Path
-) -> None:
-    hub.create_repo("tester/old")
-    listed = json.dumps({"files": [{"path": "model-00001-of-00002.safetensors"}, {"path": "chat_template.jinja"}]})
-    earlier = {"provenance.json": listed.encode(), "model-00001-of-00002.safetensors": b"old", "NOTES.txt": b"mine"}
-    hub.commit("tester/old", {**earlier, "chat_template.jinja": b"old"}, message="an earlier package")
-    pushed = quantize(hub, tmp_path, "push", str(finished), "--to", "tester/old", "-q")
-    assert pushed.returncode == 0, pushed.stderr
-    there = set(hub.files("tester/old"))
-    assert "NOTES.txt" in there and not {"model-00001-of-00002.safetensors", "chat_template.jinja"} & there
-    hub.create_repo("tester/original")
-    hub.commit("tester/original", {"pytorch_model.bin": b"years of training"}, message="mine")
-    line = error_line(quantize(hub, tmp_path, "push", str(finished), "--to", "tester/original", "-q"))
-    assert "holds weights that no package put there (pytorch_model.bin)" in line
-    (finished / "receipt.json").unlink()
-
-
 def test_damage_on_the_way_is_noticed_and_mended(hub: LoopbackHub, commit: str, tmp_path: Path) -> None:
     """Bytes of the right number but wrong content arrive once: the second download counts."""
     hub.inject(Fault(method="GET", path=r"^/lfs/", times=1, kind="corrupt"))

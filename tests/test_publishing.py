@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -37,6 +38,65 @@ def altered(folder: Path, name: str) -> Path:
     return other
 
 
+def earlier_package(place: Place, folder: Path, files: dict[str, bytes], base: dict[str, bytes] | None = None) -> None:
+    """A commit of an earlier package that had `files` only."""
+    provenance = json.loads((folder / NAME / "provenance.json").read_text())
+    provenance["files"] = [
+        {"path": path, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for path, data in files.items()
+    ]
+    place.hub.create_repo(TARGET)
+    record = json.dumps(provenance).encode()
+    place.hub.commit(TARGET, {**files, **(base or {}), "provenance.json": record}, message="an earlier package")
+
+
+def test_what_an_earlier_package_left_goes_and_what_others_put_there_stays(place: Place, tmp_path: Path) -> None:
+    folder = place.fresh(tmp_path)
+    files = {"model-00001-of-00002.safetensors": b"old", "chat_template.jinja": b"old", "NOTICE": b"old"}
+    earlier_package(place, folder, files)
+    place.hub.commit(TARGET, {"NOTES.md": b"mine", "NOTICE": b"somebody's own words"}, message="somebody else")
+    assert place.quantize(*PUSH, folder=folder).code == 0
+    there = place.hub.files(TARGET)
+    assert {"NOTES.md", "NOTICE"} <= there.keys() and not (files.keys() - {"NOTICE"}) & there.keys()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model-00001-of-00002.safetensors"])
+def test_weights_of_another_origin_are_never_touched(place: Place, tmp_path: Path, name: str) -> None:
+    folder = place.fresh(tmp_path)
+    place.hub.create_repo(TARGET)
+    place.hub.commit(TARGET, {name: b"years of training"}, message="mine")
+    for command in (PUSH, (*PUSH, "--branch", "next"), RUN):
+        refused = place.quantize(*command, folder=folder)
+        assert refused.code == 1 and f"holds weights that no package put there ({name})" in refused.err
+    assert place.commits() == ["mine"] and "refs/heads/next" not in place.hub.refs(TARGET)
+
+
+def test_the_source_itself_is_no_target(place: Place, tmp_path: Path) -> None:
+    refused = place.quantize("run", "tester/own", "--push-to", "Tester/Own", folder=tmp_path)
+    assert refused.code == 1 and "is the source itself" in refused.err
+
+
+def test_a_new_branch_begins_at_main_and_loses_what_main_s_package_left(place: Place, tmp_path: Path) -> None:
+    folder = place.fresh(tmp_path)
+    earlier_package(place, folder, {"model-00001-of-00002.safetensors": b"old"})
+    done = place.quantize(*PUSH, "--branch", "next", folder=folder)
+    assert done.code == 0, done.err
+    place.require_whole("next")
+    assert place.quantize(*PUSH, "--branch", "next", folder=folder).code == 0
+    assert len(place.hub.log(TARGET, "next")) == 3 and len(place.commits()) == 1
+
+
+def test_somebody_makes_the_repo_at_the_same_time(place: Place, tmp_path: Path) -> None:
+    folder = place.fresh(tmp_path)
+
+    def another() -> None:
+        place.hub.create_repo(TARGET)
+        place.hub.commit(TARGET, {"model-00001-of-00002.safetensors": b"theirs"}, message="theirs")
+
+    place.hub.inject(Fault("POST", r"^/api/repos/create", kind="none", meanwhile=another))
+    refused = place.quantize(*PUSH, folder=folder)
+    assert refused.code == 1 and "somebody else made" in refused.err and place.commits() == ["theirs"]
+
+
 def test_a_dry_run_says_everything_and_changes_nothing(place: Place, tmp_path: Path) -> None:
     folder = place.fresh(tmp_path)
     before = len(place.hub.requests)
@@ -50,16 +110,14 @@ def test_a_dry_run_says_everything_and_changes_nothing(place: Place, tmp_path: P
     assert [one.path for one in asked if one.method == "POST"] == ["/api/validate-yaml"]
     assert place.commits() == []
 
-    place.hub.create_repo(TARGET)
-    listed = json.dumps({"files": [{"path": "old.safetensors"}]}).encode()
-    stale = {"old.safetensors": b"old", "provenance.json": listed, "config.json": b"{}", "NOTES.md": b"mine"}
-    place.hub.commit(TARGET, stale)
+    earlier_package(place, folder, {"old.safetensors": b"old"})
+    place.hub.commit(TARGET, {"config.json": b"{}", "NOTES.md": b"mine"})
     shown = place.quantize(*PUSH, "--dry-run", folder=folder)
     assert re.search(r"delete +old.safetensors", shown.err) and re.search(r"replace +config.json", shown.err)
     assert "NOTES.md" not in shown.err and "nothing was changed" in shown.err
     pruned = place.quantize(*PUSH, "--dry-run", "--prune", folder=folder)
     assert re.search(r"delete +NOTES.md", pruned.err) and ".gitattributes" not in pruned.err
-    assert len(place.commits()) == 1
+    assert len(place.commits()) == 2
 
 
 def test_prune_deletes_what_nobody_packaged(place: Place, tmp_path: Path) -> None:
@@ -118,6 +176,18 @@ def test_a_lost_reply_never_opens_a_second_pull_request(place: Place, tmp_path: 
     assert receipt["pull_request"].endswith("/discussions/1") and place.hub.pull_requests(TARGET) == [1]
 
 
+def test_a_pull_request_is_not_tried_twice_when_nobody_can_tell(place: Place, tmp_path: Path) -> None:
+    folder = place.fresh(tmp_path)
+    place.hub.create_repo(TARGET)
+    place.hub.inject(Fault("POST", rf"^/api/models/{TARGET}/commit", kind="drop-reply"))
+    place.hub.inject(Fault("GET", rf"^/api/models/{TARGET}/discussions", skip=1, times=4))
+    unsure = place.quantize(*PUSH, "--pr", folder=folder)
+    assert unsure.code == 1 and place.hub.pull_requests(TARGET) == [1]
+    place.hub.clear_faults()
+    again = json.loads(place.quantize(*PUSH, "--pr", "--json", folder=folder).out)
+    assert again["pull_request"].endswith("/discussions/1") and place.hub.pull_requests(TARGET) == [1]
+
+
 def test_what_was_published_is_fetched_loaded_and_scored(place: Place, tmp_path: Path) -> None:
     folder = place.fresh(tmp_path)
     done = place.quantize(*PUSH, "--verify-download", "--json", folder=folder)
@@ -154,6 +224,61 @@ def test_an_up_to_date_repo_is_left_alone_without_downloading(place: Place, tmp_
     place.hub.commit(TARGET, {"config.json": b"{}"}, message="tampered with")
     tampered = place.quantize(*RUN, "--dry-run", "--json", folder=folder)
     assert json.loads(tampered.out)["state"] == "would publish"
+
+
+def test_what_else_was_asked_is_done_where_the_package_is_up_to_date(place: Place, tmp_path: Path) -> None:
+    folder = place.fresh(tmp_path)
+    assert place.quantize(*RUN, folder=folder).code == 0
+    tagged = place.quantize(*RUN, "--tag", "v1", "--verify-download", folder=folder)
+    assert tagged.code == 0 and "fetching" in tagged.err
+    assert place.hub.refs(TARGET)["refs/tags/v1"] == place.hub.head(TARGET) and len(place.commits()) == 1
+    place.hub.inject(Fault("GET", r"^/lfs/.*/model.safetensors", kind="corrupt", times=None))
+    spoiled = place.quantize(*RUN, "--verify-download", folder=folder)
+    assert spoiled.code == 1 and "model.safetensors comes back from" in spoiled.err
+    place.hub.clear_faults()
+    made = (folder / NAME / "provenance.json").stat().st_mtime_ns
+    assert place.quantize(*RUN, "--force", folder=folder).code == 0
+    assert (folder / NAME / "provenance.json").stat().st_mtime_ns != made
+
+
+@pytest.mark.parametrize(
+    "record", [b'{"files": 5}', b'{"files": [{"path": ["x"]}]}', b"[]", b"no JSON", b"[" * 100_000, b"\xff\xfe"]
+)
+def test_a_record_that_cannot_be_read_counts_as_none(place: Place, tmp_path: Path, record: bytes) -> None:
+    folder = place.fresh(tmp_path)
+    place.hub.create_repo(TARGET)
+    place.hub.commit(TARGET, {"provenance.json": record, "README.md": b"\xff"})
+    planned = place.quantize(*RUN, "--dry-run", "--refresh-card", "--json", folder=folder)
+    assert json.loads(planned.out)["state"] == "would publish", planned.err
+    assert place.quantize(*PUSH, folder=folder).code == 0
+    place.require_whole()
+
+
+def test_a_corrupt_record_is_fetched_again(place: Place, tmp_path: Path) -> None:
+    folder = place.fresh(tmp_path)
+    assert place.quantize(*RUN, folder=folder).code == 0
+    shutil.rmtree(place.cache)
+    place.hub.inject(Fault("GET", rf"^/{TARGET}/resolve/.*/provenance.json", kind="corrupt"))
+    again = place.quantize(*RUN, "--json", folder=folder)
+    assert json.loads(again.out)["state"] == "up to date", again.err
+
+
+def test_cards_that_others_touched(place: Place, tmp_path: Path) -> None:
+    """An edited card is left alone by a refresh; a deleted one is not up to date."""
+    folder = place.fresh(tmp_path)
+    assert place.quantize(*RUN, folder=folder).code == 0
+    for text in (b"# By hand", b"\xff"):
+        place.hub.commit(TARGET, {"README.md": text}, message="by hand")
+        left = place.quantize(*RUN, "--refresh-card", folder=folder)
+        assert left.code == 0 and "was edited on the Hub" in left.err
+        assert place.hub.files(TARGET)["README.md"] == text
+    place.hub.commit(TARGET, {"README.md": None}, message="gone")
+    assert json.loads(place.quantize(*RUN, "--dry-run", "--json", folder=folder).out)["state"] == "would publish"
+
+
+def test_a_token_with_foreign_letters_is_said_in_one_line(place: Place, tmp_path: Path) -> None:
+    ended = place.quantize(*PUSH, folder=place.fresh(tmp_path), token="hf_\u2026")
+    assert ended.code == 1 and "has a letter that no token has" in ended.err and "Traceback" not in ended.err
 
 
 def test_a_new_commit_of_the_source_makes_a_new_package(place: Place, tmp_path: Path) -> None:

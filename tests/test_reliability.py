@@ -31,12 +31,20 @@ STEPS = {
 }
 
 
+ASKED_FOR = {
+    ("--tag", "v1"): {"branches and tags": ("GET", rf"^{REPO}/refs"), "make the tag": ("POST", rf"^{REPO}/tag")},
+    ("--branch", "next"): {"make the branch": ("POST", rf"^{REPO}/branch")},
+    ("--pr",): {"open pull requests": ("GET", rf"^{REPO}/discussions"), "commit of a pull request": STEPS["commit"]},
+}
+"""What a push asks for only with these options."""
+
+
 @dataclass(frozen=True)
 class Case:
     """A fault, and what the first try ends in; without it, every second try has to publish.
 
     `commits` counts what the first try left in the repo; `line` has to be in its one error line. `afresh` begins with
-    an empty cache and no package; `limit` is the largest file that may be written, in bytes.
+    an empty cache and no package; `options` go to both tries; `limit` is the largest file, in bytes, that may be written.
     """
 
     name: str
@@ -45,6 +53,7 @@ class Case:
     commits: int = 1
     line: str = ""
     commands: tuple[str, ...] = PUBLISHING
+    options: tuple[str, ...] = ()
     token: str = WRITE_TOKEN
     afresh: bool = False
     limit: int | None = None
@@ -70,6 +79,19 @@ def cases() -> Iterator[Case]:
             yield Case(f"503 for good: {name}", for_good)
         else:
             yield Case(f"503 for good: {name}", for_good, 1, 0, "the Hub answered 503")
+    for options, steps in ASKED_FOR.items():
+        to_main = "--tag" in options
+        for name, step in steps.items():
+            words = f"{name} ({' '.join(options)})"
+            never, once = (Fault(*step, times=None),), (Fault(*step),)
+            made = int(name == "make the tag")
+            if name == "commit of a pull request":  # not tried twice, since nobody could tell two of them apart
+                yield Case(f"503 once: {words}", once, 1, 0, "answered 503", ("push",), options)
+            else:
+                yield Case(f"503 once: {words}", once, commits=int(to_main), commands=("push",), options=options)
+            yield Case(f"503 for good: {words}", never, 1, made, "answered 503", ("push",), options)
+    lost = (Fault(*commit, kind="drop-reply"), Fault("GET", rf"^{REPO}/commits/"))
+    yield Case("commit is made, its reply is lost, and 503 when looking for it", lost)
     asked = ("GET", r"^/api/models/distilbert")
     yield Case("429 once: what the source is", (Fault(*asked, status=429, retry_after=2),), commands=MAKING)
     yield Case("503 once: what the source is", (Fault(*asked),), commands=MAKING)
@@ -109,7 +131,7 @@ CELLS = [pytest.param(case, name, id=f"{name}: {case.name}") for case in cases()
 @pytest.mark.parametrize(("case", "name"), CELLS)
 def test_fault(place: Place, tmp_path: Path, case: Case, name: str) -> None:
     folder, hub = place.fresh(tmp_path, afresh=case.afresh), place.hub
-    if "right to write" in case.name or case.meanwhile:
+    if "right to write" in case.name or case.meanwhile or case.options:
         hub.create_repo(TARGET)
     for fault in case.faults:
         hub.inject(fault)
@@ -117,7 +139,7 @@ def test_fault(place: Place, tmp_path: Path, case: Case, name: str) -> None:
         event = case.meanwhile
         hub.inject(Fault(*STEPS["commit"], kind="none", meanwhile=lambda: event(hub)))
 
-    first = place.run(name, folder, case.token, case.limit)
+    first = place.run(name, folder, *case.options, token=case.token, limit=case.limit)
 
     assert (first.code, len(place.commits())) == (case.code, case.commits), first.err
     assert "Traceback" not in first.err
@@ -127,11 +149,12 @@ def test_fault(place: Place, tmp_path: Path, case: Case, name: str) -> None:
     assert " ".join(case.line.split()) in " ".join(first.err.split())
 
     hub.clear_faults()
-    again = place.run(name, folder)
+    again = place.run(name, folder, *case.options)
     assert again.code == 0, again.err
     others = 1 if case.meanwhile is somebody_pushes else 0
-    assert len(place.commits()) == 1 + others
-    place.require_whole()
+    revision = {"--branch": "next", "--pr": "refs/pr/1"}.get(next(iter(case.options), ""), "main")
+    assert len(hub.log(TARGET, revision)) == 2 + others and hub.pull_requests(TARGET) in ([], [1])
+    place.require_whole(revision)
 
 
 def table() -> str:

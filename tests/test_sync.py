@@ -70,6 +70,43 @@ def test_published_refused_and_failed_in_one_job(place: Place, folder: Path) -> 
     assert third.code == 0 and len(place.commits()) == 1
 
 
+def test_a_refused_model_is_not_made_again(place: Place, folder: Path) -> None:
+    (folder / "catalogue.toml").write_text(CATALOGUE.replace('"degraded"', '"lossless"'))
+    shutil.rmtree(folder / "sync")
+    first = place.quantize(*SYNC, folder=folder)
+    again = place.quantize(*SYNC, "--quiet", folder=folder)
+    assert (first.code, again.code) == (3, 3)
+    assert "scoring" in first.err and "scoring" not in again.err and "was refused before" in again.out
+
+
+def test_quiet_still_tells_what_failed(place: Place, folder: Path) -> None:
+    ended = place.quantize(*SYNC[:-1], "--quiet", folder=folder, token="hf_wrong")
+    assert ended.code == 1 and ended.err.startswith(f"failed: {TARGET}: the Hub refused")
+
+
+def test_what_cannot_be_kept_fails_its_entry_only(place: Place, folder: Path) -> None:
+    """The evidence has no place to go, and the summary neither; the package is on the Hub all the same."""
+    (folder / "sync" / "evidence").write_text("a file")
+    env = {"HF_TOKEN": WRITE_TOKEN, "GITHUB_STEP_SUMMARY": str(folder / "absent" / "summary.md")}
+    ended = place.warm.run(*SYNC, cwd=folder, env=env)
+    assert ended.code == 1 and states(ended.out) == {TARGET: "failed"} and "no summary was written" in ended.err
+    assert "the evidence cannot be kept" in ended.err and "Traceback" not in ended.err
+    (folder / "sync" / "evidence").unlink()
+    again = place.quantize(*SYNC, folder=folder)
+    assert states(again.out) == {TARGET: "up to date"} and list((folder / "sync" / "packages").iterdir()) == []
+
+
+def test_ctrl_c_ends_with_a_report(place: Place, folder: Path) -> None:
+    place.hub.inject(Fault("POST", rf"^/api/models/{TARGET}/commit", kind="hang"))
+    seen = len(place.hub.requests)
+    child = place.warm.start(*SYNC, cwd=folder, env={"HF_TOKEN": WRITE_TOKEN})
+    while not any(one.fault for one in place.hub.requests[seen:]):
+        time.sleep(0.01)
+    child.send(signal.SIGINT)
+    ended = child.wait()
+    assert ended.code == 130 and states(ended.out) == {TARGET: "interrupted"}
+
+
 def test_a_dry_run_makes_nothing(place: Place, folder: Path) -> None:
     shutil.rmtree(folder / "sync")
     ended = place.quantize(*SYNC, "--dry-run", folder=folder)

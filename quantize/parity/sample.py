@@ -7,19 +7,14 @@ from pathlib import Path
 from typing import Any
 
 
-def sample_loss(
-    checkpoint: str | Path, texts: Sequence[str], device: str, trust_remote_code: bool, **place: Any
-) -> tuple[int, float]:
-    """Tokens predicted in `texts`, and their mean loss in nats, under the model that stock transformers loads.
-
-    `place` is where from: `revision` and `cache_dir` of a Hub id.
-    """
+def sample_loss(folder: Path, texts: Sequence[str], device: str, trust_remote_code: bool) -> tuple[int, float]:
+    """Tokens predicted in `texts`, and their mean loss in nats, under the model that stock transformers loads."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    options = {**place, "trust_remote_code": trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, **options)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, device_map={"": device}, use_safetensors=True, **options)
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device}, use_safetensors=True, **options)
     tokens, total = 0, 0.0
     with torch.inference_mode():
         for text in texts:
