@@ -44,7 +44,7 @@ class Case:
     """A fault, and what the first try ends in; without it, every second try has to publish.
 
     `commits` counts what the first try left in the repo; `line` has to be in its one error line. `afresh` begins with
-    an empty cache and no package; `options` go to both tries; `limit` is the largest file, in bytes, that may be written.
+    an empty cache and no package; `options` go to both tries; `limit` is the largest file in bytes.
     """
 
     name: str
