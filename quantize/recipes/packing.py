@@ -121,7 +121,7 @@ class Packed:
         return values * expand_scales(self.scales, self.codes.shape, self.block)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds for one linear layer, by the names after the layer's own: `weight`, `weight.absmax`...
+        """What a checkpoint holds for a linear layer, by the names after the layer's own: `weight`, `weight.absmax`...
 
         `weight` is uint8 [pairs, 1], the first of each pair of codes in the upper half of the byte.
         """
