@@ -95,7 +95,7 @@ class Moments:
 def round_nearest(weight: torch.Tensor, levels: Levels, snap: Snap = keep, block: int = 64) -> Rounded:
     """Each weight of `weight` [rows, inputs] to its nearest level under scale = absmax; `change` is left zero."""
     rows, inputs = weight.shape
-    blocks = weight.float().view(rows, inputs // block, block)
+    blocks = weight.float().contiguous().view(rows, inputs // block, block)
     places = torch.arange(rows * inputs // block, device=weight.device).view(rows, -1)
     scales = snap(blocks.abs().amax(2), places)
     codes = levels.codes[levels.nearest(blocks * _inverse(scales)[..., None])]
@@ -119,7 +119,8 @@ def round_compensated(
 
 def output_change(error: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
     """e H e^T for each row e of `error` [rows, inputs]: the mean squared change of each output, float32 [rows]."""
-    return (error @ moments).mul_(error).sum(1)
+    change: torch.Tensor = (error @ moments * error).sum(1)
+    return change
 
 
 def damped(moments: torch.Tensor, damping: float) -> torch.Tensor:
@@ -174,14 +175,23 @@ def _compensate_leaf(
 class _Work:
     """One matrix while it is rounded: its columns in the order of their weight in H, blocks kept together."""
 
-    def __init__(self, weight: torch.Tensor, moments: torch.Tensor, levels: Levels, snap: Snap, search: Search) -> None:
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        moments: torch.Tensor,
+        levels: Levels,
+        snap: Snap,
+        search: Search,
+        row_places: torch.Tensor | None = None,
+    ) -> None:
         self.levels, self.snap, self.search = levels, snap, search
         self.order = _by_importance(moments.diagonal(), search.block)
         self.target = weight.T.float()[self.order].contiguous()
         self.moments = moments[self.order][:, self.order]
         self.block_of = (self.order[:: search.block] // search.block).tolist()
         inputs, rows = self.target.shape
-        self.first_places = torch.arange(rows, device=weight.device) * (inputs // search.block)
+        row_places = torch.arange(rows, device=weight.device) if row_places is None else row_places
+        self.first_places = row_places * (inputs // search.block)
         self.places = torch.zeros(self.target.shape, dtype=torch.int32, device=weight.device)
         self.scales = torch.zeros(inputs // search.block, rows, device=weight.device)
 
@@ -229,7 +239,7 @@ class _Work:
         tried = self.snap(torch.stack(candidates), self.first_places + self.block_of[index])
         best = torch.full((rows,), torch.inf, device=desired.device)
         scales = torch.zeros_like(best)
-        for part in tried.split(max(1, TRIED_AT_ONCE[desired.device.type] // rows)):
+        for part in torch.split(tried, max(1, TRIED_AT_ONCE[desired.device.type] // rows)):
             _, errors = compensate(
                 desired.repeat(1, len(part)), factor, part.reshape(-1).expand(len(desired), -1), self.levels
             )

@@ -1,0 +1,424 @@
+"""Measure how close ways of choosing 4-bit codes and scales come to the float model, all in the same file format.
+
+    python scripts/accuracy.py MODEL --corpus wikitext=FILE --work FOLDER            every variant
+    python scripts/accuracy.py MODEL --work FOLDER --only nearest --only sweeps      some
+
+Calibration text is what the model itself writes, sampled with a seed. Nothing is calibrated on what is measured.
+GPT-2's shape only: the blocks and their four matrices are walked by name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch.nn import functional
+
+from quantize.recipes import packing, rounding
+from quantize.recipes.packing import Packed, ScaleGrid
+from quantize.recipes.rounding import Levels, Moments, Search
+
+MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+BATCH = 4
+Figures = dict[str, dict[str, torch.Tensor]]
+"""By text and kind, means of windows [windows]."""
+GPTQ_ABSMAX = Search(factors=(1.0,), signed=False, sweeps=0)
+GPTQ_SIGNED = Search(sweeps=0)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to quantize. `calibration` names the text; `pull` is how far targets move from the float weights to
+    what gives the float model's outputs on the quantized model's inputs; `importance` weighs tokens by the energy of
+    the loss's gradient at the layer's output; `coupled` shapes errors across rows by that gradient's moments;
+    `centred` takes covariances, and biases make up for the means."""
+
+    search: Search | None
+    calibration: str = "plain"
+    quant_type: str = "nf4"
+    pull: float = 0.0
+    importance: float = 0.0
+    coupled: float = 0.0
+    centred: bool = False
+    block: int = 64
+    group: int = 64
+    group_sweeps: int = 1
+
+
+VARIANTS: dict[str, Variant] = {
+    "nearest": Variant(None),
+    "absmax": Variant(GPTQ_ABSMAX),
+    "signed": Variant(GPTQ_SIGNED),
+    "sweeps": Variant(Search()),
+    "sweeps+centred": Variant(Search(), centred=True),
+    "sweeps+pull": Variant(Search(), centred=True, pull=1.0),
+    "sweeps+importance": Variant(Search(), centred=True, importance=1.0),
+    "sweeps+pull+importance": Variant(Search(), centred=True, importance=1.0, pull=1.0),
+    "coupled": Variant(Search(sweeps=1), centred=True, importance=1.0, coupled=0.1),
+    "coupled+pull": Variant(Search(sweeps=1), centred=True, importance=1.0, coupled=0.1, pull=1.0),
+}
+
+
+def sample(model: Any, windows: int, length: int, seed: int, temperature: float, width: int = 64) -> torch.Tensor:
+    """Text that the model writes after its end-of-text token: [windows, length], sampled from the whole vocabulary."""
+    torch.manual_seed(seed)
+    parts = []
+    for start in range(0, windows, width):
+        count = min(width, windows - start)
+        tokens = torch.full((count, 1), model.config.eos_token_id)
+        state, parts_of = None, [tokens]
+        for _ in range(length - 1):
+            with torch.autocast("cpu", torch.bfloat16):
+                answer = model(parts_of[-1], past_key_values=state, use_cache=True)
+            state = answer.past_key_values
+            chances = torch.softmax(answer.logits[:, -1].float() / temperature, -1)
+            parts_of.append(torch.multinomial(chances, 1))
+        parts.append(torch.cat(parts_of, 1))
+    return torch.cat(parts)
+
+
+def stdlib_text(seed: int, characters: int) -> str:
+    """Sources of Python's standard library, whole files in a seeded order."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
+    text, parts = 0, []
+    for place in order:
+        parts.append(files[place].read_text(encoding="utf-8"))
+        text += len(parts[-1])
+        if text > characters:
+            break
+    return "\n".join(parts)
+
+
+def windows_of(tokenizer: Any, text: str, windows: int, length: int) -> torch.Tensor:
+    tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    stride = max(length, len(tokens) // windows // length * length)
+    return torch.stack([tokens[start : start + length] for start in range(0, stride * windows, stride)])
+
+
+def log_probabilities(model: Any, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
+    for part in tokens.split(BATCH):
+        yield torch.log_softmax(model(part).logits[:, :-1], -1)
+
+
+@dataclass
+class Texts:
+    """What is measured on: tokens by name and the float model's log-probabilities there, kept on disk."""
+
+    tokens: dict[str, torch.Tensor]
+    work: Path
+
+    def prepare(self, model: Any) -> None:
+        for name, tokens in self.tokens.items():
+            if not (self.work / f"{name}.reference.pt").exists():
+                torch.save(torch.cat(list(log_probabilities(model, tokens))), self.work / f"{name}.reference.pt")
+
+    def measure(self, model: Any) -> Figures:
+        """Per text, window means [windows] of KLD, of the loss's difference and of the same top choice."""
+        result = {}
+        for name, tokens in self.tokens.items():
+            reference = torch.load(self.work / f"{name}.reference.pt", mmap=True)
+            columns: dict[str, list[torch.Tensor]] = {"kld": [], "loss": [], "top": []}
+            parts = zip(log_probabilities(model, tokens), reference.split(BATCH), tokens.split(BATCH), strict=True)
+            for candidate, truth, right in parts:
+                columns["kld"].append((truth.exp() * (truth - candidate)).sum(-1).mean(1))
+                moved = (truth - candidate).gather(-1, right[:, 1:, None])[..., 0]
+                columns["loss"].append(moved.mean(1))
+                columns["top"].append((truth.argmax(-1) == candidate.argmax(-1)).float().mean(1))
+            result[name] = {key: torch.cat(values) for key, values in columns.items()}
+        return result
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Per matrix, from the loss at tokens drawn from the float model itself: the squared length of its gradient at
+    the layer's output for each calibration token, mean 1, and the second moments over outputs."""
+
+    energy: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor]
+
+
+def gradients(model: Any, tokens: torch.Tensor, seed: int) -> Gradients:
+    torch.manual_seed(seed)
+    energy: dict[str, list[torch.Tensor]] = {}
+    moments: dict[str, Moments] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def keep(_: Any, __: Any, grads: tuple[torch.Tensor, ...]) -> None:
+            flat = grads[0].reshape(-1, grads[0].shape[-1])
+            energy.setdefault(name, []).append(flat.square().sum(1))
+            moments.setdefault(name, Moments(flat.shape[1])).add(flat)
+
+        return keep
+
+    hooks = [module.register_full_backward_hook(watch(name)) for name, module in matrices(model)]
+    embedding = model.transformer.wte.weight
+    embedding.requires_grad_(True)
+    for part in tokens.split(BATCH):
+        with torch.enable_grad():
+            logits = model(part).logits
+            drawn = torch.multinomial(torch.softmax(logits.detach(), -1).flatten(0, 1), 1)[:, 0]
+            functional.cross_entropy(logits.flatten(0, 1), drawn, reduction="sum").backward()
+        embedding.grad = None
+    embedding.requires_grad_(False)
+    for hook in hooks:
+        hook.remove()
+    flat = {name: torch.cat(parts) for name, parts in energy.items()}
+    return Gradients({k: v / v.mean() for k, v in flat.items()}, {k: m.mean for k, m in moments.items()})
+
+
+def matrices(model: Any) -> list[tuple[str, Any]]:
+    return [
+        (f"{place}.{name}", block.get_submodule(name))
+        for place, block in enumerate(model.transformer.h)
+        for name in MATRICES
+    ]
+
+
+class _Reached(Exception):
+    """The matrix whose inputs are wanted has been reached; the rest of the block need not run."""
+
+
+def run_block(block: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """The block's output [windows, length, width]."""
+    answers = [block(part) for part in hidden.split(BATCH)]
+    return torch.cat([answer[0] if isinstance(answer, tuple) else answer for answer in answers])
+
+
+def inputs_of(block: Any, name: str, hidden: torch.Tensor) -> torch.Tensor:
+    """What the matrix `name` of a block gets, [tokens, inputs]."""
+    caught = []
+
+    def catch(_: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+        caught.append(arguments[0].flatten(0, -2))
+        raise _Reached
+
+    hook = block.get_submodule(name).register_forward_pre_hook(catch)
+    for part in hidden.split(BATCH):
+        with suppress(_Reached):
+            block(part)
+    hook.remove()
+    return torch.cat(caught)
+
+
+@dataclass
+class Truth:
+    """What the float model's matrices get on a calibration text, found when first asked for."""
+
+    model: Any
+    tokens: torch.Tensor
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def inputs(self, key: str) -> torch.Tensor:
+        if not self.kept:
+            hidden = embed(self.model, self.tokens)
+            for place, block in enumerate(self.model.transformer.h):
+                self.kept |= {f"{place}.{name}": inputs_of(block, name, hidden) for name in MATRICES}
+                hidden = run_block(block, hidden)
+        return self.kept[key]
+
+
+def embed(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    embedded: torch.Tensor = model.transformer.wte(tokens) + model.transformer.wpe(torch.arange(tokens.shape[1]))
+    return embedded
+
+
+def quantize(model: Any, truth: Truth, variant: Variant, gradient: Gradients | None) -> dict[str, Packed]:
+    """Change `model` in place, matrix after matrix in forward order."""
+    hidden, packed = embed(model, truth.tokens), {}
+    for place, block in enumerate(model.transformer.h):
+        for name in MATRICES:
+            module, key = block.get_submodule(name), f"{place}.{name}"
+            caught = inputs_of(block, name, hidden) if variant.search else hidden[:0]
+            meant = truth.inputs(key) if variant.pull else caught
+            importance = gradient.energy[key] ** variant.importance if gradient and variant.importance else None
+            coupling = gradient.moments[key] if gradient and variant.coupled else None
+            packed[key], bias = choose(module.weight.T, module.bias, caught, meant, variant, importance, coupling)
+            module.weight.data = packed[key].weight().T.contiguous()
+            module.bias.data = bias.half().float()
+        hidden = run_block(block, hidden) if variant.search else hidden
+    return packed
+
+
+def choose(
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    inputs: torch.Tensor,
+    truth: torch.Tensor,
+    variant: Variant,
+    importance: torch.Tensor | None,
+    coupling: torch.Tensor | None,
+) -> tuple[Packed, torch.Tensor]:
+    """The 4-bit form of `weight` [rows, inputs] and the bias that goes with it."""
+    if variant.search is None:
+        return packing.nearest(weight, variant.quant_type, True, variant.block), bias
+    share = torch.ones(len(inputs)) if importance is None else importance
+    share = (share / share.sum())[:, None]
+    mean, true_mean = ((share * inputs).sum(0), (share * truth).sum(0)) if variant.centred else (0.0, 0.0)
+    seen, meant = inputs - mean, truth - true_mean
+    moments = (share * seen).T @ seen
+    target = weight
+    if variant.pull:
+        drift = (share * (meant - seen)).T @ seen
+        target = weight + variant.pull * torch.linalg.solve(rounding.damped(moments, 0.01), (weight @ drift).T).T
+    packed = round_matrix(target, moments, variant, coupling)
+    if variant.centred:
+        bias = bias + weight @ (true_mean if variant.pull else mean) - packed.weight() @ mean
+    return packed, bias
+
+
+def round_matrix(
+    target: torch.Tensor, moments: torch.Tensor, variant: Variant, coupling: torch.Tensor | None
+) -> Packed:
+    assert variant.search
+    search = replace(variant.search, block=variant.block)
+    levels = Levels.of(packing.table(variant.quant_type))
+    rough = rounding.round_nearest(target, levels, block=variant.block).scales.reshape(-1)
+    grid = ScaleGrid.around(rough * max(search.factors), 0.0 if search.signed else None)
+    if coupling is not None:
+        rounded = round_coupled(target, moments, coupling, levels, grid, search, variant)
+    else:
+        rounded = rounding.round_compensated(target, moments, levels, grid.snap, search)
+    return Packed.build(rounded.codes, rounded.scales, grid, variant.quant_type, torch.float16, variant.block)
+
+
+def round_coupled(
+    target: torch.Tensor,
+    moments: torch.Tensor,
+    coupling: torch.Tensor,
+    levels: Levels,
+    grid: ScaleGrid,
+    search: Search,
+    variant: Variant,
+) -> rounding.Rounded:
+    """Rows in groups, each group's error made up for by the rows that follow, then sweeps over the groups."""
+    order = coupling.diagonal().argsort(descending=True)
+    back = order.argsort()
+    metric = rounding.damped(coupling, variant.coupled)[order][:, order]
+    factor, goal = rounding.inverse_factor(metric), target[order].clone()
+    moved, error = goal.clone(), torch.zeros_like(goal)
+    damped, works = rounding.damped(moments, search.damping), []
+    parts = [slice(start, min(start + variant.group, len(order))) for start in range(0, len(order), variant.group)]
+    for part in parts:
+        work = rounding._Work(moved[part], damped, levels, grid.snap, search, order[part])
+        work.first_pass()
+        for _ in range(search.sweeps):
+            work.sweep()
+        error[part] = moved[part] - _matrix(work)
+        spread = torch.linalg.solve_triangular(factor[part, part].T, error[part], upper=False)
+        moved[part.stop :] -= factor[part, part.stop :].T @ spread
+        error[part] = goal[part] - _matrix(work)
+        works.append(work)
+    for _ in range(variant.group_sweeps):
+        for part, work in zip(parts, works, strict=True):
+            before, kept = error[part].clone(), (work.places.clone(), work.scales.clone())
+            pull = metric[part] @ error
+            present = ((pull - 0.5 * metric[part, part] @ before) @ damped * before).sum()
+            shift = pull / metric.diagonal()[part, None] - before
+            work.target = (goal[part] + shift).T[work.order].contiguous()
+            work.sweep()
+            error[part] = goal[part] - _matrix(work)
+            pull = metric[part] @ error
+            if ((pull - 0.5 * metric[part, part] @ error[part]) @ damped * error[part]).sum() > present:
+                error[part], (work.places, work.scales) = before, kept
+    results = [work.result(moments) for work in works]
+    return rounding.Rounded(
+        torch.cat([result.codes for result in results])[back],
+        torch.cat([result.scales for result in results])[back],
+        torch.cat([result.change for result in results])[back],
+    )
+
+
+def _matrix(work: Any) -> torch.Tensor:
+    values: torch.Tensor = work._values()[work.order.argsort()].T
+    return values
+
+
+def load(folder: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    return model.requires_grad_(False)
+
+
+def report(name: str, figures: Figures, base: Figures, seconds: float) -> None:
+    cells = []
+    for text, columns in figures.items():
+        kld, loss, top = (float(columns[key].mean()) for key in ("kld", "loss", "top"))
+        ratio = kld / float(base[text]["kld"].mean())
+        cells.append(f"{text} {kld:.5f} ({ratio:.3f}x) ppl {math.expm1(loss):+.2%} top {top:.1%}")
+    click.echo(f"{name:28s} " + " | ".join(cells) + f" | {seconds:.0f} s")
+
+
+@click.command(help=__doc__)
+@click.argument("model")
+@click.option("--corpus", multiple=True, metavar="NAME=FILE")
+@click.option("--work", type=click.Path(path_type=Path), required=True)
+@click.option("--only", multiple=True)
+@click.option("--windows", default=16)
+@click.option("--calibration-windows", default=32)
+@click.option("--length", default=512)
+def main(
+    model: str,
+    corpus: tuple[str, ...],
+    work: Path,
+    only: tuple[str, ...],
+    windows: int,
+    calibration_windows: int,
+    length: int,
+) -> None:
+    from transformers import AutoTokenizer
+
+    work.mkdir(parents=True, exist_ok=True)
+    fresh = load(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+
+    def sampled(seed: int, count: int, temperature: float) -> torch.Tensor:
+        file = work / f"sample-{seed}-{count}-{length}-{temperature}.pt"
+        if not file.exists():
+            torch.save(sample(fresh, count, length, seed, temperature), file)
+        tokens: torch.Tensor = torch.load(file)
+        return tokens
+
+    with torch.no_grad():
+        texts = {name: Path(file).read_text(encoding="utf-8") for name, file in (item.split("=", 1) for item in corpus)}
+        texts["stdlib"] = stdlib_text(1, 4_000_000)
+        tokens = {name: windows_of(tokenizer, text, windows, length) for name, text in texts.items()}
+        tokens["own"] = sampled(1000, windows, 1.0)
+        measured = Texts(tokens, work)
+        measured.prepare(fresh)
+        calibrations = {"plain": lambda: sampled(1, calibration_windows, 1.0)}
+        base: Figures = {}
+        drawn: dict[str, Gradients] = {}
+        truths: dict[str, Truth] = {}
+        for name, variant in VARIANTS.items():
+            if only and name not in only and name != "nearest":
+                continue
+            text = calibrations[variant.calibration]()
+            if (variant.importance or variant.coupled) and variant.calibration not in drawn:
+                started = time.monotonic()
+                drawn[variant.calibration] = gradients(fresh, text, 2)
+                click.echo(f"gradients: {time.monotonic() - started:.0f} s")
+            candidate, started = load(model), time.monotonic()
+            truth = truths.setdefault(variant.calibration, Truth(fresh, text))
+            quantize(candidate, truth, variant, drawn.get(variant.calibration))
+            seconds = time.monotonic() - started
+            figures = measured.measure(candidate)
+            base = base or figures
+            report(name, figures, base, seconds)
+            with (work / "results.jsonl").open("a") as log:
+                means = {t: {k: float(v.mean()) for k, v in c.items()} for t, c in figures.items()}
+                log.write(json.dumps({"name": name, "seconds": seconds, "windows": windows} | means) + "\n")
+
+
+if __name__ == "__main__":
+    main()
