@@ -134,6 +134,7 @@ def inverse_factor(moments: torch.Tensor) -> torch.Tensor:
     for damping in (0.0, 1e-4, 1e-3, 1e-2, 1e-1):
         lower, failed = torch.linalg.cholesky_ex(damped(moments, damping))
         if not failed:
+            upper: torch.Tensor
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed:
                 return upper
