@@ -50,25 +50,23 @@ class Variant:
     coupled: float = 0.0
     centred: bool = False
     block: int = 64
-    group: int = 64
-    group_sweeps: int = 1
 
 
-ONE_SWEEP = Search(factors=(0.74, 0.80, 0.86, 0.92, 0.98, 1.04), steps=(0.95, 0.98, 1.0, 1.02, 1.05, -0.97), sweeps=1)
-FAST = replace(ONE_SWEEP, sweeps=0)
+ONE_SWEEP = Search()
+THREE_SWEEPS = Search(sweeps=3)
 VARIANTS: dict[str, Variant] = {
     "nearest": Variant(None),
     "absmax": Variant(GPTQ_ABSMAX),
     "signed": Variant(GPTQ_SIGNED),
     "sweep": Variant(ONE_SWEEP),
-    "three sweeps": Variant(Search()),
+    "three sweeps": Variant(THREE_SWEEPS),
     "importance": Variant(ONE_SWEEP, centred=True, importance=1.0),
-    "coupled": Variant(FAST, centred=True, importance=1.0, coupled=0.1),
-    "coupled 0.01": Variant(FAST, centred=True, importance=1.0, coupled=0.01),
-    "coupled unweighted": Variant(FAST, centred=True, coupled=0.1),
-    "coupled pull": Variant(FAST, centred=True, importance=1.0, coupled=0.1, pull=1.0),
-    "coupled mixed": Variant(FAST, "mixed", centred=True, importance=1.0, coupled=0.1),
-    "coupled mixed pull": Variant(FAST, "mixed", centred=True, importance=1.0, coupled=0.1, pull=1.0),
+    "coupled": Variant(ONE_SWEEP, centred=True, importance=1.0, coupled=0.1),
+    "coupled 0.01": Variant(ONE_SWEEP, centred=True, importance=1.0, coupled=0.01),
+    "coupled unweighted": Variant(ONE_SWEEP, centred=True, coupled=0.1),
+    "coupled pull": Variant(ONE_SWEEP, centred=True, importance=1.0, coupled=0.1, pull=1.0),
+    "coupled mixed": Variant(ONE_SWEEP, "mixed", centred=True, importance=1.0, coupled=0.1),
+    "coupled mixed pull": Variant(ONE_SWEEP, "mixed", centred=True, importance=1.0, coupled=0.1, pull=1.0),
     "mixed": Variant(ONE_SWEEP, "mixed"),
     "pull": Variant(ONE_SWEEP, centred=True, pull=1.0),
     "pull importance": Variant(ONE_SWEEP, centred=True, pull=1.0, importance=1.0),
@@ -112,7 +110,7 @@ def windows_of(tokenizer: Any, text: str, windows: int, length: int) -> torch.Te
 
 
 def log_probabilities(model: Any, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
-    for part in tokens.split(BATCH):
+    for part in torch.split(tokens, BATCH):
         yield torch.log_softmax(model(part).logits[:, :-1], -1)
 
 
@@ -134,7 +132,9 @@ class Texts:
         for name, tokens in self.tokens.items():
             reference = torch.load(self.work / f"{name}.reference.pt", mmap=True)
             columns: dict[str, list[torch.Tensor]] = {"kld": [], "loss": [], "top": []}
-            parts = zip(log_probabilities(model, tokens), reference.split(BATCH), tokens.split(BATCH), strict=True)
+            parts = zip(
+                log_probabilities(model, tokens), torch.split(reference, BATCH), torch.split(tokens, BATCH), strict=True
+            )
             for candidate, truth, right in parts:
                 columns["kld"].append((truth.exp() * (truth - candidate)).sum(-1).mean(1))
                 moved = (truth - candidate).gather(-1, right[:, 1:, None])[..., 0]
@@ -169,13 +169,14 @@ def gradients(model: Any, tokens: torch.Tensor, seed: int) -> Gradients:
     hooks = [module.register_full_backward_hook(watch(name)) for name, module in matrices(model)]
     embedding = model.transformer.wte.weight
     embedding.requires_grad_(True)
-    for part in tokens.split(BATCH):
+    for part in torch.split(tokens, BATCH):
         with torch.enable_grad():
             with fast():
                 logits = model(part).logits
             logits = logits.float()
             drawn = torch.multinomial(torch.softmax(logits.detach(), -1).flatten(0, 1), 1)[:, 0]
-            functional.cross_entropy(logits.flatten(0, 1), drawn, reduction="sum").backward()
+            loss = functional.cross_entropy(logits.flatten(0, 1), drawn, reduction="sum")
+            torch.autograd.backward(loss)
         embedding.grad = None
     embedding.requires_grad_(False)
     for hook in hooks:
@@ -204,7 +205,7 @@ class _Reached(Exception):
 def run_block(block: Any, hidden: torch.Tensor) -> torch.Tensor:
     """The block's output [windows, length, width]."""
     with fast():
-        answers = [block(part) for part in hidden.split(BATCH)]
+        answers = [block(part) for part in torch.split(hidden, BATCH)]
     return torch.cat([answer[0] if isinstance(answer, tuple) else answer for answer in answers]).float()
 
 
@@ -217,7 +218,7 @@ def inputs_of(block: Any, name: str, hidden: torch.Tensor) -> torch.Tensor:
         raise _Reached
 
     hook = block.get_submodule(name).register_forward_pre_hook(catch)
-    for part in hidden.split(BATCH):
+    for part in torch.split(hidden, BATCH):
         with suppress(_Reached), fast():
             block(part)
     hook.remove()
@@ -294,67 +295,12 @@ def round_matrix(
     target: torch.Tensor, moments: torch.Tensor, variant: Variant, coupling: torch.Tensor | None
 ) -> Packed:
     assert variant.search
-    search = replace(variant.search, block=variant.block)
+    search = replace(variant.search, block=variant.block, output_damping=variant.coupled)
     levels = Levels.of(packing.table(variant.quant_type))
     rough = rounding.round_nearest(target, levels, block=variant.block).scales.reshape(-1)
     grid = ScaleGrid.around(rough * max(search.factors), 0.0 if search.signed else None)
-    if coupling is not None:
-        rounded = round_coupled(target, moments, coupling, levels, grid, search, variant)
-    else:
-        rounded = rounding.round_compensated(target, moments, levels, grid.snap, search)
+    rounded = rounding.round_compensated(target, moments, levels, grid.snap, search, coupling)
     return Packed.build(rounded.codes, rounded.scales, grid, variant.quant_type, torch.float16, variant.block)
-
-
-def round_coupled(
-    target: torch.Tensor,
-    moments: torch.Tensor,
-    coupling: torch.Tensor,
-    levels: Levels,
-    grid: ScaleGrid,
-    search: Search,
-    variant: Variant,
-) -> rounding.Rounded:
-    """Rows in groups, each group's error made up for by the rows that follow, then sweeps over the groups."""
-    order = coupling.diagonal().argsort(descending=True)
-    back = order.argsort()
-    metric = rounding.damped(coupling, variant.coupled)[order][:, order]
-    factor, goal = rounding.inverse_factor(metric), target[order].clone()
-    moved, error = goal.clone(), torch.zeros_like(goal)
-    damped, works = rounding.damped(moments, search.damping), []
-    parts = [slice(start, min(start + variant.group, len(order))) for start in range(0, len(order), variant.group)]
-    for part in parts:
-        work = rounding._Work(moved[part], damped, levels, grid.snap, search, order[part])
-        work.first_pass()
-        for _ in range(search.sweeps):
-            work.sweep()
-        error[part] = moved[part] - _matrix(work)
-        spread = torch.linalg.solve_triangular(factor[part, part].T, error[part], upper=False)
-        moved[part.stop :] -= factor[part, part.stop :].T @ spread
-        error[part] = goal[part] - _matrix(work)
-        works.append(work)
-    for _ in range(variant.group_sweeps):
-        for part, work in zip(parts, works, strict=True):
-            before, kept = error[part].clone(), (work.places.clone(), work.scales.clone())
-            pull = metric[part] @ error
-            present = ((pull - 0.5 * metric[part, part] @ before) @ damped * before).sum()
-            shift = pull / metric.diagonal()[part, None] - before
-            work.target = (goal[part] + shift).T[work.order].contiguous()
-            work.sweep()
-            error[part] = goal[part] - _matrix(work)
-            pull = metric[part] @ error
-            if ((pull - 0.5 * metric[part, part] @ error[part]) @ damped * error[part]).sum() > present:
-                error[part], (work.places, work.scales) = before, kept
-    results = [work.result(moments) for work in works]
-    return rounding.Rounded(
-        torch.cat([result.codes for result in results])[back],
-        torch.cat([result.scales for result in results])[back],
-        torch.cat([result.change for result in results])[back],
-    )
-
-
-def _matrix(work: Any) -> torch.Tensor:
-    values: torch.Tensor = work._values()[work.order.argsort()].T
-    return values
 
 
 def load(folder: str) -> Any:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from quantize.recipes import packing, rounding
 from quantize.recipes.packing import Packed, ScaleGrid
-from quantize.recipes.rounding import Levels, Moments, Search
+from quantize.recipes.rounding import Levels, Moments, Rounded, Search
 
 SHAPES = st.tuples(st.integers(1, 24), st.sampled_from([64, 128, 192]))
 
@@ -57,6 +57,33 @@ def test_no_row_comes_out_worse_than_by_nearest_rounding(
     change = change_of(weight, packed, moments)
     assert bool((change <= change_of(weight, nearest, moments) * (1 + 1e-4) + 1e-9).all())
     assert torch.allclose(change, found.change, rtol=1e-3, atol=1e-7)
+
+
+def loss_of(weight: torch.Tensor, found: Rounded, moments: torch.Tensor, gradient: torch.Tensor) -> float:
+    error = weight - Packed.build(found.codes, found.scales, None, "nf4", torch.float32).weight()
+    return float(torch.trace(gradient @ error @ moments @ error.T))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 999), SHAPES, st.integers(1, 9))
+def test_with_the_gradients_moments_the_loss_grows_no_more_than_by_nearest_rounding(
+    seed: int, shape: tuple[int, int], group: int
+) -> None:
+    weight, moments = layer(seed, shape, 300, dead=False)
+    _, gradient = layer(seed + 1, (1, shape[0]), 300, dead=False)
+    levels = Levels.of(packing.table("nf4"))
+    found = rounding.round_compensated(weight, moments, levels, search=Search(group=group), output_moments=gradient)
+    plain = rounding.round_nearest(weight, levels)
+    assert loss_of(weight, found, moments, gradient) <= loss_of(weight, plain, moments, gradient) * 1.0001
+
+
+def test_the_gradients_moments_save_much_of_the_loss() -> None:
+    weight, moments = layer(0, (96, 192), 1000, dead=False)
+    _, gradient = layer(1, (1, 96), 1000, dead=False)
+    levels, search = Levels.of(packing.table("nf4")), Search(group=8)
+    coupled = rounding.round_compensated(weight, moments, levels, search=search, output_moments=gradient)
+    alone = rounding.round_compensated(weight, moments, levels, search=search)
+    assert loss_of(weight, coupled, moments, gradient) < 0.9 * loss_of(weight, alone, moments, gradient)
 
 
 @settings(max_examples=15, deadline=None)

@@ -1,10 +1,14 @@
 """Which of the 16 levels each weight takes: the choice that changes a layer's outputs least on calibration inputs.
 
-For a matrix W [rows, inputs] that becomes Q, the outputs on inputs X change by tr((W - Q) H (W - Q)^T) with
+For a matrix W [rows, inputs] that becomes Q, with E = W - Q, the outputs on inputs X change by tr(E H E^T), where
 H = X^T X / tokens. Columns are rounded one after the other, and each one's error moves the target of those that follow
 by what H says makes up for it best (Frantar et al. 2022, after Hassibi and Stork 1993). For each block of columns,
 scales of many sizes and both signs are tried in full, so that a scale is chosen together with its codes. Sweeps then
 choose each block anew, the others given, wherever that makes the change smaller.
+
+Not all changes of outputs are alike to the model's loss. With the second moments A [rows, rows] of the loss's gradient
+at the outputs, the loss changes by about tr(A E H E^T) / 2, and rows are rounded in groups, each group's error moving
+the targets of the rows that follow, as among columns (the two-sided rounding of Tseng et al. 2025).
 
 Inside, matrices are transposed, [inputs, rows]: a column of W is then one contiguous row of memory.
 """
@@ -35,15 +39,18 @@ class Search:
     """How hard to look.
 
     `factors` times the largest weight of a block are the scales that are tried first, with both signs if `signed`;
-    each of `sweeps` tries `steps` times the present scale. `damping` is added to H's diagonal, as a part of its mean.
+    each of `sweeps` tries `steps` times the present scale. `damping` is added to H's diagonal, as a part of its mean,
+    and `output_damping` to that of A, by which `group` rows at a time are rounded.
     """
 
-    factors: tuple[float, ...] = tuple(0.70 + 0.04 * step for step in range(11))
-    steps: tuple[float, ...] = (0.92, 0.96, 0.98, 1.0, 1.02, 1.04, 1.08, -0.95, -1.0, -1.05)
+    factors: tuple[float, ...] = (0.74, 0.80, 0.86, 0.92, 0.98, 1.04)
+    steps: tuple[float, ...] = (0.95, 0.98, 1.0, 1.02, 1.05, -0.97)
     signed: bool = True
-    sweeps: int = 3
+    sweeps: int = 1
     damping: float = 0.01
+    output_damping: float = 0.1
     block: int = 64
+    group: int = 64
 
 
 @dataclass(frozen=True)
@@ -103,18 +110,24 @@ def round_nearest(weight: torch.Tensor, levels: Levels, snap: Snap = keep, block
 
 
 def round_compensated(
-    weight: torch.Tensor, moments: torch.Tensor, levels: Levels, snap: Snap = keep, search: Search | None = None
+    weight: torch.Tensor,
+    moments: torch.Tensor,
+    levels: Levels,
+    snap: Snap = keep,
+    search: Search | None = None,
+    output_moments: torch.Tensor | None = None,
 ) -> Rounded:
     """The levels for `weight` [rows, inputs] whose inputs have the second `moments` [inputs, inputs].
 
-    Blocks must not run across rows. No row comes out worse than by `round_nearest` under the same `snap`.
+    `output_moments` [rows, rows] are those of the loss's gradient at the outputs; without them rows are rounded each
+    for itself. Blocks must not run across rows. No row comes out worse than by `round_nearest` under the same `snap`,
+    or, with `output_moments`, the matrix does not.
     """
     search = search or Search()
-    work = _Work(weight, damped(moments, search.damping), levels, snap, search)
-    work.first_pass()
-    for _ in range(search.sweeps):
-        work.sweep()
-    return _better(work.result(moments), round_nearest(weight, levels, snap, search.block), weight, moments, levels)
+    work = _Work(weight, moments, levels, snap, search, output_moments)
+    work.round()
+    nearest = round_nearest(weight, levels, snap, search.block)
+    return _better(work.result(), nearest, weight, moments, levels, output_moments)
 
 
 def output_change(error: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
@@ -174,7 +187,7 @@ def _compensate_leaf(
 
 
 class _Work:
-    """One matrix while it is rounded: its columns in the order of their weight in H, blocks kept together."""
+    """One matrix while it is rounded; columns and rows in the order of their weight in H and A, blocks together."""
 
     def __init__(
         self,
@@ -183,78 +196,118 @@ class _Work:
         levels: Levels,
         snap: Snap,
         search: Search,
-        row_places: torch.Tensor | None = None,
+        output_moments: torch.Tensor | None,
     ) -> None:
         self.levels, self.snap, self.search = levels, snap, search
+        rows, inputs = weight.shape
         self.order = _by_importance(moments.diagonal(), search.block)
-        self.target = weight.T.float()[self.order].contiguous()
-        self.moments = moments[self.order][:, self.order]
-        self.block_of = (self.order[:: search.block] // search.block).tolist()
-        inputs, rows = self.target.shape
-        row_places = torch.arange(rows, device=weight.device) if row_places is None else row_places
-        self.first_places = row_places * (inputs // search.block)
+        self.moments = damped(moments, search.damping)[self.order][:, self.order]
+        self.row_order = torch.arange(rows, device=weight.device)
+        self.metric = None
+        if output_moments is not None:
+            self.row_order = output_moments.diagonal().argsort(descending=True, stable=True)
+            self.metric = damped(output_moments, search.output_damping)[self.row_order][:, self.row_order]
+        self.target = weight.T.float()[self.order][:, self.row_order].contiguous()
+        self.block_order = self.order[:: search.block] // search.block
+        self.block_factors: dict[int, torch.Tensor] = {}
         self.places = torch.zeros(self.target.shape, dtype=torch.int32, device=weight.device)
         self.scales = torch.zeros(inputs // search.block, rows, device=weight.device)
 
-    def first_pass(self) -> None:
+    def round(self) -> None:
+        """Groups of rows one after the other, then sweeps over them."""
+        factor = inverse_factor(self.moments)
+        row_factor = None if self.metric is None else inverse_factor(self.metric)
+        goal = self.target.clone()
+        for rows in self._groups():
+            self._first_pass(rows, goal[:, rows].contiguous(), factor)
+            if row_factor is not None:
+                error, within = goal[:, rows] - self._values(rows), row_factor[rows, rows]
+                spread = torch.linalg.solve_triangular(within, error, upper=True, left=False)
+                goal[:, rows.stop :].addmm_(spread, row_factor[rows, rows.stop :], alpha=-1)
+        for _ in range(self.search.sweeps):
+            for rows in self._groups():
+                self._sweep_group(rows)
+
+    def result(self) -> Rounded:
+        """Codes and scales in the matrix's own order; the change is not yet known."""
+        back, rows_back, blocks_back = self.order.argsort(), self.row_order.argsort(), self.block_order.argsort()
+        codes = self.levels.codes[self.places[back][:, rows_back].T]
+        scales = self.scales[blocks_back][:, rows_back].T
+        return Rounded(codes.contiguous(), scales.contiguous(), torch.zeros_like(scales[:, 0]))
+
+    def _sweep_group(self, rows: slice) -> None:
+        """Sweep over the group `rows` towards what it would best be, given the errors of the other rows."""
+        if self.metric is None:
+            return self._sweep(rows, self.target[:, rows].contiguous())
+        error, within = self.target - self._values(slice(None)), self.metric[rows, rows]
+        own, pull = error[:, rows].contiguous(), error @ self.metric[:, rows]
+        kept = self.places[:, rows].clone(), self.scales[:, rows].clone()
+        self._sweep(rows, self.target[:, rows] + pull / within.diagonal() - own)
+        after = self.target[:, rows] - self._values(rows)
+        rest = 2 * (pull - own @ within)
+        before, loss = (((one @ within + rest) * (self.moments @ one)).sum() for one in (own, after))
+        if loss > before:  # rows of one group move at the same time, which can be too far
+            self.places[:, rows], self.scales[:, rows] = kept
+
+    def _first_pass(self, rows: slice, target: torch.Tensor, factor: torch.Tensor) -> None:
         """Round block after block, each block's errors made up for by the blocks that follow."""
-        factor, target = inverse_factor(self.moments), self.target.clone()
         factors = [sign * size for sign in ((1, -1) if self.search.signed else (1,)) for size in self.search.factors]
-        for index, part in self._parts():
+        for index, part in self._blocks():
             desired, within = target[part], factor[part, part]
             base = desired.abs().amax(0)
-            scales, _ = self._best_scales(index, desired, within, [size * base for size in factors])
-            self.places[part], errors = compensate(desired, within, scales.expand_as(desired), self.levels)
-            self.scales[index] = scales
+            scales, _ = self._best_scales(index, rows, desired, within, [size * base for size in factors])
+            self.places[part, rows], errors = compensate(desired, within, scales.expand_as(desired), self.levels)
+            self.scales[index, rows] = scales
             target[part.stop :].addmm_(factor[part, part.stop :].T, errors, alpha=-1)
 
-    def sweep(self) -> None:
-        """Choose each block anew, the others given, and keep what is better."""
-        error = self.target - self._values()
-        for index, part in self._parts():
-            moments, present = self.moments[part, part], self.scales[index].clone()
-            pull = self.moments[part] @ error  # half the gradient
-            wanted_move = torch.linalg.solve(moments, pull)
-            desired = self.target[part] - error[part] + wanted_move
-            factor = inverse_factor(moments)
-            steps = [step for step in self.search.steps if step > 0 or self.search.signed]
-            scales, change = self._best_scales(index, desired, factor, [step * present for step in steps])
-            better = change < (wanted_move * (moments @ wanted_move)).sum(0) * (1 - 1e-5)
+    def _sweep(self, rows: slice, goal: torch.Tensor) -> None:
+        """Choose each block of the group `rows` anew, the others given, and keep what comes closer to `goal`."""
+        error = goal - self._values(rows)
+        steps = [step for step in self.search.steps if step > 0 or self.search.signed]
+        for index, part in self._blocks():
+            factor, present = self._block_factor(index, part), self.scales[index, rows].clone()
+            pull = factor @ (self.moments[part] @ error)
+            desired = goal[part] - error[part] + factor.T @ pull
+            scales, change = self._best_scales(index, rows, desired, factor, [step * present for step in steps])
+            better = change < pull.square().sum(0) * (1 - 1e-5)
             places, _ = compensate(desired, factor, scales.expand_as(desired), self.levels)
-            self.places[part] = torch.where(better, places, self.places[part])
-            self.scales[index] = torch.where(better, scales, present)
-            error[part] = self.target[part] - self.levels.values[self.places[part]] * self.scales[index]
-
-    def result(self, moments: torch.Tensor) -> Rounded:
-        """Codes and scales in the matrix's own order."""
-        back = self.order.argsort()
-        blocks = torch.tensor(self.block_of, device=back.device).argsort()
-        change = output_change((self.target - self._values())[back].T, moments)
-        return Rounded(self.levels.codes[self.places[back].T].contiguous(), self.scales[blocks].T.contiguous(), change)
+            self.places[part, rows] = torch.where(better, places, self.places[part, rows])
+            self.scales[index, rows] = torch.where(better, scales, present)
+            error[part] = goal[part] - self.levels.values[self.places[part, rows]] * self.scales[index, rows]
 
     def _best_scales(
-        self, index: int, desired: torch.Tensor, factor: torch.Tensor, candidates: list[torch.Tensor]
+        self, index: int, rows: slice, desired: torch.Tensor, factor: torch.Tensor, candidates: list[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Of `candidates` (each [rows]) those whose rounding changes outputs least, and that change; both [rows]."""
-        rows = desired.shape[1]
-        tried = self.snap(torch.stack(candidates), self.first_places + self.block_of[index])
-        best = torch.full((rows,), torch.inf, device=desired.device)
+        count = desired.shape[1]
+        tried = self.snap(torch.stack(candidates), self.row_order[rows] * len(self.scales) + self.block_order[index])
+        best = torch.full((count,), torch.inf, device=desired.device)
         scales = torch.zeros_like(best)
-        for part in torch.split(tried, max(1, TRIED_AT_ONCE[desired.device.type] // rows)):
-            _, errors = compensate(
-                desired.repeat(1, len(part)), factor, part.reshape(-1).expand(len(desired), -1), self.levels
-            )
-            change, which = errors.square_().sum(0).view(len(part), rows).min(0)
+        for part in torch.split(tried, max(1, TRIED_AT_ONCE[desired.device.type] // count)):
+            repeated, flat = desired.repeat(1, len(part)), part.reshape(-1).expand(len(desired), -1)
+            _, errors = compensate(repeated, factor, flat, self.levels)
+            change, which = errors.square_().sum(0).view(len(part), count).min(0)
             scales = torch.where(change < best, part.gather(0, which[None])[0], scales)
             best = torch.minimum(change, best)
         return scales, best
 
-    def _values(self) -> torch.Tensor:
-        return self.levels.values[self.places] * self.scales.repeat_interleave(self.search.block, 0)
+    def _block_factor(self, index: int, part: slice) -> torch.Tensor:
+        if index not in self.block_factors:
+            self.block_factors[index] = inverse_factor(self.moments[part, part])
+        return self.block_factors[index]
 
-    def _parts(self) -> Iterator[tuple[int, slice]]:
+    def _values(self, rows: slice) -> torch.Tensor:
+        return self.levels.values[self.places[:, rows]] * self.scales[:, rows].repeat_interleave(self.search.block, 0)
+
+    def _blocks(self) -> Iterator[tuple[int, slice]]:
         for index in range(len(self.scales)):
             yield index, slice(index * self.search.block, (index + 1) * self.search.block)
+
+    def _groups(self) -> Iterator[slice]:
+        rows = self.target.shape[1]
+        size = rows if self.metric is None else self.search.group
+        for start in range(0, rows, size):
+            yield slice(start, min(start + size, rows))
 
 
 def _by_importance(diagonal: torch.Tensor, block: int) -> torch.Tensor:
@@ -263,25 +316,37 @@ def _by_importance(diagonal: torch.Tensor, block: int) -> torch.Tensor:
     What is rounded late has few columns left that could make up for it, so the weightiest go first.
     """
     blocks = diagonal.view(-1, block)
-    inside = (
-        blocks.argsort(dim=1, descending=True, stable=True)
-        + block * torch.arange(len(blocks), device=blocks.device)[:, None]
-    )
+    first = block * torch.arange(len(blocks), device=blocks.device)
+    inside = blocks.argsort(dim=1, descending=True, stable=True) + first[:, None]
     return inside[blocks.sum(1).argsort(descending=True, stable=True)].reshape(-1)
 
 
-def _better(first: Rounded, other: Rounded, weight: torch.Tensor, moments: torch.Tensor, levels: Levels) -> Rounded:
-    """Each row from that of the two which changes its output less."""
-    values = torch.empty_like(levels.values).scatter_(0, levels.codes.long(), levels.values)
-    block = weight.shape[1] // other.scales.shape[1]
-    other_weight = values[other.codes.int()] * other.scales.repeat_interleave(block, 1)
-    change = output_change(weight.float() - other_weight, moments)
-    take = first.change <= change
+def _better(
+    found: Rounded,
+    nearest: Rounded,
+    weight: torch.Tensor,
+    moments: torch.Tensor,
+    levels: Levels,
+    output_moments: torch.Tensor | None,
+) -> Rounded:
+    """Of the two what changes outputs less: row by row, or all rows together where `output_moments` couple them."""
+    errors = [weight.float() - _matrix(one, levels) for one in (found, nearest)]
+    changes = [output_change(error, moments) for error in errors]
+    take = changes[0] <= changes[1]
+    if output_moments is not None:
+        losses = [(output_moments @ error @ moments * error).sum() for error in errors]
+        take = (losses[0] <= losses[1]).expand_as(take)
     return Rounded(
-        torch.where(take[:, None], first.codes, other.codes),
-        torch.where(take[:, None], first.scales, other.scales),
-        torch.where(take, first.change, change),
+        torch.where(take[:, None], found.codes, nearest.codes),
+        torch.where(take[:, None], found.scales, nearest.scales),
+        torch.where(take, changes[0], changes[1]),
     )
+
+
+def _matrix(rounded: Rounded, levels: Levels) -> torch.Tensor:
+    values = torch.empty_like(levels.values).scatter_(0, levels.codes.long(), levels.values)
+    block = rounded.codes.shape[1] // rounded.scales.shape[1]
+    return values[rounded.codes.int()] * rounded.scales.repeat_interleave(block, 1)
 
 
 def _inverse(scales: torch.Tensor) -> torch.Tensor:
