@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +64,10 @@ VARIANTS: dict[str, Variant] = {
     "three sweeps": Variant(THREE_SWEEPS),
     "importance": Variant(ONE_SWEEP, centred=True, importance=1.0),
     "coupled": Variant(ONE_SWEEP, centred=True, importance=1.0, coupled=0.1),
+    "coupled mixed": Variant(ONE_SWEEP, "mixed", centred=True, importance=1.0, coupled=0.1),
     "coupled 0.01": Variant(ONE_SWEEP, centred=True, importance=1.0, coupled=0.01),
     "coupled unweighted": Variant(ONE_SWEEP, centred=True, coupled=0.1),
     "coupled pull": Variant(ONE_SWEEP, centred=True, importance=1.0, coupled=0.1, pull=1.0),
-    "coupled mixed": Variant(ONE_SWEEP, "mixed", centred=True, importance=1.0, coupled=0.1),
     "coupled mixed pull": Variant(ONE_SWEEP, "mixed", centred=True, importance=1.0, coupled=0.1, pull=1.0),
     "mixed": Variant(ONE_SWEEP, "mixed"),
     "pull": Variant(ONE_SWEEP, centred=True, pull=1.0),
@@ -116,26 +118,27 @@ def log_probabilities(model: Any, tokens: torch.Tensor) -> Iterator[torch.Tensor
 
 @dataclass
 class Texts:
-    """What is measured on: tokens by name and the float model's log-probabilities there, kept on disk."""
+    """What is measured on: tokens by name, and the float model's log-probabilities there, kept on disk."""
 
     tokens: dict[str, torch.Tensor]
-    work: Path
+    bench: Bench
 
-    def prepare(self, model: Any) -> None:
-        for name, tokens in self.tokens.items():
-            if not (self.work / f"{name}.reference.pt").exists():
-                torch.save(torch.cat(list(log_probabilities(model, tokens))), self.work / f"{name}.reference.pt")
+    def reference(self, name: str) -> torch.Tensor:
+        file = self.bench.work / f"reference-{name}-{self.bench.windows}-{self.bench.length}.pt"
+        if not file.exists():
+            torch.save(torch.cat(list(log_probabilities(self.bench.model, self.tokens[name]))), file)
+        kept: torch.Tensor = torch.load(file, mmap=True)
+        return kept
 
     def measure(self, model: Any) -> Figures:
         """Per text, window means [windows] of KLD, of the loss's difference and of the same top choice."""
         result = {}
         for name, tokens in self.tokens.items():
-            reference = torch.load(self.work / f"{name}.reference.pt", mmap=True)
             columns: dict[str, list[torch.Tensor]] = {"kld": [], "loss": [], "top": []}
-            parts = zip(
-                log_probabilities(model, tokens), torch.split(reference, BATCH), torch.split(tokens, BATCH), strict=True
-            )
-            for candidate, truth, right in parts:
+            truths = torch.split(self.reference(name), BATCH)
+            for candidate, truth, right in zip(
+                log_probabilities(model, tokens), truths, torch.split(tokens, BATCH), strict=True
+            ):
                 columns["kld"].append((truth.exp() * (truth - candidate)).sum(-1).mean(1))
                 moved = (truth - candidate).gather(-1, right[:, 1:, None])[..., 0]
                 columns["loss"].append(moved.mean(1))
@@ -303,91 +306,167 @@ def round_matrix(
     return Packed.build(rounded.codes, rounded.scales, grid, variant.quant_type, torch.float16, variant.block)
 
 
-def load(folder: str) -> Any:
+def load(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     return model.requires_grad_(False)
 
 
+@dataclass
+class Bench:
+    """One model with its texts; whatever takes long is kept in the folder `work`."""
+
+    model: Any
+    work: Path
+    windows: int
+    calibration_windows: int
+    length: int
+    truths: dict[str, Truth] = field(default_factory=dict)
+
+    def kept(self, name: str, make: Callable[[], Any]) -> Any:
+        file = self.work / f"{name}-{self.length}.pt"
+        if not file.exists():
+            torch.save(make(), file)
+        return torch.load(file)
+
+    def sampled(self, seed: int, count: int, temperature: float) -> torch.Tensor:
+        name = f"sample-{seed}-{count}-{temperature}"
+        tokens: torch.Tensor = self.kept(name, lambda: sample(self.model, count, self.length, seed, temperature))
+        return tokens
+
+    def calibration(self, name: str) -> torch.Tensor:
+        """Text by name: "plain" is sampled at temperature 1, half of "mixed" at 1.4."""
+        plain = self.sampled(1, self.calibration_windows, 1.0)
+        half = len(plain) // 2
+        return plain if name == "plain" else torch.cat([plain[:half], self.sampled(3, half, 1.4)])
+
+    def truth(self, name: str) -> Truth:
+        return self.truths.setdefault(name, Truth(self.model, self.calibration(name)))
+
+    def gradient(self, name: str) -> Gradients:
+        key = f"gradients-{name}-{self.calibration_windows}"
+        return Gradients(**self.kept(key, lambda: asdict(gradients(self.model, self.calibration(name), 2))))
+
+    def texts(self, tokenizer: Any, corpus: tuple[str, ...]) -> Texts:
+        pairs = [item.split("=", 1) for item in corpus]
+        texts = {name: Path(file).read_text(encoding="utf-8") for name, file in pairs}
+        texts["stdlib"] = stdlib_text(1, 4_000_000)
+        tokens = {name: windows_of(tokenizer, text, self.windows, self.length) for name, text in texts.items()}
+        return Texts(tokens | {"own": self.sampled(1000, self.windows, 1.0)}, self)
+
+
+def interval(kld: torch.Tensor, base: torch.Tensor) -> tuple[float, float, float]:
+    """mean `kld` / mean `base` with the 95 % percentile interval over resampled windows, both [windows]."""
+    picks = torch.randint(0, len(kld), (9999, len(kld)), generator=torch.Generator().manual_seed(0))
+    low, high = (kld[picks].mean(1) / base[picks].mean(1)).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return float(kld.mean() / base.mean()), low, high
+
+
 def report(name: str, figures: Figures, base: Figures, seconds: float) -> None:
     cells = []
     for text, columns in figures.items():
         kld, loss, top = (float(columns[key].mean()) for key in ("kld", "loss", "top"))
-        ratio = kld / float(base[text]["kld"].mean())
-        cells.append(f"{text} {kld:.5f} ({ratio:.3f}x) ppl {math.expm1(loss):+.2%} top {top:.1%}")
-    click.echo(f"{name:28s} " + " | ".join(cells) + f" | {seconds:.0f} s")
+        ratio, low, high = interval(columns["kld"], base[text]["kld"])
+        cells.append(
+            f"{text} {kld:.5f} ({ratio:.3f}x, {low:.3f} .. {high:.3f}) ppl {math.expm1(loss):+.2%} top {top:.1%}"
+        )
+    click.echo(f"{name:24s} " + " | ".join(cells) + f" | {seconds:.0f} s")
+
+
+def save(source: Path, output: Path, packed: dict[str, Packed], model: Any) -> None:
+    """The folder `output` that stock `from_pretrained` loads, from what `quantize` returned and changed."""
+    from safetensors.torch import load_file, save_file
+    from transformers import BitsAndBytesConfig
+
+    shutil.copytree(source, output, dirs_exist_ok=True)
+    tensors = load_file(source / "model.safetensors")
+    for key, one in packed.items():
+        place, name = key.split(".", 1)
+        layer = f"transformer.h.{place}.{name}."
+        tensors[f"{layer}bias"] = model.get_submodule(layer.removesuffix(".")).bias.half()
+        tensors |= {f"{layer}{part}": value for part, value in one.tensors().items()}
+    (output / "model.safetensors").unlink()
+    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=next(iter(packed.values())).quant_type,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    ).to_dict()
+    (output / "config.json").unlink()
+    (output / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def measure_loaded(folder: Path, measured: Texts) -> Figures:
+    """The figures of a saved folder as stock `from_pretrained` loads it."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu").eval()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    return measured.measure(model)
 
 
 @click.command(help=__doc__)
-@click.argument("model")
-@click.option("--corpus", multiple=True, metavar="NAME=FILE")
-@click.option("--work", type=click.Path(path_type=Path), required=True)
-@click.option("--only", multiple=True)
-@click.option("--windows", default=16)
-@click.option("--calibration-windows", default=96)
-@click.option("--length", default=512)
+@click.argument("model", type=click.Path(exists=True, path_type=Path))
+@click.option("--corpus", multiple=True, metavar="NAME=FILE", help="A text to measure on.")
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="Keeps samples, gradients, results.")
+@click.option("--only", multiple=True, type=click.Choice(list(VARIANTS)), help="Beside nearest rounding.")
+@click.option("--windows", default=16, show_default=True, help="Windows measured of each text.")
+@click.option("--calibration-windows", default=96, show_default=True)
+@click.option("--length", default=512, show_default=True, help="Tokens of a window.")
+@click.option(
+    "--save", "saved", type=click.Path(path_type=Path), help="Save each as FOLDER/VARIANT, measure it loaded."
+)
 def main(
-    model: str,
+    model: Path,
     corpus: tuple[str, ...],
     work: Path,
     only: tuple[str, ...],
     windows: int,
     calibration_windows: int,
     length: int,
+    saved: Path | None,
 ) -> None:
     from transformers import AutoTokenizer
 
     work.mkdir(parents=True, exist_ok=True)
-    fresh = load(model)
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-
-    def sampled(seed: int, count: int, temperature: float) -> torch.Tensor:
-        file = work / f"sample-{seed}-{count}-{length}-{temperature}.pt"
-        if not file.exists():
-            torch.save(sample(fresh, count, length, seed, temperature), file)
-        tokens: torch.Tensor = torch.load(file)
-        return tokens
-
     with torch.no_grad():
-        texts = {name: Path(file).read_text(encoding="utf-8") for name, file in (item.split("=", 1) for item in corpus)}
-        texts["stdlib"] = stdlib_text(1, 4_000_000)
-        tokens = {name: windows_of(tokenizer, text, windows, length) for name, text in texts.items()}
-        tokens["own"] = sampled(1000, windows, 1.0)
-        measured = Texts(tokens, work)
-        measured.prepare(fresh)
-        half = calibration_windows // 2
-        calibrations = {
-            "plain": lambda: sampled(1, calibration_windows, 1.0),
-            "mixed": lambda: torch.cat([sampled(1, calibration_windows, 1.0)[:half], sampled(3, half, 1.4)]),
-        }
+        bench = Bench(load(model), work, windows, calibration_windows, length)
+        measured = bench.texts(AutoTokenizer.from_pretrained(model, local_files_only=True), corpus)
         base: Figures = {}
-        drawn: dict[str, Gradients] = {}
-        truths: dict[str, Truth] = {}
-        for name, variant in VARIANTS.items():
-            if only and name not in only and name != "nearest":
-                continue
-            text = calibrations[variant.calibration]()
-            if (variant.importance or variant.coupled) and variant.calibration not in drawn:
-                started = time.monotonic()
-                drawn[variant.calibration] = gradients(fresh, text, 2)
-                click.echo(f"gradients: {time.monotonic() - started:.0f} s")
-            if name == "nearest" and (work / "nearest.pt").exists():
-                base = torch.load(work / "nearest.pt")
-                report(name, base, base, 0)
-                continue
-            candidate, started = load(model), time.monotonic()
-            truth = truths.setdefault(variant.calibration, Truth(fresh, text))
-            quantize(candidate, truth, variant, drawn.get(variant.calibration))
-            seconds = time.monotonic() - started
-            figures = measured.measure(candidate)
-            if not base:
-                base = figures
-                torch.save(base, work / "nearest.pt")
+        for name in ["nearest", *(name for name in VARIANTS if name in only)]:
+            variant, started = VARIANTS[name], time.monotonic()
+            gradient = bench.gradient(variant.calibration) if variant.importance or variant.coupled else None
+            candidate, before = load(model), time.monotonic()
+            packed = quantize(candidate, bench.truth(variant.calibration), variant, gradient)
+            seconds = time.monotonic() - before
+            if saved:
+                save(model, saved / name, packed, candidate)
+                figures = measure_loaded(saved / name, measured)
+            elif name == "nearest":
+                figures = bench.kept(f"nearest-{windows}", partial(measured.measure, candidate))
+            else:
+                figures = measured.measure(candidate)
+            base = base or figures
             report(name, figures, base, seconds)
-            with (work / "results.jsonl").open("a") as log:
-                means = {t: {k: float(v.mean()) for k, v in c.items()} for t, c in figures.items()}
-                log.write(json.dumps({"name": name, "seconds": seconds, "windows": windows} | means) + "\n")
+            record(work / "results.jsonl", name, bench, figures, base, seconds, before - started)
+
+
+def record(file: Path, name: str, bench: Bench, figures: Figures, base: Figures, seconds: float, before: float) -> None:
+    means = {text: {key: float(value.mean()) for key, value in columns.items()} for text, columns in figures.items()}
+    ratios = {text: interval(columns["kld"], base[text]["kld"]) for text, columns in figures.items()}
+    setting = {"windows": bench.windows, "calibration": bench.calibration_windows, "length": bench.length}
+    with file.open("a", encoding="utf-8") as log:
+        log.write(
+            json.dumps(
+                {"name": name, "seconds": seconds, "preparing": before} | setting | {"means": means, "ratios": ratios}
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

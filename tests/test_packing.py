@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import bitsandbytes
@@ -11,7 +13,7 @@ import torch
 from bitsandbytes import functional
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from quantize.recipes import packing
 from quantize.recipes.packing import Packed, ScaleGrid
@@ -105,3 +107,18 @@ def test_a_layer_multiplies_by_negative_scales(tokens: int) -> None:
     layer.weight = bitsandbytes.nn.Params4bit.from_prequantized(tensors["weight"], stats, device="cpu")
     inputs = torch.randn(tokens, 128, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(layer(inputs), inputs @ packed.weight().T, atol=1e-4)
+
+
+def test_stock_from_pretrained_loads_any_codes_and_scales(stock: tuple[Path, str, bool], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder, quant_type, double_quant = stock
+    copy, layer = Path(shutil.copytree(folder, tmp_path / "copy")), "transformer.h.0.mlp.c_proj."
+    saved = load_file(copy / "model.safetensors")
+    packed = replace(random_packed(1, (192, 768), quant_type, double_quant, 64), dtype=torch.float16)
+    mine = {f"{layer}{name}": value for name, value in packed.tensors().items()}
+    assert mine.keys() <= saved.keys()
+    save_file(saved | mine, copy / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(copy, device_map={"": "cpu"})
+    weight = model.get_submodule(layer.removesuffix(".")).weight
+    assert torch.equal(functional.dequantize_4bit(weight.data, weight.quant_state), packed.weight().half())
