@@ -26,8 +26,8 @@ import torch
 from torch.nn import functional
 
 from quantize.recipes import packing, rounding
-from quantize.recipes.packing import Packed, ScaleGrid
-from quantize.recipes.rounding import Levels, Moments, Search
+from quantize.recipes.packing import Packed
+from quantize.recipes.rounding import Moments, Search
 
 MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 BATCH = 4
@@ -288,22 +288,11 @@ def choose(
     if variant.pull:
         drift = (share * (meant - seen)).T @ seen
         target = weight + variant.pull * torch.linalg.solve(rounding.damped(moments, 0.01), (weight @ drift).T).T
-    packed = round_matrix(target, moments, variant, coupling)
+    search = replace(variant.search, block=variant.block, output_damping=variant.coupled)
+    packed = packing.compensated(target, moments, variant.quant_type, True, torch.float16, search, coupling)
     if variant.centred:
         bias = bias + weight @ (true_mean if variant.pull else mean) - packed.weight() @ mean
     return packed, bias
-
-
-def round_matrix(
-    target: torch.Tensor, moments: torch.Tensor, variant: Variant, coupling: torch.Tensor | None
-) -> Packed:
-    assert variant.search
-    search = replace(variant.search, block=variant.block, output_damping=variant.coupled)
-    levels = Levels.of(packing.table(variant.quant_type))
-    rough = rounding.round_nearest(target, levels, block=variant.block).scales.reshape(-1)
-    grid = ScaleGrid.around(rough * max(search.factors), 0.0 if search.signed else None)
-    rounded = rounding.round_compensated(target, moments, levels, grid.snap, search, coupling)
-    return Packed.build(rounded.codes, rounded.scales, grid, variant.quant_type, torch.float16, variant.block)
 
 
 def load(folder: Path) -> Any:

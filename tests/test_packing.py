@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from quantize.recipes import packing
 from quantize.recipes.packing import Packed, ScaleGrid
+from quantize.recipes.rounding import output_change
 
 QUANT_TYPES = st.sampled_from(["nf4", "fp4"])
 BLOCKS = st.sampled_from([32, 64])
@@ -66,6 +67,28 @@ def test_storing_moves_a_scale_by_less_than_a_hundredth_of_the_largest(
     kept = grid.snap(scales, torch.arange(count))
     assert (kept - scales).abs().max() <= 0.0075 * grid.spans.max() + 1e-6
     assert torch.allclose(grid.snap(kept, torch.arange(count)), kept, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_compensated_packing_beats_nearest_at_no_more_bytes(quant_type: str, double_quant: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(500, 192, generator=generator) @ torch.randn(192, 192, generator=generator)
+    weight, moments = torch.randn(96, 192, generator=generator) / 20, inputs.T @ inputs / 500
+    stock = packing.nearest(weight, quant_type, double_quant)
+    found = packing.compensated(weight, moments, quant_type, double_quant, torch.float32)
+    stock_change, change = (output_change(weight - one.weight(), moments).sum() for one in (stock, found))
+    assert change < 0.5 * stock_change
+    assert bool((found.scales < 0).any()) == (quant_type == "nf4")
+    stock_size, size = (sum(tensor.nbytes for tensor in one.tensors().values()) for one in (stock, found))
+    assert stock_size - 24 <= size <= stock_size + 4  # only the offset's digits differ
+
+
+def test_blocks_that_run_across_rows_are_rounded_to_nearest() -> None:
+    weight = torch.randn(6, 96, generator=torch.Generator().manual_seed(0))
+    found = packing.compensated(weight, torch.eye(96), "nf4", True, torch.float16)
+    stock = packing.nearest(weight.half(), "nf4", True)
+    assert torch.equal(found.codes, stock.codes) and torch.equal(found.stored_scales, stock.stored_scales)
 
 
 @pytest.fixture(scope="module", params=[("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)])

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 from bitsandbytes import functional
 from bitsandbytes.functional import QuantState
+
+from quantize.recipes.rounding import Levels, Search, keep, round_compensated
 
 BLOCK = 64
 NESTED_BLOCK = 256
@@ -40,14 +42,15 @@ class ScaleGrid:
 
     @classmethod
     def around(cls, scales: torch.Tensor, offset: float | None = None) -> ScaleGrid:
-        """The grid that holds `scales` [blocks] as bitsandbytes chooses it: centred on their mean, unless said.
+        """The grid that holds `scales` [..., blocks] as bitsandbytes chooses it: centred on their mean, unless said.
 
         Scales of either sign are better centred on zero, where the dynamic values lie on both sides alike.
         """
+        blocks = scales.shape[-1]
         offset = float(scales.mean()) if offset is None else float(torch.tensor(offset, dtype=torch.float32))
-        distance = (scales - offset).abs()
-        groups = -(-len(scales) // NESTED_BLOCK)
-        padded = torch.nn.functional.pad(distance, (0, groups * NESTED_BLOCK - len(scales)))
+        distance = (scales - offset).abs().view(-1, blocks).amax(0)
+        groups = -(-blocks // NESTED_BLOCK)
+        padded = torch.nn.functional.pad(distance, (0, groups * NESTED_BLOCK - blocks))
         return cls(offset, padded.view(groups, NESTED_BLOCK).amax(1))
 
     def codes(self, scales: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
@@ -160,6 +163,33 @@ def nearest(weight: torch.Tensor, quant_type: str, double_quant: bool, block: in
     )
     stats = {f"weight.{name}": value for name, value in state.as_dict(packed=True).items()}
     return Packed.of({"weight": packed} | stats)
+
+
+def compensated(
+    weight: torch.Tensor,
+    moments: torch.Tensor,
+    quant_type: str,
+    double_quant: bool,
+    dtype: torch.dtype,
+    search: Search | None = None,
+    output_moments: torch.Tensor | None = None,
+) -> Packed:
+    """`weight` [rows, inputs] rounded by `rounding.round_compensated` onto scales that can be stored.
+
+    Where blocks would run across rows it is rounded to nearest: a scale that belongs to two rows cannot be chosen with
+    the codes of one. FP4's table is symmetric, so that its scales stay positive and their grid finer.
+    """
+    search = search or Search()
+    if weight.shape[1] % search.block:
+        return nearest(weight.to(dtype), quant_type, double_quant, search.block)
+    levels, grid = Levels.of(table(quant_type, weight.device)), None
+    search = replace(search, signed=search.signed and quant_type == "nf4")
+    if double_quant:
+        largest = weight.float().reshape(-1, search.block).abs().amax(1)
+        reach = torch.stack([largest * min(search.factors), largest * max(search.factors)])
+        grid = ScaleGrid.around(reach, 0.0 if search.signed else None)
+    rounded = round_compensated(weight, moments, levels, grid.snap if grid else keep, search, output_moments)
+    return Packed.build(rounded.codes, rounded.scales, grid, quant_type, dtype, search.block)
 
 
 def expand_scales(scales: torch.Tensor, shape: tuple[int, ...] | torch.Size, block: int = BLOCK) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 For a matrix W [rows, inputs] that becomes Q, with E = W - Q, the outputs on inputs X change by tr(E H E^T), where
 H = X^T X / tokens. Columns are rounded one after the other, and each one's error moves the target of those that follow
-by what H says makes up for it best (Frantar et al. 2022, after Hassibi and Stork 1993). For each block of columns,
+by what H says makes up for it best (GPTQ, Frantar et al. 2022). For each block of columns,
 scales of many sizes and both signs are tried in full, so that a scale is chosen together with its codes. Sweeps then
 choose each block anew, the others given, wherever that makes the change smaller.
 
@@ -22,7 +22,7 @@ import torch
 
 LEAF = 8
 """Columns that are compensated one by one; beyond, errors move on by products of matrices."""
-TRIED_AT_ONCE = {"cpu": 1 << 13, "cuda": 1 << 19}
+TRIED_AT_ONCE = {"cpu": 1 << 13, "gpu": 1 << 19}
 """Rows x scales that are rounded together: on a CPU few enough to stay in its cache."""
 
 Snap = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -283,7 +283,8 @@ class _Work:
         tried = self.snap(torch.stack(candidates), self.row_order[rows] * len(self.scales) + self.block_order[index])
         best = torch.full((count,), torch.inf, device=desired.device)
         scales = torch.zeros_like(best)
-        for part in torch.split(tried, max(1, TRIED_AT_ONCE[desired.device.type] // count)):
+        at_once = TRIED_AT_ONCE["cpu" if desired.device.type == "cpu" else "gpu"] // count
+        for part in torch.split(tried, max(1, at_once)):
             repeated, flat = desired.repeat(1, len(part)), part.reshape(-1).expand(len(desired), -1)
             _, errors = compensate(repeated, factor, flat, self.levels)
             change, which = errors.square_().sum(0).view(len(part), count).min(0)
