@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import ConfigError
-from quantize.records import COMPUTE_DTYPES, GRADES, HUB_ID, QUANT_TYPES, ParitySettings, Recipe
+from quantize.records import (
+    BLOCK_SIZES,
+    COMPUTE_DTYPES,
+    GRADES,
+    HUB_ID,
+    QUANT_TYPES,
+    RECIPES,
+    ParitySettings,
+    Recipe,
+)
 
 Problem = tuple[int, str]
 """The line that it stands in, and what is wrong there."""
@@ -89,10 +98,14 @@ LINES = Rule("a list of names", lambda value: isinstance(value, list) and all(ma
 POSITIVE = Rule("a number above 0", lambda value: type(value) in (int, float) and 0 < value < math.inf)
 
 SPECIAL = {
-    "recipe": _one_of(Recipe.name),
+    "recipe": _one_of(*RECIPES),
     "bits": _one_of(4, 8),
     "quant_type": _one_of(*QUANT_TYPES),
     "compute_dtype": _one_of(*COMPUTE_DTYPES),
+    "block_size": _one_of(*BLOCK_SIZES),
+    "calibration_windows": _whole(8),
+    "calibration_length": _whole(16),
+    "calibration_seed": _whole(0, 2**32 - 1),
     "window": _whole(16),
     "max_windows": _whole(8),
     "new_tokens": _whole(1),

@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quantize.errors import ParityRefused, QuantizeError
-from quantize.records import COMPUTE_DTYPES, GRADES, HUB_ID, QUANT_TYPES, ParitySettings, Recipe, Target, to_json
+from quantize.records import (
+    COMPUTE_DTYPES,
+    GRADES,
+    HUB_ID,
+    QUANT_TYPES,
+    RECIPES,
+    ParitySettings,
+    Recipe,
+    Target,
+    to_json,
+)
 
 if TYPE_CHECKING:
     from quantize.progress import Progress
@@ -181,6 +191,14 @@ cache_option = click.option(
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options of Recipe, handed to the command as one `recipe`."""
 
+    @click.option(
+        "--recipe",
+        "name",
+        type=click.Choice(RECIPES),
+        default=Recipe.name,
+        show_default=True,
+        help="stock rounds to nearest; calibrated chooses what changes the outputs least.",
+    )
     @click.option("--bits", type=click.Choice(["4", "8"]), default=str(Recipe.bits), show_default=True)
     @click.option("--quant-type", type=click.Choice(QUANT_TYPES), default=Recipe.quant_type, show_default=True)
     @click.option(

@@ -16,7 +16,7 @@ from model_card import CardFacts
 from quantize import __version__, card, devices, files, package, recipes, source
 from quantize.errors import ConfigError, PackageError, UnsupportedModel, storage_errors
 from quantize.package import Package
-from quantize.parity import check_inputs, figures, measure, structure
+from quantize.parity import check_inputs, corpus_text, figures, measure, structure
 from quantize.progress import Progress, Silent
 from quantize.records import Checkout, Parity, ParitySettings, Provenance, Publisher, Recipe, package_key
 
@@ -80,7 +80,9 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
         check_inputs(checkout, request.settings)
         files.require_space(site, source.weight_bytes(checkout.source), "the package")
         progress.stage(f"quantize to {request.recipe.bits} bits on {device}")
-        quantized = recipes.quantize(checkout, site, request.recipe, device, progress)
+        resume = output.with_name(f"{output.name}{package.CALIBRATION}")
+        text = corpus_text(request.settings)
+        quantized = recipes.quantize(checkout, site, request.recipe, device, progress, text, resume)
         package.copy_carried(checkout, source.carried_files(checkout.source), site)
         progress.stage("verify against the source")
         with _controls(checkout, request.settings, device, progress) as controls:

@@ -23,7 +23,9 @@ DEFAULT_MODEL = "distilbert/distilgpt2"
 HUB_ID = re.compile(r"(?!.*(?:--|\.\.))(?:\b[\w.-]{1,96}\b/)?\b[\w.-]{1,96}\b(?<!\.git)", re.ASCII)
 """As the Hub's client checks it."""
 
+RECIPES = ("stock", "calibrated")
 QUANT_TYPES = ("nf4", "fp4")
+BLOCK_SIZES = (32, 64)
 COMPUTE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 GRADES = ("lossless", "parity", "good", "degraded", "failed")
 """From best to worst; `changed` stands outside the order."""
@@ -78,8 +80,12 @@ class Checkout:
 class Recipe:
     """How weights become 4-bit (or 8-bit, where only `skip_modules` and `compute_dtype` matter).
 
-    A skipped name is a run of whole parts of a module's name: `h.0`, `attn` and `h.0.attn.c_attn` all skip
-    `transformer.h.0.attn.c_attn`.
+    `stock` rounds to nearest, `calibrated` chooses codes and scales on calibration text, and `auto` takes the first of
+    both that reaches the grade `target`. A skipped name is a run of whole parts of a module's name: `h.0`, `attn` and
+    `h.0.attn.c_attn` all skip `transformer.h.0.attn.c_attn`.
+
+    Calibration looks at `calibration_windows` of `calibration_length` tokens; `calibration` is `self` for text that the
+    source writes, a text file, or `owner/name:path` in a Hub data set.
     """
 
     name: str = "stock"
@@ -88,9 +94,29 @@ class Recipe:
     double_quant: bool = True
     compute_dtype: str = "auto"
     skip_modules: tuple[str, ...] = ()
+    block_size: int = 64
+    calibration: str = "self"
+    calibration_windows: int = 128
+    calibration_length: int = 512
+    calibration_seed: int = 0
 
     def skips(self, module: str) -> bool:
         return any(f".{name}." in f".{module}." for name in self.skip_modules)
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The text that was calibrated on: where from, how much, and the sha256 of its tokens as 64-bit integers.
+
+    `left_out` windows shared a run of words with the corpus that the package is judged by.
+    """
+
+    source: str
+    seed: int
+    windows: int
+    length: int
+    left_out: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -102,6 +128,7 @@ class Quantized:
     dtype: str
     device: str
     seconds: float
+    calibrated: Calibrated | None = None
 
 
 @dataclass(frozen=True)
@@ -463,7 +490,7 @@ def package_key(source_name: str, pinned: str, recipe: Recipe) -> str:
     Parameters at their defaults do not count, so that a new one leaves old keys as they are.
     """
     parameters = {item.name: getattr(recipe, item.name) for item in fields(recipe)}
-    changed = {name: value for name, value in parameters.items() if value != getattr(Recipe, name, None)}
+    changed = {name: value for name, value in parameters.items() if value != getattr(Recipe, name)}
     made_of = {"source": source_name, "pinned": pinned, "recipe": changed, "format": FORMAT_VERSION}
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 

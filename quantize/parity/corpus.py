@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantize import hub
 from quantize.errors import CorpusError
-from quantize.records import CorpusRecord, DatasetRecord
+from quantize.records import CorpusRecord, DatasetRecord, ParitySettings
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +88,11 @@ def load(name: str) -> Corpus:
         return Corpus(path.name, path.read_text("utf-8"))
     except UnicodeDecodeError as error:
         raise CorpusError(f"{path} is not UTF-8 text (byte {error.start})") from error
+
+
+def corpus_text(settings: ParitySettings) -> str:
+    """What a package is judged by: nothing that it is made from may repeat it."""
+    return load(settings.corpus).text
 
 
 def builtin_text() -> str:

@@ -7,12 +7,29 @@ from pathlib import Path
 from quantize.progress import Progress
 from quantize.records import Checkout, Quantized, Recipe
 
+STOCK, CALIBRATED, AUTO = "stock", "calibrated", "auto"
 
-def quantize(checkout: Checkout, output: Path, recipe: Recipe, device: str, progress: Progress) -> Quantized:
+
+def quantize(
+    checkout: Checkout,
+    output: Path,
+    recipe: Recipe,
+    device: str,
+    progress: Progress,
+    corpus: str = "",
+    resume: Path | None = None,
+) -> Quantized:
     """Write quantized weights and their config of `checkout` into the folder `output`.
 
-    Raises CorruptModel (NaN, damage), UnsupportedModel (nothing to quantize), DeviceError or StorageError.
+    A calibrated recipe never looks at `corpus`, the text that the result is judged by, and keeps finished work in the
+    folder `resume`. Raises CorruptModel (NaN, damage), UnsupportedModel (nothing to quantize), CorpusError (the
+    calibration text), DeviceError or StorageError.
     """
+    if recipe.name == CALIBRATED:
+        from quantize.recipes import calibrated
+
+        kept = resume or output.with_name(f"{output.name}.calibration")
+        return calibrated.quantize(checkout, output, recipe, device, progress, corpus, kept)
     from quantize.recipes import stock
 
     return stock.quantize(checkout, output, recipe, device, progress)

@@ -19,13 +19,26 @@ HALF_TYPES = {"F16": "float16", "BF16": "bfloat16"}
 
 def quantize(checkout: Checkout, output: Path, recipe: Recipe, device: str, progress: Progress) -> Quantized:
     """Load the source through `BitsAndBytesConfig` on `device` and save it into `output`."""
+    started = time.monotonic()
+    dtype = choose_dtype(checkout, recipe, progress)
+    model = load_quantized(checkout, recipe, dtype, device)
+    modules = save(model, checkout, output)
+    return Quantized(modules, kept_modules(model), dtype, device, round(time.monotonic() - started, 3))
+
+
+def choose_dtype(checkout: Checkout, recipe: Recipe, progress: Progress) -> str:
+    """The type of what stays in half precision, after a look at every weight; raises CorruptModel."""
+    suitable = _inspect_weights(checkout, progress)
+    return suitable if recipe.compute_dtype == "auto" else recipe.compute_dtype
+
+
+def save(model: Any, checkout: Checkout, output: Path) -> tuple[str, ...]:
+    """Write a quantized model as `save_pretrained` does; the names of its quantized modules.
+
+    Raises UnsupportedModel where there are none, or where most weights are not in linear layers.
+    """
     from transformers import GenerationConfig
 
-    started = time.monotonic()
-    dtype = _inspect_weights(checkout, progress)
-    if recipe.compute_dtype != "auto":
-        dtype = recipe.compute_dtype
-    model = _load_quantized(checkout, recipe, dtype, device)
     modules = _modules_of(model, QUANTIZED_CLASSES)
     if not modules:
         raise UnsupportedModel(f"{checkout.source.name} has no linear layer left to quantize: skip fewer modules")
@@ -34,8 +47,23 @@ def quantize(checkout: Checkout, output: Path, recipe: Recipe, device: str, prog
         model.generation_config = GenerationConfig()  # the source's own is copied, even one that saving would refuse
     with storage_errors(output):
         model.save_pretrained(output, max_shard_size=MAX_SHARD)
-    kept = _modules_of(model, LINEAR_CLASSES)
-    return Quantized(modules, kept, dtype, device, round(time.monotonic() - started, 3))
+    return modules
+
+
+def kept_modules(model: Any) -> tuple[str, ...]:
+    """Names of the linear modules that are not quantized."""
+    return _modules_of(model, LINEAR_CLASSES)
+
+
+def quantized_names(checkout: Checkout, recipe: Recipe) -> tuple[str, ...]:
+    """Names of the modules that become 4-bit, in the order of the model; nothing is loaded for it."""
+    model = _skeleton(checkout)
+    skipped = set(_skipped(checkout, model, recipe))
+    return tuple(name for name in _modules_of(model, LINEAR_CLASSES) if not _under(name, skipped))
+
+
+def _under(name: str, skipped: set[str]) -> bool:
+    return any(name == one or name.startswith(f"{one}.") for one in skipped)
 
 
 def skipped_modules(checkout: Checkout, recipe: Recipe) -> list[str]:
@@ -43,14 +71,23 @@ def skipped_modules(checkout: Checkout, recipe: Recipe) -> list[str]:
 
     Stock `llm_int8_skip_modules` replaces the default list, so a skip list of one's own would quantize the head.
     """
+    return _skipped(checkout, _skeleton(checkout), recipe)
+
+
+def _skeleton(checkout: Checkout) -> Any:
+    """The source's model without weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.quantizers.base import get_keys_to_not_convert
 
     trust = checkout.source.remote_code
     config = AutoConfig.from_pretrained(checkout.folder, local_files_only=True, trust_remote_code=trust)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+
+
+def _skipped(checkout: Checkout, model: Any, recipe: Recipe) -> list[str]:
+    from transformers.quantizers.base import get_keys_to_not_convert
+
     linear = _modules_of(model, LINEAR_CLASSES)
     for wanted in recipe.skip_modules:
         if not any(Recipe(skip_modules=(wanted,)).skips(name) for name in linear):
@@ -73,7 +110,8 @@ def _modules_of(model: Any, classes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name, module in model.named_modules() if type(module).__name__ in classes)
 
 
-def _load_quantized(checkout: Checkout, recipe: Recipe, dtype: str, device: str) -> Any:
+def load_quantized(checkout: Checkout, recipe: Recipe, dtype: str, device: str) -> Any:
+    """The source as stock transformers and bitsandbytes quantize it; raises DeviceError."""
     import torch
     from transformers import AutoModelForCausalLM
 

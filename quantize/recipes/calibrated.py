@@ -1,0 +1,348 @@
+"""Better codes and scales for the same file: rounding that looks at what each error does to the model's outputs.
+
+The model runs over calibration text block by block; each matrix is rounded with the second moments of its inputs in the
+model as it is quantized so far, and, where they fit into memory, those of the loss's gradient at its outputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantize.errors import storage_errors
+from quantize.progress import Progress
+from quantize.recipes import calibration, packing, stock
+from quantize.recipes.blocks import Blocks, Stream, on_device
+from quantize.recipes.gradients import Gradient, gradients
+from quantize.recipes.packing import Packed
+from quantize.recipes.rounding import Moments, Search
+from quantize.records import Calibrated, Checkout, Quantized, Recipe, from_json, to_json
+
+BATCH = 4
+"""Windows that run through a block side by side."""
+MOST_OUTPUT_MOMENTS = 4 << 30
+"""Bytes for the moments of all gradients; a model that needs more is rounded without them."""
+CODES, BIAS = "weight", "bias"
+
+
+@dataclass(frozen=True)
+class Method:
+    """Which parts of the recipe are used; all of them, unless an experiment leaves some out.
+
+    `coupled`: rounding minds the moments of the loss's gradient at the outputs. `weighed`: tokens count by that
+    gradient's energy. `centred`: where there is a bias, it takes over what rounding shifts on average.
+    """
+
+    search: Search = field(default_factory=Search)
+    coupled: bool = True
+    weighed: bool = True
+    centred: bool = True
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a matrix becomes: the tensors of its 4-bit form, and its new bias where it has one."""
+
+    packed: Packed
+    bias: torch.Tensor | None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        bias = {} if self.bias is None else {BIAS: self.bias}
+        return {name: tensor.cpu().contiguous() for name, tensor in {**self.packed.tensors(), **bias}.items()}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor]) -> Chosen:
+        weights = {name: tensor for name, tensor in tensors.items() if name != BIAS}
+        return cls(Packed.of(weights), tensors.get(BIAS))
+
+
+def quantize(
+    checkout: Checkout,
+    output: Path,
+    recipe: Recipe,
+    device: str,
+    progress: Progress,
+    corpus: str,
+    resume: Path,
+    method: Method | None = None,
+) -> Quantized:
+    """Write the source with chosen codes, scales and biases into `output`, in the files that the stock recipe writes.
+
+    `corpus` is the text that the package will be judged by, and must not be calibrated on. Finished blocks are kept
+    in the folder `resume` until all is done, so that a killed run goes on there.
+    """
+    started = time.monotonic()
+    dtype = stock.choose_dtype(checkout, recipe, progress)
+    method = method or Method()
+    kept = _kept_work(resume, checkout, recipe, device, method)
+    chosen, record = _choose(checkout, recipe, dtype, device, progress, corpus, kept, method)
+    model = stock.load_quantized(checkout, recipe, dtype, device)
+    for name, one in chosen.items():
+        _put(model.get_submodule(name), one, device)
+    modules = stock.save(model, checkout, output)
+    shutil.rmtree(resume, ignore_errors=True)
+    return Quantized(
+        modules=modules,
+        kept_modules=stock.kept_modules(model),
+        dtype=dtype,
+        device=device,
+        seconds=round(time.monotonic() - started, 3),
+        calibrated=record,
+    )
+
+
+def _choose(
+    checkout: Checkout,
+    recipe: Recipe,
+    dtype: str,
+    device: str,
+    progress: Progress,
+    corpus: str,
+    kept: Path,
+    method: Method,
+) -> tuple[dict[str, Chosen], Calibrated]:
+    names = stock.quantized_names(checkout, recipe)
+    model = _load_source(checkout, dtype, device)
+    fast = next(model.parameters()).dtype == torch.float32 and _computes_bfloat16(device)
+    tokens, record = _calibration(checkout, recipe, model.to(device), corpus, device, fast, progress, kept)
+    blocks = Blocks.of(model, names)
+    inside = [name for name in names if name.startswith(f"{blocks.path}.")]
+    slopes: dict[str, Gradient] = {}
+    if not (method.coupled or method.weighed):
+        pass
+    elif _output_moment_bytes(model, inside) <= MOST_OUTPUT_MOMENTS:
+        slopes = gradients(model, inside, tokens, device, BATCH, fast, recipe.calibration_seed, progress)
+    else:
+        progress.note("the gradients' moments would take too much memory: rows are rounded each for itself")
+    model.to("cpu")
+    stream = Stream(model, blocks, tokens, device, BATCH, fast)
+    chosen: dict[str, Chosen] = {}
+    with progress.task("choosing codes and scales", len(inside), "matrices") as advance:
+        for index, layer in enumerate(blocks.layers):
+            own = [name.removeprefix(f"{blocks.name(index)}.") for name in inside if _in(name, blocks.name(index))]
+            with on_device(layer, device):
+                found = _read_block(kept, index) or _round_block(stream, index, own, slopes, recipe, dtype, method)
+                _write_block(kept, index, found)
+                for name, one in found.items():
+                    _replace(layer.get_submodule(name), one)
+                if index + 1 < len(blocks.layers):
+                    stream.advance(index)
+            chosen |= {f"{blocks.name(index)}.{name}": one for name, one in found.items()}
+            advance(len(own))
+    return chosen, record
+
+
+def _round_block(
+    stream: Stream,
+    index: int,
+    names: list[str],
+    slopes: Mapping[str, Gradient],
+    recipe: Recipe,
+    dtype: str,
+    method: Method,
+) -> dict[str, Chosen]:
+    """Matrix after matrix in forward order, each on the inputs that the ones before it leave."""
+    layer, found = stream.blocks.layers[index], {}
+    for group in stream.order(index, names):
+        modules = {name: layer.get_submodule(name) for name in group}
+        slope = {name: slopes.get(f"{stream.blocks.name(index)}.{name}") for name in group}
+        gathered = {name: Seen(_matrix(module).shape[1], stream.device) for name, module in modules.items()}
+        start = 0
+        for inputs in stream.inputs(index, group[0]):
+            for name, moments in gathered.items():
+                one = slope[name] if method.weighed else None
+                energy = None if one is None else one.energy[start : start + len(inputs)].to(stream.device)
+                moments.add(inputs, energy)
+            start += len(inputs)
+        for name, module in modules.items():
+            found[name] = _choose_matrix(module, gathered[name], slope[name], recipe, dtype, method)
+            _replace(module, found[name])
+    return found
+
+
+def _choose_matrix(
+    module: Any, seen: Seen, slope: Gradient | None, recipe: Recipe, dtype: str, method: Method
+) -> Chosen:
+    """Codes and scales for one matrix, nearest ones where no text ever reached it, and a bias for what they shift."""
+    weight, stored = _matrix(module).float(), getattr(torch, dtype)
+    if not seen.weight:
+        packed = packing.nearest(weight.to(stored), recipe.quant_type, recipe.double_quant, recipe.block_size)
+        return Chosen(packed, None if module.bias is None else module.bias.detach().to(stored))
+    coupling = slope.moments.to(weight.device) if slope and method.coupled else None
+    search = dataclasses.replace(method.search, block=recipe.block_size)
+    centred = method.centred and module.bias is not None
+    moments = seen.covariance if centred else seen.moments
+    packed = packing.compensated(weight, moments, recipe.quant_type, recipe.double_quant, stored, search, coupling)
+    if not centred:
+        return Chosen(packed, None if module.bias is None else module.bias.detach().to(stored))
+    shift = (weight - packed.weight()) @ seen.mean
+    return Chosen(packed, (module.bias.detach().float() + shift).to(stored))
+
+
+class Seen:
+    """Second moments of a module's inputs around a point near their mean, so that float32 keeps the small ones."""
+
+    def __init__(self, inputs: int, device: str) -> None:
+        self._around, self._first = torch.zeros(inputs, device=device), torch.zeros(inputs, device=device)
+        self._second = Moments(inputs, device)
+
+    @property
+    def weight(self) -> float:
+        return self._second.weight
+
+    def add(self, inputs: torch.Tensor, energy: torch.Tensor | None) -> None:
+        """Count `inputs` [tokens, inputs], each as much as its `energy` [tokens] says."""
+        if not self.weight:
+            self._around = inputs.mean(0)
+        near = inputs - self._around
+        self._second.add(near, energy)
+        self._first += near.sum(0) if energy is None else energy @ near
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return self._around + self._first / self.weight
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        off = self._first / self.weight
+        return self._second.mean - torch.outer(off, off)
+
+    @property
+    def moments(self) -> torch.Tensor:
+        return self.covariance + torch.outer(self.mean, self.mean)
+
+
+def _load_source(checkout: Checkout, dtype: str, device: str) -> Any:
+    """The source on the CPU: float32 where gradients are to be taken, else in the half precision of the package."""
+    from transformers import AutoModelForCausalLM
+
+    small = checkout.source.parameters * 4 <= MOST_OUTPUT_MOMENTS
+    model = AutoModelForCausalLM.from_pretrained(
+        checkout.folder,
+        dtype=torch.float32 if small or torch.device(device).type == "cpu" else getattr(torch, dtype),
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=checkout.source.remote_code,
+    )
+    return model.eval().requires_grad_(False)
+
+
+def _calibration(
+    checkout: Checkout,
+    recipe: Recipe,
+    model: Any,
+    corpus: str,
+    device: str,
+    fast: bool,
+    progress: Progress,
+    kept: Path,
+) -> tuple[torch.Tensor, Calibrated]:
+    """The text to calibrate on, taken up again where a killed run has left it."""
+    from transformers import AutoTokenizer
+
+    file, notes = kept / "tokens.safetensors", kept / "tokens.json"
+    if file.is_file() and notes.is_file():
+        return load_file(file)["tokens"], from_json(Calibrated, notes.read_text("utf-8"), notes)
+    trust = checkout.source.remote_code
+    tokenizer = AutoTokenizer.from_pretrained(checkout.folder, local_files_only=True, trust_remote_code=trust)
+    tokens, record = calibration.prepare(recipe, model, tokenizer, corpus, device, fast, progress)
+    with storage_errors(kept):
+        save_file({"tokens": tokens.contiguous()}, file)
+        notes.write_text(to_json(record), "utf-8")
+    return tokens, record
+
+
+def _kept_work(resume: Path, checkout: Checkout, recipe: Recipe, device: str, method: Method) -> Path:
+    """The folder of finished blocks, emptied unless it was begun by the same recipe on the same source and device."""
+    made_of = {
+        "source": checkout.source.fingerprint(),
+        "recipe": dataclasses.asdict(recipe),
+        "device": torch.device(device).type,
+        "method": dataclasses.asdict(method),
+        "torch": torch.__version__,
+    }
+    state = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    mark = resume / "made-of"
+    if not mark.is_file() or mark.read_text("utf-8") != state:
+        with storage_errors(resume):
+            shutil.rmtree(resume, ignore_errors=True)
+            resume.mkdir(parents=True)
+            mark.write_text(state, "utf-8")
+    return resume
+
+
+def _read_block(kept: Path, index: int) -> dict[str, Chosen]:
+    file = kept / f"block-{index}.safetensors"
+    if not file.is_file():
+        return {}
+    named: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in load_file(file).items():
+        name, _, part = key.partition("|")
+        named.setdefault(name, {})[part] = tensor
+    return {name: Chosen.of(tensors) for name, tensors in named.items()}
+
+
+def _write_block(kept: Path, index: int, found: Mapping[str, Chosen]) -> None:
+    """In one rename, so that a block is either whole or absent."""
+    file = kept / f"block-{index}.safetensors"
+    if file.is_file() or not found:
+        return
+    tensors = {f"{name}|{part}": tensor for name, one in found.items() for part, tensor in one.tensors().items()}
+    with storage_errors(kept):
+        save_file(tensors, file.with_suffix(".part"))
+        file.with_suffix(".part").rename(file)
+
+
+def _replace(module: Any, one: Chosen) -> None:
+    """Let a module of the source compute with the 4-bit values from now on."""
+    weight = one.packed.weight().to(module.weight)
+    module.weight.data = weight.T.contiguous() if _is_transposed(module) else weight
+    if one.bias is not None:
+        module.bias.data = one.bias.to(module.bias)
+
+
+def _put(module: Any, one: Chosen, device: str) -> None:
+    """Give a 4-bit module of the stock model other contents."""
+    from bitsandbytes.nn import Params4bit
+
+    tensors = one.tensors()
+    stats = {name: tensor for name, tensor in tensors.items() if name not in (CODES, BIAS)}
+    module.weight = Params4bit.from_prequantized(tensors[CODES], stats, device=device, module=module)
+    if one.bias is not None:
+        module.bias.data = tensors[BIAS].to(module.bias)
+
+
+def _matrix(module: Any) -> torch.Tensor:
+    """A linear module's weight as [outputs, inputs]."""
+    weight: torch.Tensor = module.weight.detach()
+    return weight.T if _is_transposed(module) else weight
+
+
+def _is_transposed(module: Any) -> bool:
+    return type(module).__name__ == "Conv1D"
+
+
+def _in(name: str, block: str) -> bool:
+    return name.startswith(f"{block}.")
+
+
+def _output_moment_bytes(model: Any, names: list[str]) -> int:
+    return sum(4 * _matrix(model.get_submodule(name)).shape[0] ** 2 for name in names)
+
+
+def _computes_bfloat16(device: str) -> bool:
+    """Whether products in bfloat16 are fast there; emulated ones would be slower than float32."""
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+    return kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

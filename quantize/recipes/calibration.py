@@ -1,0 +1,142 @@
+"""The text that a calibrated recipe looks at: what the source writes itself, or what it is given; never the corpus."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantize import hub
+from quantize.errors import CorpusError
+from quantize.progress import Progress
+from quantize.recipes.blocks import autocast
+from quantize.records import Calibrated, Recipe
+
+SELF = "self"
+WRITTEN_AT_ONCE = {"cpu": 64, "cuda": 32, "xpu": 32}
+"""Windows that a model writes side by side."""
+SHINGLE = 13
+"""Words in a row that two texts have in common only where one was copied from the other."""
+MOST_OVERLAP = 0.01
+WORD = re.compile(r"\w+")
+
+
+def prepare(
+    wanted: Recipe, model: Any, tokenizer: Any, corpus: str, device: str, fast: bool, progress: Progress
+) -> tuple[torch.Tensor, Calibrated]:
+    """Tokens [windows, length] to calibrate on, and the record of them.
+
+    `corpus` is the text that the package is judged by. Windows of the model's own that share a run of 13 words with
+    it are left out; raises CorpusError where more than 1 % of a given text does, or where it is too short.
+    """
+    length = min(wanted.calibration_length, _context(model))
+    if wanted.calibration == SELF:
+        tokens = written(model, wanted, length, device, fast, progress)
+    else:
+        tokens = _cut(tokenizer, _read(wanted.calibration), wanted, length)
+    forbidden = set(_shingles(corpus))
+    texts = tokenizer.batch_decode(tokens)
+    shared = torch.tensor([any(one in forbidden for one in _shingles(text)) for text in texts])
+    if wanted.calibration != SELF:
+        _require_apart(wanted.calibration, texts, forbidden)
+    kept = tokens[~shared]
+    if len(kept) < len(tokens) / 2:
+        raise CorpusError(
+            f"{len(tokens) - len(kept)} of {len(tokens)} windows of calibration text repeat the corpus that the "
+            f"package is judged by: name another --corpus or another --calibration"
+        )
+    digest = hashlib.sha256(kept.to(torch.int64).numpy().tobytes()).hexdigest()
+    return kept, Calibrated(
+        Path(wanted.calibration).name, wanted.calibration_seed, len(kept), length, int(shared.sum()), digest
+    )
+
+
+def _context(model: Any) -> int:
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024)
+
+
+def written(model: Any, wanted: Recipe, length: int, device: str, fast: bool, progress: Progress) -> torch.Tensor:
+    """What the model says after its beginning-of-text token: sampled at temperature 1 from the whole vocabulary."""
+    config = model.config.get_text_config()
+    begin = next((one for one in (config.bos_token_id, config.eos_token_id) if isinstance(one, int)), 0)
+    generator = torch.Generator(device).manual_seed(wanted.calibration_seed)
+    at_once = WRITTEN_AT_ONCE[torch.device(device).type]
+    parts = []
+    with progress.task("writing calibration text", wanted.calibration_windows * length, "tokens") as advance:
+        for start in range(0, wanted.calibration_windows, at_once):
+            count = min(at_once, wanted.calibration_windows - start)
+            tokens, past = [torch.full((count, 1), begin, device=device)], None
+            while len(tokens) < length:
+                with torch.inference_mode(), autocast(device, fast):
+                    answer = model(tokens[-1], past_key_values=past, use_cache=True)
+                past = answer.past_key_values
+                chances = torch.softmax(answer.logits[:, -1].float(), -1)
+                tokens.append(torch.multinomial(chances, 1, generator=generator))
+                advance(count)
+            parts.append(torch.cat(tokens, 1).cpu())
+    return torch.cat(parts)
+
+
+def _read(source: str) -> str:
+    """The text of a file, or of one file of a data set on the Hub written as owner/name:path."""
+    path = Path(source).expanduser()
+    if not path.is_file():
+        repo_id, mark, inside = source.partition(":")
+        if not mark or repo_id.count("/") != 1:
+            raise CorpusError(
+                f"no calibration text {source!r}: name a text file, a file of a Hub data set as owner/name:path, "
+                f"or {SELF}"
+            )
+        path = hub.dataset_file(repo_id, inside)[1]
+    if path.suffix == ".parquet":
+        return "\n\n".join(_parquet_rows(path))
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{path.name} is not UTF-8 text (byte {error.start})") from error
+
+
+def _parquet_rows(path: Path) -> list[str]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise CorpusError(
+            "Parquet is read with pyarrow: install it with `pip install quantize-bnb[wikitext]`"
+        ) from None
+    table = pyarrow.parquet.read_table(path)
+    if "text" not in table.column_names:
+        raise CorpusError(f"{path.name} has no column `text`")
+    return [row for row in table.column("text").to_pylist() if row]
+
+
+def _cut(tokenizer: Any, text: str, wanted: Recipe, length: int) -> torch.Tensor:
+    """Whole windows of the text in a seeded order."""
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    windows = ids[: len(ids) // length * length].view(-1, length)
+    if len(windows) < wanted.calibration_windows:
+        raise CorpusError(
+            f"{wanted.calibration} has {len(windows)} windows of {length} tokens, and {wanted.calibration_windows} are "
+            f"wanted: give more text or a smaller --calibration-windows"
+        )
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(wanted.calibration_seed))
+    chosen: torch.Tensor = windows[order[: wanted.calibration_windows]]
+    return chosen
+
+
+def _shingles(text: str) -> Iterator[int]:
+    words = WORD.findall(text.lower())
+    return (hash(tuple(words[start : start + SHINGLE])) for start in range(len(words) - SHINGLE + 1))
+
+
+def _require_apart(source: str, texts: list[str], forbidden: set[int]) -> None:
+    shingles = [one for text in texts for one in _shingles(text)]
+    share = sum(one in forbidden for one in shingles) / max(len(shingles), 1)
+    if share > MOST_OVERLAP:
+        raise CorpusError(
+            f"{share:.0%} of the calibration text {source} is in the corpus that the package is judged by: "
+            f"name another --calibration or another --corpus"
+        )

@@ -1,0 +1,88 @@
+"""How much the model's loss feels an error in each output of its matrices, from gradients on calibration text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from quantize.progress import Progress
+from quantize.recipes.blocks import autocast
+from quantize.recipes.rounding import Moments
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """At the outputs of one matrix: the second `moments` [outputs, outputs] of the loss's gradient, and its `energy`,
+    the squared length at each calibration token [tokens], with mean 1."""
+
+    energy: torch.Tensor
+    moments: torch.Tensor
+
+
+def gradients(
+    model: Any,
+    names: list[str],
+    tokens: torch.Tensor,
+    device: str,
+    batch: int,
+    fast: bool,
+    seed: int,
+    progress: Progress,
+) -> dict[str, Gradient]:
+    """For each named matrix of `model` on the device, from the loss at tokens drawn from the model's own prediction.
+
+    With those the moments are the Fisher information's, the curvature of the KL divergence, whatever text comes next.
+    """
+    watch = _Watch(model, names, device)
+    embedding = model.get_input_embeddings().weight.requires_grad_(True)
+    generator = torch.Generator(device).manual_seed(seed)
+    parts = [part for part in torch.split(tokens, batch) if len(part) == batch]
+    with progress.task("reading gradients", len(parts) * batch, "windows") as advance:
+        for part in parts:
+            with torch.enable_grad():
+                with autocast(device, fast):
+                    logits = model(part.to(device), use_cache=False).logits
+                logits = logits.float().flatten(0, 1)
+                drawn = torch.multinomial(torch.softmax(logits.detach(), -1), 1, generator=generator)[:, 0]
+                loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
+                torch.autograd.backward(loss)
+            embedding.grad = None
+            advance(batch)
+    embedding.requires_grad_(False)
+    return watch.result()
+
+
+class _Watch:
+    """Gathers what flows back into each matrix's outputs."""
+
+    def __init__(self, model: Any, names: list[str], device: str) -> None:
+        self.energy: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        modules = {name: model.get_submodule(name) for name in names}
+        sizes = {name: module.weight.shape[_output_axis(module)] for name, module in modules.items()}
+        self.moments = {name: Moments(size, device) for name, size in sizes.items()}
+        self.hooks = [module.register_full_backward_hook(self._keeper(name)) for name, module in modules.items()]
+
+    def result(self) -> dict[str, Gradient]:
+        for hook in self.hooks:
+            hook.remove()
+        return {
+            name: Gradient(energy / energy.mean().clamp(min=1e-30), self.moments[name].mean.cpu())
+            for name, parts in self.energy.items()
+            if parts
+            for energy in (torch.cat(parts),)
+        }
+
+    def _keeper(self, name: str) -> Callable[..., None]:
+        def keep(_: Any, __: Any, slopes: tuple[torch.Tensor, ...]) -> None:
+            flat = slopes[0].reshape(-1, slopes[0].shape[-1]).float()
+            self.energy[name].append(flat.square().sum(1).cpu())
+            self.moments[name].add(flat)
+
+        return keep
+
+
+def _output_axis(module: Any) -> int:
+    return 1 if type(module).__name__ == "Conv1D" else 0
