@@ -33,8 +33,11 @@ MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 BATCH = 4
 Figures = dict[str, dict[str, torch.Tensor]]
 """By text and kind, means of windows [windows]."""
-GPTQ_ABSMAX = Search(factors=(1.0,), signed=False, sweeps=0)
-GPTQ_SIGNED = Search(sweeps=0)
+ONE_SWEEP = Search()
+FINE = Search(
+    factors=tuple(0.70 + 0.04 * step for step in range(11)),
+    steps=(0.92, 0.96, 0.98, 1.0, 1.02, 1.04, 1.08, -0.95, -1.0, -1.05),
+)
 
 
 @dataclass(frozen=True)
@@ -54,14 +57,12 @@ class Variant:
     block: int = 64
 
 
-ONE_SWEEP = Search()
-THREE_SWEEPS = Search(sweeps=3)
 VARIANTS: dict[str, Variant] = {
     "nearest": Variant(None),
-    "absmax": Variant(GPTQ_ABSMAX),
-    "signed": Variant(GPTQ_SIGNED),
-    "sweep": Variant(ONE_SWEEP),
-    "three sweeps": Variant(THREE_SWEEPS),
+    "absmax": Variant(replace(FINE, factors=(1.0,), signed=False, sweeps=0)),
+    "signed": Variant(replace(FINE, sweeps=0)),
+    "sweep": Variant(FINE),
+    "three sweeps": Variant(replace(FINE, sweeps=3)),
     "importance": Variant(ONE_SWEEP, centred=True, importance=1.0),
     "coupled": Variant(ONE_SWEEP, centred=True, importance=1.0, coupled=0.1),
     "coupled mixed": Variant(ONE_SWEEP, "mixed", centred=True, importance=1.0, coupled=0.1),
