@@ -47,6 +47,7 @@ class Method:
     coupled: bool = True
     weighed: bool = True
     centred: bool = True
+    temperatures: tuple[float, ...] = calibration.TEMPERATURES
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _choose(
     names = stock.quantized_names(checkout, recipe)
     model = _load_source(checkout, dtype, device)
     fast = next(model.parameters()).dtype == torch.float32 and _computes_bfloat16(device)
-    tokens, record = _calibration(checkout, recipe, model.to(device), corpus, device, fast, progress, kept)
+    tokens, record = _calibration(checkout, recipe, model.to(device), corpus, device, fast, progress, kept, method)
     blocks = Blocks.of(model, names)
     inside = [name for name in names if name.startswith(f"{blocks.path}.")]
     slopes: dict[str, Gradient] = {}
@@ -246,6 +247,7 @@ def _calibration(
     fast: bool,
     progress: Progress,
     kept: Path,
+    method: Method,
 ) -> tuple[torch.Tensor, Calibrated]:
     """The text to calibrate on, taken up again where a killed run has left it."""
     from transformers import AutoTokenizer
@@ -255,7 +257,7 @@ def _calibration(
         return load_file(file)["tokens"], from_json(Calibrated, notes.read_text("utf-8"), notes)
     trust = checkout.source.remote_code
     tokenizer = AutoTokenizer.from_pretrained(checkout.folder, local_files_only=True, trust_remote_code=trust)
-    tokens, record = calibration.prepare(recipe, model, tokenizer, corpus, device, fast, progress)
+    tokens, record = calibration.prepare(recipe, model, tokenizer, corpus, device, fast, progress, method.temperatures)
     with storage_errors(kept):
         save_file({"tokens": tokens.contiguous()}, file)
         notes.write_text(to_json(record), "utf-8")

@@ -22,11 +22,20 @@ WRITTEN_AT_ONCE = {"cpu": 64, "cuda": 32, "xpu": 32}
 SHINGLE = 13
 """Words in a row that two texts have in common only where one was copied from the other."""
 MOST_OVERLAP = 0.01
+TEMPERATURES = (1.0, 1.4)
+"""Half of what a model writes is bolder than its own distribution: that helps with text of another kind."""
 WORD = re.compile(r"\w+")
 
 
 def prepare(
-    wanted: Recipe, model: Any, tokenizer: Any, corpus: str, device: str, fast: bool, progress: Progress
+    wanted: Recipe,
+    model: Any,
+    tokenizer: Any,
+    corpus: str,
+    device: str,
+    fast: bool,
+    progress: Progress,
+    temperatures: tuple[float, ...],
 ) -> tuple[torch.Tensor, Calibrated]:
     """Tokens [windows, length] to calibrate on, and the record of them.
 
@@ -35,7 +44,7 @@ def prepare(
     """
     length = min(wanted.calibration_length, _context(model))
     if wanted.calibration == SELF:
-        tokens = written(model, wanted, length, device, fast, progress)
+        tokens = written(model, wanted, length, device, fast, progress, temperatures)
     else:
         tokens = _cut(tokenizer, _read(wanted.calibration), wanted, length)
     forbidden = set(_shingles(corpus))
@@ -59,24 +68,32 @@ def _context(model: Any) -> int:
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024)
 
 
-def written(model: Any, wanted: Recipe, length: int, device: str, fast: bool, progress: Progress) -> torch.Tensor:
-    """What the model says after its beginning-of-text token: sampled at temperature 1 from the whole vocabulary."""
+def written(
+    model: Any,
+    wanted: Recipe,
+    length: int,
+    device: str,
+    fast: bool,
+    progress: Progress,
+    temperatures: tuple[float, ...],
+) -> torch.Tensor:
+    """What the model says after its beginning-of-text token, from the whole vocabulary, in turns at each temperature."""
     config = model.config.get_text_config()
     begin = next((one for one in (config.bos_token_id, config.eos_token_id) if isinstance(one, int)), 0)
     generator = torch.Generator(device).manual_seed(wanted.calibration_seed)
-    at_once = WRITTEN_AT_ONCE[torch.device(device).type]
+    heat = torch.tensor(temperatures, device=device).repeat(-(-wanted.calibration_windows // len(temperatures)), 1)
+    heat = heat.flatten()[: wanted.calibration_windows, None]
     parts = []
     with progress.task("writing calibration text", wanted.calibration_windows * length, "tokens") as advance:
-        for start in range(0, wanted.calibration_windows, at_once):
-            count = min(at_once, wanted.calibration_windows - start)
-            tokens, past = [torch.full((count, 1), begin, device=device)], None
+        for part in torch.split(heat, WRITTEN_AT_ONCE[torch.device(device).type]):
+            tokens, past = [torch.full((len(part), 1), begin, device=device)], None
             while len(tokens) < length:
                 with torch.inference_mode(), autocast(device, fast):
                     answer = model(tokens[-1], past_key_values=past, use_cache=True)
                 past = answer.past_key_values
-                chances = torch.softmax(answer.logits[:, -1].float(), -1)
+                chances = torch.softmax(answer.logits[:, -1].float() / part, -1)
                 tokens.append(torch.multinomial(chances, 1, generator=generator))
-                advance(count)
+                advance(len(part))
             parts.append(torch.cat(tokens, 1).cpu())
     return torch.cat(parts)
 
