@@ -102,6 +102,8 @@ SPECIAL = {
     "bits": _one_of(4, 8),
     "quant_type": _one_of(*QUANT_TYPES),
     "compute_dtype": _one_of(*COMPUTE_DTYPES),
+    "target_grade": _one_of(*GRADES[:-1]),
+    "sweeps": _whole(0),
     "block_size": _one_of(*BLOCK_SIZES),
     "calibration_windows": _whole(8),
     "calibration_length": _whole(16),

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -193,11 +194,19 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @click.option(
         "--recipe",
-        "name",
+        "recipe_name",
         type=click.Choice(RECIPES),
         default=Recipe.name,
         show_default=True,
-        help="stock rounds to nearest; calibrated chooses what changes the outputs least.",
+        help="stock rounds to nearest, calibrated changes outputs least, auto goes on until --target is reached.",
+    )
+    @click.option(
+        "--target",
+        "target_grade",
+        type=click.Choice(GRADES[:-1]),
+        default=Recipe.target_grade,
+        show_default=True,
+        help="The grade at which auto stops looking for a better recipe.",
     )
     @click.option("--bits", type=click.Choice(["4", "8"]), default=str(Recipe.bits), show_default=True)
     @click.option("--quant-type", type=click.Choice(QUANT_TYPES), default=Recipe.quant_type, show_default=True)
@@ -215,10 +224,46 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
         help="Type of products and of what is not quantized; auto keeps the source's half precision.",
     )
     @click.option("--skip-modules", multiple=True, metavar="NAME", help="Leave this module as it is. May be repeated.")
+    @click.option(
+        "--sweeps",
+        type=click.IntRange(0),
+        default=Recipe.sweeps,
+        show_default=True,
+        help="How often calibrated goes over a matrix after the first pass.",
+    )
+    @click.option(
+        "--calibration",
+        metavar="TEXT",
+        default=Recipe.calibration,
+        show_default=True,
+        help="self: what the source writes itself; or a text file, or owner/name:path in a Hub data set.",
+    )
+    @click.option(
+        "--calibration-windows",
+        type=click.IntRange(8),
+        default=Recipe.calibration_windows,
+        show_default=True,
+        help="Windows of calibration text.",
+    )
+    @click.option(
+        "--calibration-length",
+        type=click.IntRange(16),
+        default=Recipe.calibration_length,
+        show_default=True,
+        help="Tokens in each, at most the model's context.",
+    )
+    @click.option(
+        "--calibration-seed",
+        type=click.IntRange(0, 2**32 - 1),
+        default=Recipe.calibration_seed,
+        show_default=True,
+        help="For calibration text and gradients.",
+    )
     @functools.wraps(command)
-    def wrapped(bits: str, **given: Any) -> Any:
-        names = ("quant_type", "double_quant", "compute_dtype", "skip_modules")
-        return command(recipe=Recipe(bits=int(bits), **{name: given.pop(name) for name in names}), **given)
+    def wrapped(bits: str, recipe_name: str, **given: Any) -> Any:
+        names = {item.name for item in fields(Recipe)} - {"name", "bits", "block_size"}
+        details = {name: given.pop(name) for name in names}
+        return command(recipe=Recipe(name=recipe_name, bits=int(bits), **details), **given)
 
     return wrapped
 

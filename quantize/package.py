@@ -70,8 +70,8 @@ def finished(
         return None
     package = open_package(output)
     made_from = package.provenance
-    same = made_from.source.fingerprint() == source.fingerprint() and made_from.recipe == recipe
-    ours = made_from.source.repo_id == source.repo_id is not None and made_from.recipe == recipe
+    same = made_from.source.fingerprint() == source.fingerprint() and made_from.wanted == recipe
+    ours = made_from.source.repo_id == source.repo_id is not None and made_from.wanted == recipe
     if outdated and ours and (made_from.source.commit, made_from.settings) != (source.commit, settings):
         require_unchanged(package)
         return None

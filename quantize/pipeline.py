@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,15 +13,27 @@ from typing import Any
 
 import model_card
 from model_card import CardFacts
-from quantize import __version__, card, devices, files, package, recipes, source
+from quantize import __version__, card, devices, files, ladder, package, recipes, source
 from quantize.errors import ConfigError, PackageError, UnsupportedModel, storage_errors
 from quantize.package import Package
-from quantize.parity import check_inputs, corpus_text, figures, measure, structure
+from quantize.parity import check_inputs, figures, measure, structure
 from quantize.progress import Progress, Silent
-from quantize.records import Checkout, Parity, ParitySettings, Provenance, Publisher, Recipe, package_key
+from quantize.records import (
+    AUTO,
+    CALIBRATED,
+    STOCK,
+    Checkout,
+    Parity,
+    ParitySettings,
+    Provenance,
+    Publisher,
+    Recipe,
+    package_key,
+)
 
 TOOL = "quantize-bnb"
-CONTROLS = {"int8": Recipe(bits=8), "stock NF4": Recipe()}
+STOCK_NF4 = "stock NF4"
+CONTROLS = {"int8": Recipe(name=STOCK, bits=8), STOCK_NF4: Recipe(name=STOCK)}
 
 
 @dataclass(frozen=True)
@@ -79,28 +91,24 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
         template = _read_template(request.card_template)
         check_inputs(checkout, request.settings)
         files.require_space(site, source.weight_bytes(checkout.source), "the package")
-        progress.stage(f"quantize to {request.recipe.bits} bits on {device}")
         resume = output.with_name(f"{output.name}{package.CALIBRATION}")
-        text = corpus_text(request.settings)
-        quantized = recipes.quantize(checkout, site, request.recipe, device, progress, text, resume)
-        package.copy_carried(checkout, source.carried_files(checkout.source), site)
-        progress.stage("verify against the source")
-        with _controls(checkout, request.settings, device, progress) as controls:
-            promise, kept = _promise(request.recipe), request.reference_cache
-            parity = measure(checkout, site, request.settings, device, progress, promise, controls, kept)
+        judge = _judge(request, checkout, device, progress)
+        made = ladder.build(checkout, site, request.recipe, request.settings, device, progress, resume, judge)
+        parity = made.parity
         progress.stage("write card and provenance")
         provenance = Provenance(
             tool=TOOL,
             tool_version=__version__,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             source=checkout.source,
-            recipe=request.recipe,
-            quantized=quantized,
+            recipe=made.recipe,
+            quantized=made.quantized,
             settings=request.settings,
             environment=parity.environment,
             publisher=request.publisher,
             name=request.name or output.name,
             key=package_key(checkout.source.repo_id or checkout.source.name, checkout.source.pinned, request.recipe),
+            asked=None if made.recipe == request.recipe else request.recipe,
         )
         package.write_evidence(site, parity)
         figures.draw(parity, site / package.FIGURES)
@@ -139,7 +147,7 @@ def verify(
         checkout = source.fetch(against, revision=None, trust_remote_code=trust_remote_code, progress=progress)
         promise = None
     progress.stage(f"verify on {chosen}")
-    with _controls(checkout, settings, chosen, progress) as controls:
+    with _controls(checkout, CONTROLS if settings.controls else {}, chosen, progress) as controls:
         return measure(checkout, folder, settings, chosen, progress, promise, controls, reference_cache)
 
 
@@ -183,13 +191,27 @@ def default_output(model: str, recipe: Recipe) -> Path:
     return Path(f"{source.name_of(model)}-bnb-{recipe.bits}bit")
 
 
+def _judge(request: RunRequest, checkout: Checkout, device: str, progress: Progress) -> ladder.Measure:
+    """How a run measures what it made: a calibrated package always beside what stock would have given."""
+
+    def judge(folder: Path, recipe: Recipe, settings: ParitySettings) -> Parity:
+        wanted = CONTROLS if settings.controls else {}
+        if recipe.name == CALIBRATED and request.recipe.name != AUTO:
+            wanted = {STOCK_NF4: CONTROLS[STOCK_NF4], **wanted}
+        with _controls(checkout, wanted, device, progress) as controls:
+            return measure(
+                checkout, folder, settings, device, progress, _promise(recipe), controls, request.reference_cache
+            )
+
+    return judge
+
+
 @contextmanager
 def _controls(
-    checkout: Checkout, settings: ParitySettings, device: str, progress: Progress
+    checkout: Checkout, wanted: Mapping[str, Recipe], device: str, progress: Progress
 ) -> Iterator[dict[str, Path]]:
-    """Folders of the alternatives that `--controls` asks for, made for the measurement and gone after it."""
+    """Folders of the alternatives `wanted`, made for the measurement and gone after it."""
     with tempfile.TemporaryDirectory(prefix="quantize-controls-") as place:
-        wanted = CONTROLS if settings.controls else {}
         folders = {name: Path(place) / name for name in wanted}
         for name, folder in folders.items():
             progress.note(f"making the control {name}")

@@ -23,7 +23,8 @@ DEFAULT_MODEL = "distilbert/distilgpt2"
 HUB_ID = re.compile(r"(?!.*(?:--|\.\.))(?:\b[\w.-]{1,96}\b/)?\b[\w.-]{1,96}\b(?<!\.git)", re.ASCII)
 """As the Hub's client checks it."""
 
-RECIPES = ("stock", "calibrated")
+STOCK, CALIBRATED, AUTO = "stock", "calibrated", "auto"
+RECIPES = (AUTO, STOCK, CALIBRATED)
 QUANT_TYPES = ("nf4", "fp4")
 BLOCK_SIZES = (32, 64)
 COMPUTE_DTYPES = ("auto", "float16", "bfloat16", "float32")
@@ -80,21 +81,25 @@ class Checkout:
 class Recipe:
     """How weights become 4-bit (or 8-bit, where only `skip_modules` and `compute_dtype` matter).
 
-    `stock` rounds to nearest, `calibrated` chooses codes and scales on calibration text, and `auto` takes the first of
-    both that reaches the grade `target`. A skipped name is a run of whole parts of a module's name: `h.0`, `attn` and
-    `h.0.attn.c_attn` all skip `transformer.h.0.attn.c_attn`.
+    `stock` rounds to nearest, `calibrated` chooses codes and scales on calibration text, in `sweeps` over each matrix
+    after the first pass, and `auto` climbs from one to the other until `target_grade` is reached.
+
+    A skipped name is a run of whole parts of a module's name: `h.0`, `attn` and `h.0.attn.c_attn` all skip
+    `transformer.h.0.attn.c_attn`.
 
     Calibration looks at `calibration_windows` of `calibration_length` tokens; `calibration` is `self` for text that the
     source writes, a text file, or `owner/name:path` in a Hub data set.
     """
 
-    name: str = "stock"
+    name: str = AUTO
+    target_grade: str = "parity"
     bits: int = 4
     quant_type: str = "nf4"
     double_quant: bool = True
     compute_dtype: str = "auto"
     skip_modules: tuple[str, ...] = ()
     block_size: int = 64
+    sweeps: int = 1
     calibration: str = "self"
     calibration_windows: int = 128
     calibration_length: int = 512
@@ -346,6 +351,20 @@ class Environment:
 
 
 @dataclass(frozen=True)
+class Rung:
+    """One recipe that `auto` tried, and what it gave; measured values are None where structure refused it."""
+
+    recipe: Recipe
+    grade: str
+    perplexity_ratio: Estimate | None
+    kld: Estimate | None
+    same_top: Estimate | None
+    weight_bytes: int
+    seconds: float
+    chosen: bool
+
+
+@dataclass(frozen=True)
 class Parity:
     """The evidence. Scores and generation are None when a structural check already failed.
 
@@ -370,6 +389,7 @@ class Parity:
     sizes: Sizes
     environment: Environment
     seconds: float
+    rungs: tuple[Rung, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -385,7 +405,7 @@ class Provenance:
     """Where a package comes from, and the hashes that show it is unchanged (of every file but this one).
 
     `name` is what its card calls it: the repo that it was made for, otherwise its folder's name. `key` says what the
-    package is made of; see `package_key`.
+    package is made of; see `package_key`. `asked` is the recipe that was asked for, where `auto` chose another.
     """
 
     tool: str
@@ -399,8 +419,14 @@ class Provenance:
     publisher: Publisher | None = None
     name: str = ""
     key: str = ""
+    asked: Recipe | None = None
     files: tuple[FileRecord, ...] = ()
     format_version: int = field(default=FORMAT_VERSION)
+
+    @property
+    def wanted(self) -> Recipe:
+        """The recipe that was asked for."""
+        return self.asked or self.recipe
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,7 @@ def _folder_name(entry: Entry) -> str:
 
 def _drop_outdated(made: Path, entry: Entry) -> None:
     """Remove an unpublished package of another recipe: the catalogue has changed since it was made."""
-    if (made / PROVENANCE).is_file() and open_package(made).provenance.recipe != entry.recipe:
+    if (made / PROVENANCE).is_file() and open_package(made).provenance.wanted != entry.recipe:
         shutil.rmtree(made)
 
 

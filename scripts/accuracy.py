@@ -51,7 +51,7 @@ class Variant:
 CALIBRATED = Recipe(name="calibrated")
 FULL = Method()
 VARIANTS = {
-    "stock": Variant(Recipe()),
+    "stock": Variant(Recipe(name="stock")),
     "compensated, scale = absmax": Variant(CALIBRATED, ABSMAX),
     "+ scales of either sign": Variant(CALIBRATED, SIGNED),
     "+ one sweep": Variant(CALIBRATED, PLAIN),
@@ -68,7 +68,7 @@ VARIANTS = {
     "calibrated, twice the text": Variant(replace(CALIBRATED, calibration_windows=256), FULL),
     "calibrated, windows of 1024": Variant(replace(CALIBRATED, calibration_length=1024), FULL),
     "calibrated, blocks of 32": Variant(replace(CALIBRATED, block_size=32), FULL),
-    "stock fp4": Variant(Recipe(quant_type="fp4")),
+    "stock fp4": Variant(Recipe(name="stock", quant_type="fp4")),
     "calibrated fp4": Variant(replace(CALIBRATED, quant_type="fp4"), FULL),
 }
 

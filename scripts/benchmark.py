@@ -234,7 +234,7 @@ def quantized(source_folder: Path, folder: Path, device: str) -> Path:
 
     checkout = source.fetch(str(source_folder), revision=None, trust_remote_code=False, progress=Silent())
     folder.mkdir()
-    recipes.quantize(checkout, folder, Recipe(), device, Silent())
+    recipes.quantize(checkout, folder, Recipe(name="stock"), device, Silent())
     package.copy_carried(checkout, source.carried_files(checkout.source), folder)
     return folder
 

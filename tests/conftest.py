@@ -17,10 +17,11 @@ import pytest
 
 from quantize import pipeline
 from quantize.progress import Silent
-from quantize.records import ParitySettings
+from quantize.records import ParitySettings, Recipe
 from tests.place import QUICK_OPTIONS, Place, prepared
 
 POCKET = Path(__file__).parent / "models" / "pocket-gpt2"
+STOCK = Recipe(name="stock")
 QUICK = ParitySettings(max_windows=24, new_tokens=8, require="degraded")
 __all__ = ["POCKET", "QUICK", "QUICK_OPTIONS", "Outcome"]
 
@@ -64,7 +65,7 @@ def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One package of the pocket model; tests that change it take a copy."""
     output = tmp_path_factory.mktemp("packages") / "pocket-gpt2-bnb-4bit"
-    request = pipeline.RunRequest(str(POCKET), output=output, settings=QUICK, device="cpu")
+    request = pipeline.RunRequest(str(POCKET), output=output, recipe=STOCK, settings=QUICK, device="cpu")
     result = pipeline.run(request, Silent())
     assert result.package.parity.verdict.passed, result.package.parity.verdict
     return output

@@ -57,7 +57,7 @@ def test_other_recipes(tmp_path: Path, recipe: dict[str, object]) -> None:
     request = pipeline.RunRequest(
         str(POCKET),
         output=tmp_path / "out",
-        recipe=Recipe(**recipe),  # type: ignore[arg-type]
+        recipe=Recipe(**{"name": "stock", **recipe}),  # type: ignore[arg-type]
         settings=SETTINGS,
     )
     made = pipeline.run(request, Silent()).package

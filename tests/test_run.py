@@ -27,7 +27,7 @@ def small_run(output: Path, model: Path = POCKET, **recipe: Any) -> package.Pack
     request = pipeline.RunRequest(
         str(model),
         output=output,
-        recipe=Recipe(**recipe),
+        recipe=Recipe(**{"name": "stock", **recipe}),
         settings=SMALL,
         device="cpu",
     )

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from quantize.progress import Progress
-from quantize.records import Checkout, Quantized, Recipe
-
-STOCK, CALIBRATED, AUTO = "stock", "calibrated", "auto"
+from quantize.records import CALIBRATED, Checkout, Quantized, Recipe
 
 
 def quantize(
@@ -19,7 +17,7 @@ def quantize(
     corpus: str = "",
     resume: Path | None = None,
 ) -> Quantized:
-    """Write quantized weights and their config of `checkout` into the folder `output`.
+    """Write quantized weights and their config of `checkout` into the folder `output`; stock where not calibrated.
 
     A calibrated recipe never looks at `corpus`, the text that the result is judged by, and keeps finished work in the
     folder `resume`. Raises CorruptModel (NaN, damage), UnsupportedModel (nothing to quantize), CorpusError (the

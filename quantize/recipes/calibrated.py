@@ -28,8 +28,8 @@ from quantize.recipes.packing import Packed
 from quantize.recipes.rounding import Moments, Search
 from quantize.records import Calibrated, Checkout, Quantized, Recipe, from_json, to_json
 
-BATCH = 4
-"""Windows that run through a block side by side."""
+TOKENS_AT_ONCE = 4096
+"""How many run through a block side by side."""
 MOST_OUTPUT_MOMENTS = 4 << 30
 """Bytes for the moments of all gradients; a model that needs more is rounded without them."""
 CODES, BIAS = "weight", "bias"
@@ -84,7 +84,7 @@ def quantize(
     """
     started = time.monotonic()
     dtype = stock.choose_dtype(checkout, recipe, progress)
-    method = method or Method()
+    method = method or Method(search=Search(sweeps=recipe.sweeps))
     kept = _kept_work(resume, checkout, recipe, device, method)
     chosen, record = _choose(checkout, recipe, dtype, device, progress, corpus, kept, method)
     model = stock.load_quantized(checkout, recipe, dtype, device)
@@ -116,17 +116,18 @@ def _choose(
     model = _load_source(checkout, dtype, device)
     fast = next(model.parameters()).dtype == torch.float32 and _computes_bfloat16(device)
     tokens, record = _calibration(checkout, recipe, model.to(device), corpus, device, fast, progress, kept, method)
+    batch = max(1, TOKENS_AT_ONCE // tokens.shape[1])
     blocks = Blocks.of(model, names)
     inside = [name for name in names if name.startswith(f"{blocks.path}.")]
     slopes: dict[str, Gradient] = {}
     if not (method.coupled or method.weighed):
         pass
     elif _output_moment_bytes(model, inside) <= MOST_OUTPUT_MOMENTS:
-        slopes = gradients(model, inside, tokens, device, BATCH, fast, recipe.calibration_seed, progress)
+        slopes = gradients(model, inside, tokens, device, batch, fast, recipe.calibration_seed, progress)
     else:
         progress.note("the gradients' moments would take too much memory: rows are rounded each for itself")
     model.to("cpu")
-    stream = Stream(model, blocks, tokens, device, BATCH, fast)
+    stream = Stream(model, blocks, tokens, device, batch, fast)
     chosen: dict[str, Chosen] = {}
     with progress.task("choosing codes and scales", len(inside), "matrices") as advance:
         for index, layer in enumerate(blocks.layers):

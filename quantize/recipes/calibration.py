@@ -17,8 +17,9 @@ from quantize.recipes.blocks import autocast
 from quantize.records import Calibrated, Recipe
 
 SELF = "self"
-WRITTEN_AT_ONCE = {"cpu": 64, "cuda": 32, "xpu": 32}
-"""Windows that a model writes side by side."""
+WRITTEN_AT_ONCE = 128
+"""Windows that a model writes side by side; for the sake of its cache a quarter, if it has more than LARGE weights."""
+LARGE = 2_000_000_000
 SHINGLE = 13
 """Words in a row that two texts have in common only where one was copied from the other."""
 MOST_OVERLAP = 0.01
@@ -77,7 +78,7 @@ def written(
     progress: Progress,
     temperatures: tuple[float, ...],
 ) -> torch.Tensor:
-    """What the model says after its beginning-of-text token, from the whole vocabulary, in turns at each temperature."""
+    """What the model says after its beginning-of-text token, in turns at each temperature of the whole vocabulary."""
     config = model.config.get_text_config()
     begin = next((one for one in (config.bos_token_id, config.eos_token_id) if isinstance(one, int)), 0)
     generator = torch.Generator(device).manual_seed(wanted.calibration_seed)
@@ -85,7 +86,7 @@ def written(
     heat = heat.flatten()[: wanted.calibration_windows, None]
     parts = []
     with progress.task("writing calibration text", wanted.calibration_windows * length, "tokens") as advance:
-        for part in torch.split(heat, WRITTEN_AT_ONCE[torch.device(device).type]):
+        for part in torch.split(heat, WRITTEN_AT_ONCE // (4 if model.num_parameters() > LARGE else 1)):
             tokens, past = [torch.full((len(part), 1), begin, device=device)], None
             while len(tokens) < length:
                 with torch.inference_mode(), autocast(device, fast):

@@ -15,6 +15,7 @@ Inside, matrices are transposed, [inputs, rows]: a column of W is then one conti
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -157,18 +158,28 @@ def inverse_factor(moments: torch.Tensor) -> torch.Tensor:
 def compensate(
     target: torch.Tensor, factor: torch.Tensor, scales: torch.Tensor, levels: Levels
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round `target` [inputs, rows] under `scales` (of that shape), each column's error moved on to those that follow.
+    """Round `target` [inputs, rows] under `scales` [rows], each column's error moved on to those that follow.
 
     `factor` [inputs, inputs] is the `inverse_factor` of the moments. Returns the places of the levels, int32, and the
     errors in units of which the squares sum to what the layer's outputs change by; both [inputs, rows].
     """
+    if target.is_cuda and _has_triton():
+        from quantize.recipes import kernels
+
+        return kernels.compensate(target, factor, scales, levels.values)
+    return _compensate(target, factor, scales, levels)
+
+
+def _compensate(
+    target: torch.Tensor, factor: torch.Tensor, scales: torch.Tensor, levels: Levels
+) -> tuple[torch.Tensor, torch.Tensor]:
     inputs = len(target)
     if inputs <= LEAF:
         return _compensate_leaf(target, factor, scales, levels)
     half = inputs // 2
-    places, errors = compensate(target[:half], factor[:half, :half], scales[:half], levels)
+    places, errors = _compensate(target[:half], factor[:half, :half], scales, levels)
     rest = torch.addmm(target[half:], factor[:half, half:].T, errors, alpha=-1)
-    later_places, later_errors = compensate(rest, factor[half:, half:], scales[half:], levels)
+    later_places, later_errors = _compensate(rest, factor[half:, half:], scales, levels)
     return torch.cat([places, later_places]), torch.cat([errors, later_errors])
 
 
@@ -179,11 +190,24 @@ def _compensate_leaf(
     places = torch.empty(target.shape, dtype=torch.int32, device=target.device)
     errors = torch.empty_like(target)
     for column in range(len(target)):
-        place = levels.nearest(target[column] * inverse[column])
-        error = (target[column] - levels.values[place] * scales[column]) / factor[column, column]
+        place = levels.nearest(target[column] * inverse)
+        error = (target[column] - levels.values[place] * scales) / factor[column, column]
         target[column + 1 :].addr_(factor[column, column + 1 :], error, alpha=-1)
         places[column], errors[column] = place, error
     return places, errors
+
+
+@functools.cache
+def _has_triton() -> bool:
+    """Whether kernels can be built here: Triton comes with torch for CUDA on Linux, and needs a C compiler."""
+    try:
+        from quantize.recipes import kernels
+
+        one = torch.ones(32, 32, device="cuda")
+        kernels.compensate(one, one, one[0], torch.arange(16.0, device="cuda"))
+    except Exception:  # noqa: BLE001 - whatever stands in the way, the plain way works
+        return False
+    return True
 
 
 class _Work:
@@ -256,7 +280,7 @@ class _Work:
             desired, within = target[part], factor[part, part]
             base = desired.abs().amax(0)
             scales, _ = self._best_scales(index, rows, desired, within, [size * base for size in factors])
-            self.places[part, rows], errors = compensate(desired, within, scales.expand_as(desired), self.levels)
+            self.places[part, rows], errors = compensate(desired, within, scales, self.levels)
             self.scales[index, rows] = scales
             target[part.stop :].addmm_(factor[part, part.stop :].T, errors, alpha=-1)
 
@@ -270,7 +294,7 @@ class _Work:
             desired = goal[part] - error[part] + factor.T @ pull
             scales, change = self._best_scales(index, rows, desired, factor, [step * present for step in steps])
             better = change < pull.square().sum(0) * (1 - 1e-5)
-            places, _ = compensate(desired, factor, scales.expand_as(desired), self.levels)
+            places, _ = compensate(desired, factor, scales, self.levels)
             self.places[part, rows] = torch.where(better, places, self.places[part, rows])
             self.scales[index, rows] = torch.where(better, scales, present)
             error[part] = goal[part] - self.levels.values[self.places[part, rows]] * self.scales[index, rows]
@@ -285,8 +309,7 @@ class _Work:
         scales = torch.zeros_like(best)
         at_once = TRIED_AT_ONCE["cpu" if desired.device.type == "cpu" else "gpu"] // count
         for part in torch.split(tried, max(1, at_once)):
-            repeated, flat = desired.repeat(1, len(part)), part.reshape(-1).expand(len(desired), -1)
-            _, errors = compensate(repeated, factor, flat, self.levels)
+            _, errors = compensate(desired.repeat(1, len(part)), factor, part.reshape(-1), self.levels)
             change, which = errors.square_().sum(0).view(len(part), count).min(0)
             scales = torch.where(change < best, part.gather(0, which[None])[0], scales)
             best = torch.minimum(change, best)
