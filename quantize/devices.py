@@ -87,6 +87,17 @@ def room(device: str) -> int:
     return max(int(free * FEWEST_SHARE), int(free * LARGEST_SHARE) - WORKING_MEMORY)
 
 
+def release(device: str) -> None:
+    """Give memory back to the device that torch keeps for later."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.device(device).type != "cpu":
+        getattr(torch, torch.device(device).type).empty_cache()
+
+
 def accelerators(device: str) -> dict[int | str, int]:
     """Room on all devices of the kind of `device`, it first, by the number that accelerate knows them by."""
     import torch

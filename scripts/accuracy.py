@@ -63,6 +63,8 @@ VARIANTS = {
     "calibrated, text at 1, 1.4 and 2": Variant(CALIBRATED, replace(FULL, temperatures=(1.0, 1.4, 2.0))),
     "calibrated, without coupling": Variant(CALIBRATED, replace(FULL, coupled=False)),
     "calibrated, groups of 256": Variant(CALIBRATED, replace(FULL, search=Search(group=256))),
+    "calibrated, groups of 96": Variant(CALIBRATED, replace(FULL, search=Search(group=96))),
+    "calibrated, groups of 128": Variant(CALIBRATED, replace(FULL, search=Search(group=128))),
     "calibrated, groups of 1024": Variant(CALIBRATED, replace(FULL, search=Search(group=1024))),
     "calibrated, three sweeps": Variant(CALIBRATED, replace(FULL, search=Search(sweeps=3))),
     "calibrated, twice the text": Variant(replace(CALIBRATED, calibration_windows=256), FULL),

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from quantize import devices
 from quantize.errors import storage_errors
 from quantize.progress import Progress
 from quantize.recipes import calibration, packing, stock
@@ -87,6 +88,7 @@ def quantize(
     method = method or Method(search=Search(sweeps=recipe.sweeps))
     kept = _kept_work(resume, checkout, recipe, device, method)
     chosen, record = _choose(checkout, recipe, dtype, device, progress, corpus, kept, method)
+    devices.release(device)
     model = stock.load_quantized(checkout, recipe, dtype, device)
     for name, one in chosen.items():
         _put(model.get_submodule(name), one, device)
@@ -127,6 +129,7 @@ def _choose(
     else:
         progress.note("the gradients' moments would take too much memory: rows are rounded each for itself")
     model.to("cpu")
+    devices.release(device)
     stream = Stream(model, blocks, tokens, device, batch, fast)
     chosen: dict[str, Chosen] = {}
     with progress.task("choosing codes and scales", len(inside), "matrices") as advance:
@@ -158,7 +161,9 @@ def _round_block(
     for group in stream.order(index, names):
         modules = {name: layer.get_submodule(name) for name in group}
         slope = {name: slopes.get(f"{stream.blocks.name(index)}.{name}") for name in group}
-        gathered = {name: Seen(_matrix(module).shape[1], stream.device) for name, module in modules.items()}
+        alike = not any(slope.values())  # then what one of the group sees is what all see
+        watched = group[:1] if alike else group
+        gathered = {name: Seen(_matrix(modules[name]).shape[1], stream.device) for name in watched}
         start = 0
         for inputs in stream.inputs(index, group[0]):
             for name, moments in gathered.items():
@@ -167,7 +172,8 @@ def _round_block(
                 moments.add(inputs, energy)
             start += len(inputs)
         for name, module in modules.items():
-            found[name] = _choose_matrix(module, gathered[name], slope[name], recipe, dtype, method)
+            seen = gathered[group[0] if alike else name]
+            found[name] = _choose_matrix(module, seen, slope[name], recipe, dtype, method)
             _replace(module, found[name])
     return found
 
