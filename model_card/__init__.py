@@ -1,11 +1,13 @@
 """What a card says: facts in, README.md out. Knows nothing of how the facts came about."""
 
 from model_card.facts import (
+    CardCalibration,
     CardControl,
     CardConvention,
     CardDataset,
     CardFacts,
     CardPublisher,
+    CardRung,
     CardSample,
     Interval,
 )
@@ -15,11 +17,13 @@ from model_card.render import TemplateProblem, names, nats, render
 from model_card.source_card import split
 
 __all__ = [
+    "CardCalibration",
     "CardControl",
     "CardConvention",
     "CardDataset",
     "CardFacts",
     "CardPublisher",
+    "CardRung",
     "CardSample",
     "Interval",
     "TemplateProblem",

@@ -45,6 +45,30 @@ class CardControl:
 
 
 @dataclass(frozen=True)
+class CardCalibration:
+    """The text that codes and scales were chosen on; `source` is `self` where the original wrote it."""
+
+    source: str
+    windows: int
+    length: int
+    seed: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class CardRung:
+    """One recipe that was tried; size in bytes, measured values None where it failed a structural check."""
+
+    name: str
+    size: int
+    perplexity_ratio: Interval | None
+    kld: Interval | None
+    same_top: Interval | None
+    grade: str
+    chosen: bool
+
+
+@dataclass(frozen=True)
 class CardConvention:
     """A perplexity as papers state it, for both models."""
 
@@ -85,6 +109,8 @@ class CardFacts:
     architecture: str
     parameters: int
     recipe: str
+    calibration: CardCalibration | None
+    rungs: tuple[CardRung, ...]
     bits: int
     quant_type: str
     double_quant: bool

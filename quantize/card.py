@@ -7,17 +7,29 @@ import shlex
 from pathlib import Path
 
 from model_card import (
+    CardCalibration,
     CardControl,
     CardConvention,
     CardDataset,
     CardFacts,
     CardPublisher,
+    CardRung,
     CardSample,
     Interval,
 )
 from quantize import hub
 from quantize.parity.verdict import LIMITS
-from quantize.records import Estimate, Parity, ParitySettings, Provenance, Recipe, Source
+from quantize.records import (
+    CALIBRATED,
+    Calibrated,
+    Estimate,
+    Parity,
+    ParitySettings,
+    Provenance,
+    Recipe,
+    Rung,
+    Source,
+)
 
 
 def facts(
@@ -44,6 +56,8 @@ def facts(
         architecture=source.architecture,
         parameters=parity.sizes.parameters,
         recipe=recipe.name,
+        calibration=_calibration(quantized.calibrated),
+        rungs=tuple(_rung(one) for one in parity.rungs),
         bits=recipe.bits,
         quant_type=recipe.quant_type,
         double_quant=recipe.double_quant,
@@ -117,6 +131,11 @@ def command(source: Source, recipe: Recipe, settings: ParitySettings) -> str:
     if source.commit:
         words += ["--revision", source.commit]
     words += ["--bits", str(recipe.bits)]
+    if recipe.bits == 4:
+        words += ["--recipe", recipe.name]
+    if recipe.name == CALIBRATED:
+        names = ("sweeps", "calibration", "calibration_windows", "calibration_length", "calibration_seed")
+        words += _changed(recipe, names)
     if recipe.bits == 4 and recipe.quant_type != Recipe.quant_type:
         words += ["--quant-type", recipe.quant_type]
     if recipe.bits == 4 and not recipe.double_quant:
@@ -126,12 +145,35 @@ def command(source: Source, recipe: Recipe, settings: ParitySettings) -> str:
     for module in recipe.skip_modules:
         words += ["--skip-modules", module]
     words += [f"--{name}" for name in ("full", "controls", "conventions") if getattr(settings, name)]
-    for name in ("corpus", "window", "max_windows", "new_tokens", "seed", "require"):
-        if getattr(settings, name) != getattr(ParitySettings, name):
-            words += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
+    words += _changed(settings, ("corpus", "window", "max_windows", "new_tokens", "seed", "require"))
     if source.remote_code:
         words += ["--trust-remote-code"]
     return shlex.join(words)
+
+
+def _changed(record: Recipe | ParitySettings, names: tuple[str, ...]) -> list[str]:
+    """Options for the fields that differ from their defaults."""
+    given = {name: getattr(record, name) for name in names if getattr(record, name) != getattr(type(record), name)}
+    return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def _calibration(text: Calibrated | None) -> CardCalibration | None:
+    return CardCalibration(text.source, text.windows, text.length, text.seed, text.sha256) if text else None
+
+
+def _rung(one: Rung) -> CardRung:
+    name, usual = one.recipe.name, Recipe()
+    if one.recipe.sweeps != usual.sweeps:
+        name = f"{name}, {one.recipe.calibration_windows} windows of text, {one.recipe.sweeps} sweeps"
+    return CardRung(
+        name=name,
+        size=one.weight_bytes,
+        perplexity_ratio=_interval(one.perplexity_ratio) if one.perplexity_ratio else None,
+        kld=_interval(one.kld) if one.kld else None,
+        same_top=_interval(one.same_top) if one.same_top else None,
+        grade=one.grade,
+        chosen=one.chosen,
+    )
 
 
 def figure_names(folder: Path) -> tuple[str, ...]:

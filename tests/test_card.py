@@ -288,8 +288,8 @@ def test_the_reproduction_command_names_what_differs_from_the_defaults() -> None
     source = Source("m", "org/m", "main", "c0ffee", (), "A", "a", "F16", 1, False)
     recipe = Recipe(quant_type="fp4", double_quant=False, skip_modules=("h.0",))
     assert reproduction(source, recipe, ParitySettings(require="parity", corpus="my text.txt")) == (
-        "quantize run org/m --revision c0ffee --bits 4 --quant-type fp4 --no-double-quant --skip-modules h.0 "
-        "--corpus 'my text.txt' --require parity"
+        "quantize run org/m --revision c0ffee --bits 4 --recipe auto --quant-type fp4 --no-double-quant "
+        "--skip-modules h.0 --corpus 'my text.txt' --require parity"
     )
 
 

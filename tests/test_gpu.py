@@ -26,7 +26,8 @@ SETTINGS = ParitySettings(new_tokens=16, require="degraded")
 @pytest.fixture(scope="module")
 def on_gpu(tmp_path_factory: pytest.TempPathFactory) -> package.Package:
     output = tmp_path_factory.mktemp("gpu") / "pocket-gpt2-bnb-4bit"
-    return pipeline.run(pipeline.RunRequest(str(POCKET), output=output, settings=SETTINGS), Silent()).package
+    request = pipeline.RunRequest(str(POCKET), output=output, recipe=Recipe(name="stock"), settings=SETTINGS)
+    return pipeline.run(request, Silent()).package
 
 
 def test_auto_takes_the_gpu_and_the_package_passes(on_gpu: package.Package) -> None:
@@ -89,7 +90,7 @@ def test_what_does_not_fit_is_spread_over_gpu_and_cpu(
 def test_the_whole_job_over_http(tmp_path: Path) -> None:
     with LoopbackHub() as hub:
         seed_distilgpt2(hub, POCKET)
-        made = quantize(hub, tmp_path, "run", "--bits", "4", "--require", "degraded", "--json")
+        made = quantize(hub, tmp_path, "run", "--bits", "4", "--recipe", "stock", "--require", "degraded", "--json")
         assert made.returncode == 0, made.stderr
         pushed = quantize(hub, tmp_path, "push", "distilgpt2-bnb-4bit", "--to", TARGET, "--json")
         assert pushed.returncode == 0, pushed.stderr

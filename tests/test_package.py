@@ -89,7 +89,19 @@ def test_only_packages_are_replaced(tmp_path: Path) -> None:
 def test_a_full_disk_is_one_line(tmp_path: Path, pocket: Path) -> None:
     """The operating system refuses to write more than 1 MB a file, as a full disk would."""
     outcome = subprocess.run(
-        [sys.executable, "-m", "quantize", "run", str(pocket), "--output", str(tmp_path / "out"), "--device", "cpu"],
+        [
+            sys.executable,
+            "-m",
+            "quantize",
+            "run",
+            str(pocket),
+            "--recipe",
+            "stock",
+            "--output",
+            str(tmp_path / "out"),
+            "--device",
+            "cpu",
+        ],
         capture_output=True,
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)),

@@ -142,7 +142,9 @@ def test_another_recipe_does_not_take_a_finished_name(finished: Path, command: C
 
 
 def test_force_replaces_and_leaves_nothing_behind(package_copy: Path) -> None:
-    request = pipeline.RunRequest(str(POCKET), output=package_copy, settings=SMALL, device="cpu", force=True)
+    request = pipeline.RunRequest(
+        str(POCKET), output=package_copy, recipe=Recipe(name="stock"), settings=SMALL, device="cpu", force=True
+    )
     before = package.open_package(package_copy)
     result = pipeline.run(request, Silent())
     assert result.created
@@ -158,7 +160,8 @@ def test_a_refused_package_keeps_its_evidence_under_a_name_that_shows_it(
 ) -> None:
     output = tmp_path / "pocket"
     outcome = command(
-        *("run", POCKET, "-o", output, "--quant-type", "fp4", "--require", "lossless", "--device", "cpu"),
+        *("run", POCKET, "-o", output, "--recipe", "stock", "--quant-type", "fp4"),
+        *("--require", "lossless", "--device", "cpu"),
         *("--max-windows", "8", "--new-tokens", "2", "--json"),
     )
     assert outcome.code == 3

@@ -87,7 +87,8 @@ def measure(
     """Compare the checkpoint in `candidate` with its source, both loaded from disk onto `device`.
 
     `promised` is what the recipe meant; without it the checkpoint's own config is taken at its word. `controls` are
-    folders of other quantized versions, which are scored on the same windows as well, and the float16 source too.
+    folders of other quantized versions, which are scored on the same windows as well; with `settings.controls` the
+    float16 source is one of them.
     With a `reference_cache` the models are loaded one at a time, and the reference's answers are kept in that file.
     Raises CorpusError or DeviceError; a bad candidate is no error but a verdict.
     """
@@ -175,7 +176,7 @@ def _compare(
         reference_cache=kept.record(len(scored)) if kept else None,
         generation=_generate(pair, settings, progress),
         conventions=_conventions(pair, text, progress) if settings.conventions else (),
-        controls=_controls(pair, kept, controls, scored, settings, progress) if settings.controls else (),
+        controls=_controls(pair, kept, controls, scored, settings, progress),
     )
 
 
@@ -244,7 +245,8 @@ def _controls(
 ) -> tuple[Control, ...]:
     """Score other versions of the source on the same windows; only float16 is computed in its own type on a CPU."""
     found = []
-    for name, folder in {FLOAT16: pair.checkout.folder, **versions}.items():
+    half = {FLOAT16: pair.checkout.folder} if settings.controls else {}
+    for name, folder in {**half, **versions}.items():
         reference = _answers(pair, kept, windows)
         model = pair.another(folder, dtype="float16" if name == FLOAT16 else None)
         with progress.task(f"control {name}", len(windows), "windows") as advance:

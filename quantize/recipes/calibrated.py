@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Mapping
@@ -33,6 +34,8 @@ TOKENS_AT_ONCE = 4096
 """How many run through a block side by side."""
 MOST_OUTPUT_MOMENTS = 4 << 30
 """Bytes for the moments of all gradients; a model that needs more is rounded without them."""
+GROUP, GROUP_ELSEWHERE = {"cpu": 64}, 128
+"""Rows that are rounded at a time under coupling: fewer come out better, and keep a GPU waiting for their launches."""
 CODES, BIAS = "weight", "bias"
 
 
@@ -85,7 +88,8 @@ def quantize(
     """
     started = time.monotonic()
     dtype = stock.choose_dtype(checkout, recipe, progress)
-    method = method or Method(search=Search(sweeps=recipe.sweeps))
+    kind = torch.device(device).type
+    method = method or Method(search=Search(sweeps=recipe.sweeps, group=GROUP.get(kind, GROUP_ELSEWHERE)))
     kept = _kept_work(resume, checkout, recipe, device, method)
     chosen, record = _choose(checkout, recipe, dtype, device, progress, corpus, kept, method)
     devices.release(device)
@@ -118,7 +122,7 @@ def _choose(
     model = _load_source(checkout, dtype, device)
     fast = next(model.parameters()).dtype == torch.float32 and _computes_bfloat16(device)
     tokens, record = _calibration(checkout, recipe, model.to(device), corpus, device, fast, progress, kept, method)
-    batch = max(1, TOKENS_AT_ONCE // tokens.shape[1])
+    batch = math.gcd(len(tokens), max(1, TOKENS_AT_ONCE // tokens.shape[1]))
     blocks = Blocks.of(model, names)
     inside = [name for name in names if name.startswith(f"{blocks.path}.")]
     slopes: dict[str, Gradient] = {}
@@ -181,9 +185,9 @@ def _round_block(
 def _choose_matrix(
     module: Any, seen: Seen, slope: Gradient | None, recipe: Recipe, dtype: str, method: Method
 ) -> Chosen:
-    """Codes and scales for one matrix, nearest ones where no text ever reached it, and a bias for what they shift."""
+    """Codes and scales for one matrix, nearest ones where nothing ever reached it, and a bias for what they shift."""
     weight, stored = _matrix(module).float(), getattr(torch, dtype)
-    if not seen.weight:
+    if not seen.weight or not bool(seen.covariance.diagonal().mean() > 0):
         packed = packing.nearest(weight.to(stored), recipe.quant_type, recipe.double_quant, recipe.block_size)
         return Chosen(packed, None if module.bias is None else module.bias.detach().to(stored))
     coupling = slope.moments.to(weight.device) if slope and method.coupled else None

@@ -20,6 +20,8 @@ SELF = "self"
 WRITTEN_AT_ONCE = 128
 """Windows that a model writes side by side; for the sake of its cache a quarter, if it has more than LARGE weights."""
 LARGE = 2_000_000_000
+TOGETHER = 8
+"""Windows run through the model in equal numbers, so a few may be over."""
 SHINGLE = 13
 """Words in a row that two texts have in common only where one was copied from the other."""
 MOST_OVERLAP = 0.01
@@ -54,6 +56,7 @@ def prepare(
     if wanted.calibration != SELF:
         _require_apart(wanted.calibration, texts, forbidden)
     kept = tokens[~shared]
+    kept = kept[: len(kept) // TOGETHER * TOGETHER]
     if len(kept) < len(tokens) / 2:
         raise CorpusError(
             f"{len(tokens) - len(kept)} of {len(tokens)} windows of calibration text repeat the corpus that the "

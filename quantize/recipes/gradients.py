@@ -12,6 +12,9 @@ from quantize.progress import Progress
 from quantize.recipes.blocks import autocast
 from quantize.recipes.rounding import Moments
 
+MOST_ENERGY = 10_000.0
+"""Times the median: no token, such as the first one of a text, may count for all the others."""
+
 
 @dataclass(frozen=True)
 class Gradient:
@@ -68,12 +71,18 @@ class _Watch:
     def result(self) -> dict[str, Gradient]:
         for hook in self.hooks:
             hook.remove()
-        return {
-            name: Gradient(energy / energy.mean().clamp(min=1e-30), self.moments[name].mean.cpu())
-            for name, parts in self.energy.items()
-            if parts
-            for energy in (torch.cat(parts),)
-        }
+        found = {name: self._gradient(name) for name in self.energy}
+        return {name: one for name, one in found.items() if one is not None}
+
+    def _gradient(self, name: str) -> Gradient | None:
+        """Scaled to a mean of 1; None where the loss does not feel the matrix, or not in numbers."""
+        moments = self.moments[name].mean.cpu()
+        size = float(moments.diagonal().mean())
+        if not 0 < size < float("inf"):
+            return None
+        energy = torch.cat(self.energy[name])
+        energy = energy.clamp(max=MOST_ENERGY * float(energy.median()))
+        return Gradient(energy / energy.mean().clamp(min=1e-30), moments / size)
 
     def _keeper(self, name: str) -> Callable[..., None]:
         def keep(_: Any, __: Any, slopes: tuple[torch.Tensor, ...]) -> None:
