@@ -14,7 +14,6 @@ from typing import Any
 
 from quantize.errors import ConfigError
 from quantize.records import (
-    BLOCK_SIZES,
     COMPUTE_DTYPES,
     GRADES,
     HUB_ID,
@@ -104,7 +103,6 @@ SPECIAL = {
     "compute_dtype": _one_of(*COMPUTE_DTYPES),
     "target_grade": _one_of(*GRADES[:-1]),
     "sweeps": _whole(0),
-    "block_size": _one_of(*BLOCK_SIZES),
     "calibration_windows": _whole(8),
     "calibration_length": _whole(16),
     "calibration_seed": _whole(0, 2**32 - 1),
@@ -114,10 +112,12 @@ SPECIAL = {
     "seed": _whole(0, 2**32 - 1),
     "require": _one_of(*GRADES[:-1]),
 }
+EXPERIMENTAL = "block_size"
+"""A field that no option sets."""
 BY_TYPE = {bool: FLAG, str: LINE, tuple: LINES}
 """For a field that needs nothing special: what its default says."""
 
-RECIPE = {"recipe" if item.name == "name" else item.name: item for item in fields(Recipe)}
+RECIPE = {"recipe" if item.name == "name" else item.name: item for item in fields(Recipe) if item.name != EXPERIMENTAL}
 SETTINGS = {item.name: item for item in fields(ParitySettings)}
 REQUIRED = {
     "source": Rule("a Hub id such as distilbert/distilgpt2, never a folder", _is_hub_id),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantize import package, recipes, source
+from quantize.errors import ConfigError, CorpusError
 from quantize.parity import corpus_text, judge
 from quantize.progress import Progress
 from quantize.records import (
@@ -73,7 +74,11 @@ def build(
         folder.mkdir(parents=True)
         progress.stage(f"quantize to {rung.bits} bits on {device}: {rung.name}")
         kept = resume / str(number)
-        quantized = recipes.quantize(checkout, folder, rung, device, progress, corpus_text(settings), kept)
+        try:
+            quantized = recipes.quantize(checkout, folder, rung, device, progress, corpus_text(settings), kept)
+        except (ConfigError, CorpusError):  # nothing was begun that could be taken up again
+            shutil.rmtree(resume, ignore_errors=True)
+            raise
         package.copy_carried(checkout, source.carried_files(checkout.source), folder)
         progress.stage("verify against the source")
         parity = measure(folder, rung, dataclasses.replace(settings, require=aim))

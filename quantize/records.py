@@ -26,7 +26,6 @@ HUB_ID = re.compile(r"(?!.*(?:--|\.\.))(?:\b[\w.-]{1,96}\b/)?\b[\w.-]{1,96}\b(?<
 STOCK, CALIBRATED, AUTO = "stock", "calibrated", "auto"
 RECIPES = (AUTO, STOCK, CALIBRATED)
 QUANT_TYPES = ("nf4", "fp4")
-BLOCK_SIZES = (32, 64)
 COMPUTE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 GRADES = ("lossless", "parity", "good", "degraded", "failed")
 """From best to worst; `changed` stands outside the order."""

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from quantize import catalogue
 from quantize.cli import cli
 from quantize.errors import ConfigError
-from quantize.records import COMPUTE_DTYPES, GRADES, QUANT_TYPES, ParitySettings, Recipe
+from quantize.records import COMPUTE_DTYPES, GRADES, QUANT_TYPES, RECIPES, ParitySettings, Recipe
 
 Keys = dict[str, Any]
 
@@ -25,7 +25,13 @@ MODEL = '[[model]]\nsource = "gpt2"\ntarget = "you/gpt2-bnb-4bit"\n'
 
 lines_of_text = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=12)
 VALUES: dict[str, st.SearchStrategy[Any]] = {
-    "recipe": st.just("stock"),
+    "recipe": st.sampled_from(RECIPES),
+    "target_grade": st.sampled_from(GRADES[:-1]),
+    "sweeps": st.integers(0, 9),
+    "calibration": lines_of_text,
+    "calibration_windows": st.integers(8, 2**40),
+    "calibration_length": st.integers(16, 2**40),
+    "calibration_seed": st.integers(0, 2**32 - 1),
     "bits": st.sampled_from([4, 8]),
     "quant_type": st.sampled_from(QUANT_TYPES),
     "double_quant": st.booleans(),
@@ -310,7 +316,7 @@ def test_every_field_of_a_recipe_and_of_the_settings_has_a_key() -> None:
     mine = {"source", "target", *VALUES}
     assert mine == catalogue.REQUIRED.keys() | catalogue.OPTIONAL.keys()
     of_records = {field.name for record in (Recipe, ParitySettings) for field in dataclasses.fields(record)}
-    assert of_records - {"name"} <= mine
+    assert of_records - {"name", "block_size"} <= mine
 
 
 def test_a_field_without_a_rule_of_its_own_accepts_its_default() -> None:

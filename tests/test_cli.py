@@ -70,6 +70,11 @@ def test_wrong_usage_exits_with_2(command: Callable[..., Outcome], arguments: li
         (["run", str(POCKET), "--device", "cuda:77"], "device 'cuda:77' cannot be used here"),
         (["run", str(POCKET), "--device", "toaster"], "device 'toaster' cannot be used here"),
         (["run", str(POCKET), "--corpus", "no-such-text"], "no corpus 'no-such-text'"),
+        (
+            ["run", str(POCKET), "--recipe", "calibrated", "--bits", "8"],
+            "leave it out with 8 bits",
+        ),
+        (["run", str(POCKET), "--recipe", "calibrated", "--calibration", "none.txt"], "no calibration text 'none.txt'"),
         (["verify", "./no-such-package"], "holds no model: it has no config.json"),
         (["card", "no-such-package"], "no such package: no-such-package"),
         (["push", "no-such-package", "--to", "a/b"], "no such package: no-such-package"),

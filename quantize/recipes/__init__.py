@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from quantize.errors import ConfigError
 from quantize.progress import Progress
 from quantize.records import CALIBRATED, Checkout, Quantized, Recipe
 
@@ -20,10 +21,12 @@ def quantize(
     """Write quantized weights and their config of `checkout` into the folder `output`; stock where not calibrated.
 
     A calibrated recipe never looks at `corpus`, the text that the result is judged by, and keeps finished work in the
-    folder `resume`. Raises CorruptModel (NaN, damage), UnsupportedModel (nothing to quantize), CorpusError (the
-    calibration text), DeviceError or StorageError.
+    folder `resume`. Raises ConfigError (calibrated 8-bit weights), CorruptModel (NaN, damage), UnsupportedModel
+    (nothing to quantize), CorpusError (the calibration text), DeviceError or StorageError.
     """
     if recipe.name == CALIBRATED:
+        if recipe.bits != 4:
+            raise ConfigError("the calibrated recipe makes 4-bit weights: leave it out with 8 bits")
         from quantize.recipes import calibrated
 
         kept = resume or output.with_name(f"{output.name}.calibration")
