@@ -15,7 +15,8 @@ from tests.forked import Child, Ended, Warm, warm_process
 from tests.hub import WRITE_TOKEN, LoopbackHub
 from tests.hub.distilgpt2 import seed_distilgpt2
 
-QUICK_OPTIONS = ("--recipe", "stock", "--max-windows", "24", "--new-tokens", "8", "--require", "degraded")
+MEASURING = ("--max-windows", "24", "--new-tokens", "8", "--require", "degraded")
+QUICK_OPTIONS = ("--recipe", "stock", *MEASURING)
 EXPIRED_TOKEN = "hf_loopback_expired"
 MODEL, TARGET = "distilbert/distilgpt2", "tester/distilgpt2-bnb-4bit"
 NAME = "distilgpt2-bnb-4bit"

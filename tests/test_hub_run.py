@@ -17,6 +17,7 @@ from huggingface_hub import HfApi
 from tests.conftest import POCKET, QUICK_OPTIONS
 from tests.hub import Fault, LoopbackHub
 from tests.hub.distilgpt2 import seed_distilgpt2
+from tests.place import MEASURING
 
 MODEL = "distilbert/distilgpt2"
 TARGET = "tester/distilgpt2-bnb-4bit"
@@ -104,7 +105,7 @@ def test_run_and_push_over_http(hub: LoopbackHub, commit: str, tmp_path: Path) -
 
     figures = tmp_path / "figures"
     judged = quantize(
-        *(hub, tmp_path, "verify", TARGET, "--figures", str(figures), "--device", "cpu", *QUICK_OPTIONS, "--json")
+        *(hub, tmp_path, "verify", TARGET, "--figures", str(figures), "--device", "cpu", *MEASURING, "--json")
     )
     assert judged.returncode == 0, judged.stderr
     assert json.loads(judged.stdout)["scores"] == json.loads((folder / "parity.json").read_text())["scores"]
@@ -122,7 +123,7 @@ def test_a_revision_is_resolved_once_and_kept(hub: LoopbackHub, commit: str, tmp
     provenance = json.loads((tmp_path / "distilgpt2-bnb-4bit" / "provenance.json").read_text())
     assert provenance["source"]["commit"] == commit != hub.head(MODEL)
     assert "a later card" not in (tmp_path / "distilgpt2-bnb-4bit" / "README.md").read_text()
-    verified = quantize(hub, tmp_path, "verify", "distilgpt2-bnb-4bit", "--device", "cpu", *QUICK_OPTIONS, "-q")
+    verified = quantize(hub, tmp_path, "verify", "distilgpt2-bnb-4bit", "--device", "cpu", *MEASURING, "-q")
     assert verified.returncode == 0, verified.stderr
     rendered = quantize(hub, tmp_path, "card", "distilgpt2-bnb-4bit", "-q")
     assert rendered.returncode == 0, rendered.stderr

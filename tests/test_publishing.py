@@ -18,7 +18,7 @@ import pytest
 
 from tests.forked import Child
 from tests.hub import WRITE_TOKEN, Fault
-from tests.place import COMMANDS, MODEL, NAME, QUICK_OPTIONS, TARGET, Place
+from tests.place import COMMANDS, MODEL, NAME, TARGET, Place
 
 RUN = COMMANDS["run --push-to"]
 PUSH = COMMANDS["push"]
@@ -460,6 +460,3 @@ def test_a_hub_without_xet_is_said_in_one_line(place: Place, tmp_path: Path) -> 
 def test_wrong_usage(place: Place, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     ended = place.quantize(*arguments, folder=tmp_path)
     assert ended.code == 2 and message in ended.err
-
-
-assert QUICK_OPTIONS[-2:] == RUN[-2:] == ("--require", "degraded")

@@ -19,6 +19,7 @@ from quantize import package, pipeline
 from quantize.progress import Silent
 from quantize.records import ParitySettings, Recipe
 from tests.conftest import POCKET, QUICK, QUICK_OPTIONS, Outcome
+from tests.place import MEASURING
 
 SMALL = ParitySettings(max_windows=8, new_tokens=2, require="degraded")
 
@@ -235,7 +236,7 @@ def llama(tmp_path: Path) -> Path:
 
 
 def test_verify_measures_again_and_says_the_same(finished: Path, command: Callable[..., Outcome]) -> None:
-    outcome = command("verify", finished, "--against", POCKET, "--device", "cpu", *QUICK_OPTIONS, "--json")
+    outcome = command("verify", finished, "--against", POCKET, "--device", "cpu", *MEASURING, "--json")
     assert outcome.code == 0, outcome.err
     again, before = json.loads(outcome.out), json.loads((finished / "parity.json").read_text())
     assert {**again, "seconds": 0} == {**before, "seconds": 0}
@@ -247,7 +248,7 @@ def test_verify_judges_a_checkpoint_that_is_no_package(
     bare = tmp_path / "somebody-elses"
     shutil.copytree(finished, bare, ignore=shutil.ignore_patterns("*.md", "provenance.json", "parity.json", "figures"))
     assert "name its original model with --against" in command("verify", bare).err
-    outcome = command("verify", bare, "--against", POCKET, "--device", "cpu", *QUICK_OPTIONS)
+    outcome = command("verify", bare, "--against", POCKET, "--device", "cpu", *MEASURING)
     assert outcome.code == 0 and "perplexity ratio" in outcome.err
 
 
@@ -260,7 +261,7 @@ def test_verify_judges_an_8bit_checkpoint_made_by_stock_transformers(
     place = {"": "cpu"}
     AutoModelForCausalLM.from_pretrained(POCKET, quantization_config=config, device_map=place).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(POCKET).save_pretrained(tmp_path)
-    outcome = command("verify", tmp_path, "--against", POCKET, "--device", "cpu", *QUICK_OPTIONS, "--json")
+    outcome = command("verify", tmp_path, "--against", POCKET, "--device", "cpu", *MEASURING, "--json")
     parity = json.loads(outcome.out)
     assert outcome.code == 0 and parity["verdict"]["grade"] == "lossless"
     assert parity["checks"][0]["detail"] == "config.json says 8-bit, so do the files"
