@@ -164,7 +164,7 @@ def test_a_second_job_on_the_same_catalogue_is_refused(place: Place, folder: Pat
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        (CATALOGUE.replace("require", "requires"), (), "catalogue.toml:5: unknown key 'requires': is require meant?"),
+        (CATALOGUE.replace("require", "requires"), (), "catalogue.toml:6: unknown key 'requires': is require meant?"),
         (CATALOGUE, ("--only", "tester/other"), "catalogue.toml has no target tester/other"),
     ],
 )
