@@ -128,7 +128,7 @@ BROKEN = [
     ("bits", 5, "bits is one of 4, 8, not 5"),
     ("bits", 4.0, "bits is one of 4, 8, not 4.0"),
     ("bits", "4", "bits is one of 4, 8, not '4'"),
-    ("recipe", "magic", "recipe is one of stock, not 'magic'"),
+    ("recipe", "magic", "recipe is one of auto, stock, calibrated, not 'magic'"),
     ("quant_type", True, "quant_type is one of nf4, fp4, not true"),
     ("double_quant", 1, "double_quant is true or false, not 1"),
     ("compute_dtype", "int4", "compute_dtype is one of auto, float16, bfloat16, float32, not 'int4'"),
