@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import shutil
 import tempfile
 import time
@@ -25,6 +24,7 @@ from quantize.records import (
     Receipt,
     Target,
     grade_at_least,
+    now,
     package_key,
     read_record,
     to_json,
@@ -79,13 +79,13 @@ def push(folder: Path, target: Target, progress: Progress, *, verify_download: b
     """Publish a package that passed and is unchanged since, in one commit; leaves a receipt beside its files."""
     made = _publishable(folder)
     target, listed = _titled(target, made.provenance), _files(made)
-    started = _now()
+    started = now()
     progress.stage(f"push to {target.repo_id}")
     receipt = publish.push(folder, listed, target, publish.plan(folder, listed, target), progress)
     proof = None
     if verify_download:
         proof = _proved_by_download(target.repo_id, receipt.commit, listed, made.provenance, folder, progress)
-    receipt = dataclasses.replace(receipt, key=made.provenance.key, started=started, finished=_now(), downloaded=proof)
+    receipt = dataclasses.replace(receipt, key=made.provenance.key, started=started, finished=now(), downloaded=proof)
     with storage_errors(folder):
         (folder / package.RECEIPT).write_text(to_json(receipt), "utf-8")
     return receipt
@@ -278,7 +278,3 @@ def _proved_by_download(
             f"look at the repo before anybody uses it"
         )
     return Downloaded(len(listed), size, tokens, loss, expected, round(time.monotonic() - started, 3))
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

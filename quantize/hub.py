@@ -19,7 +19,6 @@ from quantize.progress import Advance, ignore
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-MAIN = "main"
 READ_ONLY = "read"
 
 

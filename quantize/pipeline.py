@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from quantize.records import (
     Provenance,
     Publisher,
     Recipe,
+    now,
     package_key,
 )
 
@@ -99,7 +99,7 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
         provenance = Provenance(
             tool=TOOL,
             tool_version=__version__,
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            created=now(),
             source=checkout.source,
             recipe=made.recipe,
             quantized=made.quantized,

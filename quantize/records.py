@@ -5,6 +5,7 @@ Defaults of the command line stand here, once.
 
 from __future__ import annotations
 
+import datetime
 import functools
 import hashlib
 import json
@@ -518,6 +519,11 @@ def package_key(source_name: str, pinned: str, recipe: Recipe) -> str:
     changed = {name: value for name, value in parameters.items() if value != getattr(Recipe, name)}
     made_of = {"source": source_name, "pinned": pinned, "recipe": changed, "format": FORMAT_VERSION}
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+
+
+def now() -> str:
+    """This second in UTC, as records have it."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def to_json(record: object) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 import shutil
 import time
@@ -18,7 +17,7 @@ from quantize.files import locked
 from quantize.package import PROVENANCE, REFUSED, open_package
 from quantize.pipeline import RunRequest
 from quantize.progress import Progress
-from quantize.records import Publisher, Target
+from quantize.records import Publisher, Target, now
 from quantize.source import is_local
 
 PACKAGES, EVIDENCE = "packages", "evidence"
@@ -75,7 +74,7 @@ def sync(job: Job, progress: Progress) -> Report:
     another job works on this catalogue.
     """
     entries = _chosen(catalogue.read(job.catalogue), job)
-    started = _now()
+    started = now()
     outcomes: list[Outcome] = []
     code = 0
     with locked(job.catalogue.resolve(), ConfigError(f"another job works on {job.catalogue}: wait for it")):
@@ -90,7 +89,7 @@ def sync(job: Job, progress: Progress) -> Report:
                 break
     states = {outcome.state for outcome in outcomes}
     code = code or (FAILED if "failed" in states else REFUSAL if "refused" in states else 0)
-    report = Report(job.catalogue.name, started, _now(), tuple(outcomes), code)
+    report = Report(job.catalogue.name, started, now(), tuple(outcomes), code)
     _write_summary(report, progress)
     return report
 
@@ -221,7 +220,3 @@ def _cell(text: str) -> str:
     """Text that stays in its cell and is shown as it is."""
     escaped = "".join(f"\\{letter}" if letter in "\\`*_[]<>|" else letter for letter in text)
     return " ".join(escaped.split())
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

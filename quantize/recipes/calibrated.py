@@ -126,11 +126,11 @@ def _choose(
     blocks = Blocks.of(model, names)
     inside = [name for name in names if name.startswith(f"{blocks.path}.")]
     slopes: dict[str, Gradient] = {}
-    if not (method.coupled or method.weighed):
-        pass
-    elif _output_moment_bytes(model, inside) <= MOST_OUTPUT_MOMENTS:
+    wanted = method.coupled or method.weighed
+    fits = _output_moment_bytes(model, inside) <= MOST_OUTPUT_MOMENTS
+    if wanted and fits:
         slopes = gradients(model, inside, tokens, device, batch, fast, recipe.calibration_seed, progress)
-    else:
+    elif wanted:
         progress.note("the gradients' moments would take too much memory: rows are rounded each for itself")
     model.to("cpu")
     devices.release(device)
