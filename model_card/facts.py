@@ -95,7 +95,8 @@ class CardFacts:
     `key` says what the package is made of, as provenance.json does. `source_repo_id` and `source_commit` are None for
     a local source; measured values are None in the card of a package that failed a structural check and was never
     scored. `source_card` is the whole of the source's README; `corpus_dataset` is None for a text that is not from
-    the Hub.
+    the Hub. Of the quantized modules `fine_modules` have blocks of 32 weights; `spared_modules` of the kept ones are
+    kept for the sake of accuracy.
     """
 
     publisher: CardPublisher | None
@@ -116,6 +117,8 @@ class CardFacts:
     double_quant: bool
     dtype: str
     quantized_modules: int
+    fine_modules: int
+    spared_modules: int
     kept_modules: tuple[str, ...]
     source_bytes: int
     package_bytes: int

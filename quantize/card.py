@@ -31,6 +31,11 @@ from quantize.records import (
     Source,
 )
 
+CALIBRATED_OPTIONS = (
+    *("size_budget", "sweeps"),
+    *("calibration", "calibration_windows", "calibration_length", "calibration_seed"),
+)
+
 
 def facts(
     provenance: Provenance,
@@ -63,6 +68,8 @@ def facts(
         double_quant=recipe.double_quant,
         dtype=quantized.dtype,
         quantized_modules=len(quantized.modules),
+        fine_modules=len(quantized.fine),
+        spared_modules=len(quantized.spared),
         kept_modules=quantized.kept_modules,
         source_bytes=parity.sizes.source_bytes,
         package_bytes=parity.sizes.package_bytes,
@@ -134,8 +141,7 @@ def command(source: Source, recipe: Recipe, settings: ParitySettings) -> str:
     if recipe.bits == 4:
         words += ["--recipe", recipe.name]
     if recipe.name == CALIBRATED:
-        names = ("sweeps", "calibration", "calibration_windows", "calibration_length", "calibration_seed")
-        words += _changed(recipe, names)
+        words += _changed(recipe, CALIBRATED_OPTIONS)
     if recipe.bits == 4 and recipe.quant_type != Recipe.quant_type:
         words += ["--quant-type", recipe.quant_type]
     if recipe.bits == 4 and not recipe.double_quant:
@@ -165,6 +171,8 @@ def _rung(one: Rung) -> CardRung:
     name, usual = one.recipe.name, Recipe()
     if one.recipe.sweeps != usual.sweeps:
         name = f"{name}, {one.recipe.calibration_windows} windows of text, {one.recipe.sweeps} sweeps"
+    if one.recipe.size_budget != usual.size_budget:
+        name = f"{name}, at most {one.recipe.size_budget:g} times the bytes"
     return CardRung(
         name=name,
         size=one.weight_bytes,

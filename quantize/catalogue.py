@@ -95,6 +95,7 @@ FLAG = Rule("true or false", lambda value: isinstance(value, bool))
 LINE = Rule("one line of text", _is_line)
 LINES = Rule("a list of names", lambda value: isinstance(value, list) and all(map(_is_line, value)))
 POSITIVE = Rule("a number above 0", lambda value: type(value) in (int, float) and 0 < value < math.inf)
+BUDGET = Rule("a number from 1 on", lambda value: type(value) in (int, float) and 1 <= value < math.inf)
 
 SPECIAL = {
     "recipe": _one_of(*RECIPES),
@@ -102,6 +103,7 @@ SPECIAL = {
     "quant_type": _one_of(*QUANT_TYPES),
     "compute_dtype": _one_of(*COMPUTE_DTYPES),
     "target_grade": _one_of(*GRADES[:-1]),
+    "size_budget": BUDGET,
     "sweeps": _whole(0),
     "calibration_windows": _whole(8),
     "calibration_length": _whole(16),
@@ -112,12 +114,10 @@ SPECIAL = {
     "seed": _whole(0, 2**32 - 1),
     "require": _one_of(*GRADES[:-1]),
 }
-EXPERIMENTAL = "block_size"
-"""A field that no option sets."""
 BY_TYPE = {bool: FLAG, str: LINE, tuple: LINES}
 """For a field that needs nothing special: what its default says."""
 
-RECIPE = {"recipe" if item.name == "name" else item.name: item for item in fields(Recipe) if item.name != EXPERIMENTAL}
+RECIPE = {"recipe" if item.name == "name" else item.name: item for item in fields(Recipe)}
 SETTINGS = {item.name: item for item in fields(ParitySettings)}
 REQUIRED = {
     "source": Rule("a Hub id such as distilbert/distilgpt2, never a folder", _is_hub_id),
@@ -226,6 +226,8 @@ def _clashes(models: list[dict[str, Any]], places: list[Table]) -> Iterator[Prob
 
 def _entry(given: dict[str, Any], line: int) -> Entry:
     frozen: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    if "size_budget" in frozen:
+        frozen["size_budget"] = float(frozen["size_budget"])
     return Entry(
         line=line,
         recipe=Recipe(**{item.name: frozen[key] for key, item in RECIPE.items() if key in frozen}),

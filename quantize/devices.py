@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from quantize.errors import DeviceError
 from quantize.records import Environment
@@ -96,6 +97,13 @@ def release(device: str) -> None:
     gc.collect()
     if torch.device(device).type != "cpu":
         getattr(torch, torch.device(device).type).empty_cache()
+
+
+def steady_attention() -> Any:
+    """While it lasts, attention is not computed by cuDNN, which makes a new plan for every length of a growing text."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def accelerators(device: str) -> dict[int | str, int]:

@@ -27,7 +27,7 @@ from quantize.records import (
 )
 
 TRIES = "tries"
-Measure = Callable[[Path, Recipe, ParitySettings], Parity]
+Measure = Callable[[Path, Recipe, Quantized, ParitySettings], Parity]
 """Judges a folder that was made by a recipe."""
 
 
@@ -42,15 +42,17 @@ class Made:
 
 
 def rungs(recipe: Recipe) -> tuple[Recipe, ...]:
-    """What is tried for a recipe, in this order: for `auto` stock, calibrated, and the same with more text and care."""
+    """What is tried for a recipe, in this order: for `auto` stock, calibrated, the same with more text and care, and
+    last, where there is a budget for it, with more bytes."""
     if recipe.name != AUTO:
         return (recipe,)
-    stock = dataclasses.replace(recipe, name=STOCK)
+    stock = dataclasses.replace(recipe, name=STOCK, size_budget=1.0)
     if recipe.bits == 8:
         return (stock,)
-    calibrated = dataclasses.replace(recipe, name=CALIBRATED)
+    calibrated = dataclasses.replace(stock, name=CALIBRATED)
     refined = dataclasses.replace(calibrated, calibration_windows=2 * recipe.calibration_windows, sweeps=3)
-    return stock, calibrated, refined
+    larger = dataclasses.replace(refined, size_budget=recipe.size_budget)
+    return (stock, calibrated, refined, larger) if recipe.size_budget > 1 else (stock, calibrated, refined)
 
 
 def build(
@@ -81,7 +83,7 @@ def build(
             raise
         package.copy_carried(checkout, source.carried_files(checkout.source), folder)
         progress.stage("verify against the source")
-        parity = measure(folder, rung, dataclasses.replace(settings, require=aim))
+        parity = measure(folder, rung, quantized, dataclasses.replace(settings, require=aim))
         tried.append(Made(folder, rung, quantized, parity))
         if grade_at_least(parity.verdict.grade, aim):
             break
@@ -101,7 +103,7 @@ def _judged(best: Made, settings: ParitySettings, measure: Measure) -> Parity:
     verdict = judge(parity.checks, parity.scores, settings.require)
     stopped = parity.corpus is not None and parity.corpus.scored < parity.corpus.windows
     if parity.verdict.required != settings.require and not verdict.passed and stopped:
-        return measure(best.folder, best.recipe, settings)
+        return measure(best.folder, best.recipe, best.quantized, settings)
     return dataclasses.replace(parity, verdict=verdict)
 
 

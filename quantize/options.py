@@ -225,6 +225,13 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )
     @click.option("--skip-modules", multiple=True, metavar="NAME", help="Leave this module as it is. May be repeated.")
     @click.option(
+        "--size-budget",
+        type=click.FloatRange(1),
+        default=Recipe.size_budget,
+        show_default=True,
+        help="Times the bytes of plain 4-bit weights that calibrated may use for smaller blocks and half precision.",
+    )
+    @click.option(
         "--sweeps",
         type=click.IntRange(0),
         default=Recipe.sweeps,
@@ -261,7 +268,7 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )
     @functools.wraps(command)
     def wrapped(bits: str, recipe_name: str, **given: Any) -> Any:
-        names = {item.name for item in fields(Recipe)} - {"name", "bits", "block_size"}
+        names = {item.name for item in fields(Recipe)} - {"name", "bits"}
         details = {name: given.pop(name) for name in names}
         return command(recipe=Recipe(name=recipe_name, bits=int(bits), **details), **given)
 

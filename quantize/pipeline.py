@@ -15,7 +15,7 @@ from model_card import CardFacts
 from quantize import __version__, card, devices, files, ladder, package, recipes, source
 from quantize.errors import ConfigError, PackageError, UnsupportedModel, storage_errors
 from quantize.package import Package
-from quantize.parity import check_inputs, figures, measure, structure
+from quantize.parity import check_inputs, corpus_text, figures, measure, structure
 from quantize.progress import Progress, Silent
 from quantize.records import (
     AUTO,
@@ -26,6 +26,7 @@ from quantize.records import (
     ParitySettings,
     Provenance,
     Publisher,
+    Quantized,
     Recipe,
     now,
     package_key,
@@ -90,6 +91,7 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
         _require_derivable(checkout, request.allow_no_derivatives)
         template = _read_template(request.card_template)
         check_inputs(checkout, request.settings)
+        recipes.check(checkout, request.recipe, corpus_text(request.settings))
         files.require_space(site, source.weight_bytes(checkout.source), "the package")
         resume = output.with_name(f"{output.name}{package.CALIBRATION}")
         judge = _judge(request, checkout, device, progress)
@@ -138,7 +140,7 @@ def verify(
     if (folder / package.PROVENANCE).is_file():
         provenance = package.open_package(folder).provenance
         checkout = source.refetch(provenance.source, against, trust_remote_code=trust_remote_code, progress=progress)
-        promise = _promise(provenance.recipe)
+        promise = _promise(provenance.recipe, provenance.quantized)
     elif not (folder / "config.json").is_file():
         raise PackageError(f"{reference} holds no model: it has no config.json")
     elif against is None:
@@ -194,14 +196,13 @@ def default_output(model: str, recipe: Recipe) -> Path:
 def _judge(request: RunRequest, checkout: Checkout, device: str, progress: Progress) -> ladder.Measure:
     """How a run measures what it made: a calibrated package always beside what stock would have given."""
 
-    def judge(folder: Path, recipe: Recipe, settings: ParitySettings) -> Parity:
+    def judge(folder: Path, recipe: Recipe, quantized: Quantized, settings: ParitySettings) -> Parity:
         wanted = CONTROLS if settings.controls else {}
         if recipe.name == CALIBRATED and request.recipe.name != AUTO:
             wanted = {STOCK_NF4: CONTROLS[STOCK_NF4], **wanted}
         with _controls(checkout, wanted, device, progress) as controls:
-            return measure(
-                checkout, folder, settings, device, progress, _promise(recipe), controls, request.reference_cache
-            )
+            promise = _promise(recipe, quantized)
+            return measure(checkout, folder, settings, device, progress, promise, controls, request.reference_cache)
 
     return judge
 
@@ -221,8 +222,9 @@ def _controls(
         yield folders
 
 
-def _promise(recipe: Recipe) -> structure.Expected:
-    return structure.Expected(recipe.bits, recipe.quant_type, recipe.double_quant, recipe.skips)
+def _promise(recipe: Recipe, quantized: Quantized) -> structure.Expected:
+    skips = dataclasses.replace(recipe, skip_modules=(*recipe.skip_modules, *quantized.spared)).skips
+    return structure.Expected(recipe.bits, recipe.quant_type, recipe.double_quant, skips)
 
 
 def _published_by(made: Package, publisher: Publisher | None) -> Package:

@@ -84,6 +84,9 @@ class Recipe:
     `stock` rounds to nearest, `calibrated` chooses codes and scales on calibration text, in `sweeps` over each matrix
     after the first pass, and `auto` climbs from one to the other until `target_grade` is reached.
 
+    Weights may take `size_budget` times the bytes of their plain 4-bit form; a calibrated recipe spends the rest on
+    blocks of 32 and on matrices in half precision, where that helps most.
+
     A skipped name is a run of whole parts of a module's name: `h.0`, `attn` and `h.0.attn.c_attn` all skip
     `transformer.h.0.attn.c_attn`.
 
@@ -98,7 +101,7 @@ class Recipe:
     double_quant: bool = True
     compute_dtype: str = "auto"
     skip_modules: tuple[str, ...] = ()
-    block_size: int = 64
+    size_budget: float = 1.0
     sweeps: int = 1
     calibration: str = "self"
     calibration_windows: int = 128
@@ -126,7 +129,10 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class Quantized:
-    """What a recipe did: module names, the half-precision type of the rest, where and how long (seconds)."""
+    """What a recipe did: module names, the half-precision type of the rest, where and how long (seconds).
+
+    Under a size budget `spared` are the modules that stay in half precision for it, `fine` those in blocks of 32.
+    """
 
     modules: tuple[str, ...]
     kept_modules: tuple[str, ...]
@@ -134,6 +140,8 @@ class Quantized:
     device: str
     seconds: float
     calibrated: Calibrated | None = None
+    spared: tuple[str, ...] = ()
+    fine: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

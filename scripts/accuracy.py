@@ -34,7 +34,7 @@ from quantize.records import Checkout, Recipe
 
 OWN_SEED, STDLIB_SEED, BOOTSTRAP_SEED = 1000, 1, 7
 BOOTSTRAPS = 2000
-BATCH = 4
+BATCH, EPOCHS = 4, 2
 PLAIN = Method(coupled=False, weighed=False, centred=False, temperatures=(1.0,))
 ABSMAX = replace(PLAIN, search=Search(factors=(1.0,), signed=False, sweeps=0))
 SIGNED = replace(PLAIN, search=Search(sweeps=0))
@@ -46,6 +46,8 @@ class Variant:
 
     recipe: Recipe
     method: Method | None = None
+    distilled: float | None = None
+    """Rate at which norms and biases then learn the float model's answers to the calibration text."""
 
 
 CALIBRATED = Recipe(name="calibrated")
@@ -69,7 +71,15 @@ VARIANTS = {
     "calibrated, three sweeps": Variant(CALIBRATED, replace(FULL, search=Search(sweeps=3))),
     "calibrated, twice the text": Variant(replace(CALIBRATED, calibration_windows=256), FULL),
     "calibrated, windows of 1024": Variant(replace(CALIBRATED, calibration_length=1024), FULL),
-    "calibrated, blocks of 32": Variant(replace(CALIBRATED, block_size=32), FULL),
+    "calibrated, blocks of 32": Variant(CALIBRATED, replace(FULL, search=Search(block=32))),
+    "calibrated, distilled at 0.0001": Variant(CALIBRATED, FULL, 1e-4),
+    "calibrated, distilled at 0.001": Variant(CALIBRATED, FULL, 1e-3),
+    **{
+        f"calibrated, {budget:.2f} x the bytes": Variant(replace(CALIBRATED, size_budget=budget), FULL)
+        for budget in (1.03, 1.06, 1.10, 1.20, 1.35)
+    },
+    "stock, mlp.c_proj in half precision": Variant(Recipe(name="stock", skip_modules=("mlp.c_proj",))),
+    "stock, last two blocks in half precision": Variant(Recipe(name="stock", skip_modules=("h.4", "h.5"))),
     "stock fp4": Variant(Recipe(name="stock", quant_type="fp4")),
     "calibrated fp4": Variant(replace(CALIBRATED, quant_type="fp4"), FULL),
 }
@@ -130,6 +140,32 @@ def load(folder: Path, device: str, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
+def distil(candidate: Any, reference: Any, text: torch.Tensor, rate: float, device: str) -> Any:
+    """Train norms and biases on the KLD to the float model, twice over `text`, and round them to half precision."""
+    candidate.dequantize(dtype=torch.float32)
+    candidate.float().requires_grad_(False)
+    learning = [one for one in candidate.parameters() if one.dim() == 1]
+    optimizer = torch.optim.Adam([one.requires_grad_(True) for one in learning], rate)
+    parts = list(torch.split(text, BATCH)) * EPOCHS
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(parts))
+    for part in parts:
+        with torch.no_grad():
+            truth = torch.log_softmax(reference(part.to(device)).logits, -1)
+        guess = torch.log_softmax(candidate(part.to(device)).logits, -1)
+        loss = (truth.exp() * (truth - guess)).sum(-1).mean()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    for one in learning:
+        one.requires_grad_(False).copy_(one.half())
+    return candidate
+
+
+def tokens_of(texts: dict[str, torch.Tensor]) -> int:
+    return next(iter(texts.values())).shape[1]
+
+
 def measure(
     name: str, variant: Variant, checkout: Checkout, texts: dict[str, torch.Tensor], reference: Any, device: str
 ) -> Measured:
@@ -148,6 +184,11 @@ def measure(
         candidate = load(folder, device)
         if device == "cpu":
             widen(candidate)
+        if variant.distilled:
+            text = calibration.written(
+                reference, variant.recipe, tokens_of(texts), device, False, Silent(), calibration.TEMPERATURES
+            )
+            candidate = distil(candidate, reference, text, variant.distilled, device)
         figures = {text: compare(reference, candidate, tokens, device) for text, tokens in texts.items()}
     kld, loss, top = ({text: columns[index] for text, columns in figures.items()} for index in range(3))
     return Measured(name, kld, loss, top, size, seconds)

@@ -18,6 +18,7 @@ from quantize.parity import corpus_text
 from quantize.progress import Silent
 from quantize.recipes import calibrated, calibration, stock
 from quantize.recipes.calibrated import Seen
+from quantize.recipes.work import Work
 from quantize.records import Calibrated, Checkout, ParitySettings, Recipe
 from tests.conftest import POCKET
 from tests.hub import Fault, LoopbackHub
@@ -107,9 +108,9 @@ def test_a_killed_run_goes_on_at_its_first_unfinished_block(
 def test_work_of_another_recipe_is_not_taken_up(tmp_path: Path) -> None:
     checkout = source.fetch(str(POCKET), revision=None, trust_remote_code=False, progress=Silent())
     for recipe in (LITTLE, dataclasses.replace(LITTLE, calibration_seed=1)):
-        work = calibrated._kept_work(tmp_path / "work", checkout, recipe, "cpu", calibrated.Method())
-        assert [path.name for path in work.iterdir()] == ["made-of"]
-        (work / "block-0.safetensors").touch()
+        work = Work.begin(tmp_path / "work", {"source": checkout.source.fingerprint(), "recipe": recipe})
+        assert [path.name for path in work.folder.iterdir()] == ["made-of"]
+        (work.folder / "block-0.safetensors").touch()
 
 
 @pytest.mark.parametrize("kind", list(TINY))
@@ -257,16 +258,21 @@ def test_moments_of_inputs_far_from_zero_keep_their_digits() -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about what peft calls
 def test_a_pipeline_and_a_lora_step(package: Package) -> None:
+    require_pipeline_and_lora(package.folder, "cpu")
+
+
+def require_pipeline_and_lora(folder: Path, device: str) -> None:
+    """The package writes text in a stock pipeline, and LoRA on top of it learns a sentence."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers import pipeline as stock_pipeline
 
-    write = stock_pipeline("text-generation", model=str(package.folder), device="cpu")
+    write = stock_pipeline("text-generation", model=str(folder), device=device)
     assert len(write("The function", max_new_tokens=4)[0]["generated_text"]) > len("The function")
-    quantized = AutoModelForCausalLM.from_pretrained(package.folder, local_files_only=True, device_map={"": "cpu"})
+    quantized = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, device_map={"": device})
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True)
     model = get_peft_model(prepare_model_for_kbit_training(quantized), lora)
-    tokens = AutoTokenizer.from_pretrained(package.folder)("The import statement binds a name.", return_tensors="pt")
+    tokens = AutoTokenizer.from_pretrained(folder)("The import statement binds a name.", return_tensors="pt").to(device)
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], 1e-2)
     losses = []
     for _ in range(4):

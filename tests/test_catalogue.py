@@ -27,6 +27,7 @@ lines_of_text = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "recipe": st.sampled_from(RECIPES),
     "target_grade": st.sampled_from(GRADES[:-1]),
+    "size_budget": st.integers(1, 9) | st.floats(1, 9),
     "sweeps": st.integers(0, 9),
     "calibration": lines_of_text,
     "calibration_windows": st.integers(8, 2**40),
@@ -316,7 +317,7 @@ def test_every_field_of_a_recipe_and_of_the_settings_has_a_key() -> None:
     mine = {"source", "target", *VALUES}
     assert mine == catalogue.REQUIRED.keys() | catalogue.OPTIONAL.keys()
     of_records = {field.name for record in (Recipe, ParitySettings) for field in dataclasses.fields(record)}
-    assert of_records - {"name", "block_size"} <= mine
+    assert of_records - {"name"} <= mine
 
 
 def test_a_field_without_a_rule_of_its_own_accepts_its_default() -> None:
@@ -334,6 +335,9 @@ def test_the_catalogue_and_the_command_line_allow_the_same() -> None:
         if isinstance(kind, click.IntRange):
             assert kind.min is not None and rule.accepts(kind.min) and not rule.accepts(kind.min - 1)
             assert kind.max is None or (rule.accepts(kind.max) and not rule.accepts(kind.max + 1))
+            compared.add(option.name)
+        elif isinstance(kind, click.FloatRange):
+            assert kind.min is not None and rule.accepts(kind.min) and not rule.accepts(kind.min - 0.01)
             compared.add(option.name)
         elif isinstance(kind, click.Choice):
             allowed = [int(choice) if option.name == "bits" else choice for choice in kind.choices]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,10 +13,13 @@ import torch
 
 from quantize import package, pipeline
 from quantize.progress import Silent
+from quantize.recipes import rounding
+from quantize.recipes.packing import table
 from quantize.records import ParitySettings, Recipe
 from tests.conftest import POCKET
 from tests.hub import LoopbackHub
 from tests.hub.distilgpt2 import seed_distilgpt2
+from tests.test_calibrated import LITTLE, require_pipeline_and_lora
 from tests.test_card import run_snippets
 from tests.test_hub_run import MODEL, TARGET, quantize
 
@@ -85,6 +89,40 @@ def test_what_does_not_fit_is_spread_over_gpu_and_cpu(
         assert other.kld.mean.value == pytest.approx(together.kld.mean.value, rel=0.01)
     assert spread.verdict.passed and cached.verdict.passed
     assert cached.reference_cache is not None and cached.reference_cache.mean_kld < 1e-7
+
+
+def test_the_kernel_rounds_as_plain_torch_does() -> None:
+    """The same codes but where a float32 sum decides between two neighbours, and the same errors."""
+    generator = torch.Generator().manual_seed(0)
+    levels = rounding.Levels.of(table("nf4"))
+    inputs = torch.randn(500, 64, generator=generator)
+    factor = rounding.inverse_factor(inputs.T @ inputs / 500)
+    target = torch.randn(64, 3000, generator=generator)
+    scales = target.abs().amax(0) * torch.tensor([0.8, 1.0, -0.9])[:, None]
+    there = rounding.Levels.of(table("nf4", "cuda"))
+    places, errors = rounding.compensate(target, factor, scales[0], levels)
+    on_gpu = rounding.compensate(target.cuda(), factor.cuda(), scales[0].cuda(), there)
+    alike = (places == on_gpu[0].cpu()).all(0)
+    assert alike.float().mean() > 0.99 and torch.allclose(errors[:, alike], on_gpu[1].cpu()[:, alike], atol=1e-4)
+    changes = rounding.changes(target.cuda(), factor.cuda(), scales.cuda(), there).cpu()
+    close = torch.isclose(changes, rounding.changes(target, factor, scales, levels), rtol=1e-3)
+    assert changes.shape == (3, 3000) and close.float().mean() > 0.99
+
+
+def test_the_calibrated_recipe(tmp_path: Path) -> None:
+    """Better than stock on the same windows, under a size budget still better; both write text and can be trained."""
+    made = {}
+    for budget in (1.0, 1.2):
+        recipe = dataclasses.replace(LITTLE, size_budget=budget)
+        request = pipeline.RunRequest(str(POCKET), output=tmp_path / f"{budget}", recipe=recipe, settings=SETTINGS)
+        made[budget] = pipeline.run(request, Silent()).package
+        require_pipeline_and_lora(made[budget].folder, "cuda")
+    plain, larger = (one.parity for one in made.values())
+    assert all(check.passed for check in (*plain.checks, *larger.checks)) and plain.scores and larger.scores
+    assert plain.scores.kld.mean.value < 0.7 * plain.controls[0].kld.value
+    assert larger.scores.kld.mean.value < plain.scores.kld.mean.value
+    on_cpu = pipeline.verify(str(made[1.0].folder), str(POCKET), SETTINGS, "cpu", Silent())
+    assert on_cpu.scores and on_cpu.scores.kld.mean.value == pytest.approx(plain.scores.kld.mean.value, rel=0.1)
 
 
 def test_the_whole_job_over_http(tmp_path: Path) -> None:

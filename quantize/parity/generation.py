@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from quantize import devices
 from quantize.parity.loading import Pair
 from quantize.records import Generation, Sample
 
@@ -36,6 +37,11 @@ def compare(pair: Pair, new_tokens: int, seed: int, advance: Callable[[int], Non
 
     Each model does all its work before the other is asked, and `advance` is told of each prompt it has done.
     """
+    with devices.steady_attention():
+        return _compare(pair, new_tokens, seed, advance)
+
+
+def _compare(pair: Pair, new_tokens: int, seed: int, advance: Callable[[int], None]) -> Generation:
     asked = prompts()
     encoded = [_encode(pair, prompt) for prompt in asked]
     limits = [max(1, min(new_tokens, pair.context - ids.shape[1])) for ids in encoded]

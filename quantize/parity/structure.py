@@ -158,7 +158,7 @@ def predicted_bytes(reference: Any, candidate: Any, expected: Expected, modules:
     total = 0
     for name, key, parameter in _distinct_parameters(reference):
         if name in modules and key == "weight":
-            total += _quantized_bytes(parameter.shape, expected)
+            total += _quantized_bytes(parameter.shape, expected, _block(candidate.get_submodule(name)))
         else:
             total += parameter.numel() * int(getattr(candidate.get_submodule(name), key).element_size())
     return total
@@ -179,11 +179,16 @@ def _distinct_parameters(model: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
             seen.add(place)
 
 
-def _quantized_bytes(shape: torch.Size, expected: Expected) -> int:
+def _block(module: Any) -> int:
+    """Weights that share a scale."""
+    return int(getattr(getattr(module.weight, "quant_state", None), "blocksize", 64))
+
+
+def _quantized_bytes(shape: torch.Size, expected: Expected, block: int) -> int:
     count = math.prod(shape)
     if expected.bits == 8:
         return count + 4 * min(shape)
-    blocks = math.ceil(count / 64)
+    blocks = math.ceil(count / block)
     scales = blocks + 4 * math.ceil(blocks / 256) + 4 * 256 if expected.double_quant else 4 * blocks
     return math.ceil(count / 2) + scales + 4 * 16 + 200
 

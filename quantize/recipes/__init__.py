@@ -6,7 +6,7 @@ from pathlib import Path
 
 from quantize.errors import ConfigError
 from quantize.progress import Progress
-from quantize.records import CALIBRATED, Checkout, Quantized, Recipe
+from quantize.records import AUTO, CALIBRATED, STOCK, Checkout, Quantized, Recipe
 
 
 def quantize(
@@ -21,12 +21,10 @@ def quantize(
     """Write quantized weights and their config of `checkout` into the folder `output`; stock where not calibrated.
 
     A calibrated recipe never looks at `corpus`, the text that the result is judged by, and keeps finished work in the
-    folder `resume`. Raises ConfigError (calibrated 8-bit weights), CorruptModel (NaN, damage), UnsupportedModel
-    (nothing to quantize), CorpusError (the calibration text), DeviceError or StorageError.
+    folder `resume`. Raises CorruptModel (NaN, damage), UnsupportedModel (nothing to quantize), CorpusError (the
+    calibration text), DeviceError or StorageError.
     """
     if recipe.name == CALIBRATED:
-        if recipe.bits != 4:
-            raise ConfigError("the calibrated recipe makes 4-bit weights: leave it out with 8 bits")
         from quantize.recipes import calibrated
 
         kept = resume or output.with_name(f"{output.name}.calibration")
@@ -34,6 +32,27 @@ def quantize(
     from quantize.recipes import stock
 
     return stock.quantize(checkout, output, recipe, device, progress)
+
+
+def check(checkout: Checkout, recipe: Recipe, corpus: str) -> None:
+    """Raise ConfigError or CorpusError now, rather than after other recipes, where one that is asked for cannot work.
+
+    `corpus` is the text that the package will be judged by.
+    """
+    if recipe.name == CALIBRATED and recipe.bits != 4:
+        raise ConfigError("the calibrated recipe makes 4-bit weights: leave it out with 8 bits")
+    if recipe.size_budget > 1 and (recipe.name == STOCK or recipe.bits != 4):
+        raise ConfigError(
+            "a size budget is for 4-bit weights by the recipes calibrated and auto: leave one of them out"
+        )
+    from transformers import AutoConfig, AutoTokenizer
+
+    from quantize.recipes import calibration
+
+    if recipe.name in (CALIBRATED, AUTO) and recipe.bits == 4 and recipe.calibration != calibration.SELF:
+        options = {"local_files_only": True, "trust_remote_code": checkout.source.remote_code}
+        config = AutoConfig.from_pretrained(checkout.folder, **options)
+        calibration.given(recipe, config, AutoTokenizer.from_pretrained(checkout.folder, **options), corpus)
 
 
 def works_on(device: str) -> bool:

@@ -7,8 +7,6 @@ model as it is quantized so far, and, where they fit into memory, those of the l
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import shutil
 import time
@@ -18,17 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from quantize import devices
-from quantize.errors import storage_errors
 from quantize.progress import Progress
-from quantize.recipes import calibration, packing, stock
-from quantize.recipes.blocks import Blocks, Stream, on_device
+from quantize.recipes import budget, calibration, packing, stock
+from quantize.recipes.blocks import Blocks, Stream, laid_out, matrix, on_device
 from quantize.recipes.gradients import Gradient, gradients
-from quantize.recipes.packing import Packed
 from quantize.recipes.rounding import Moments, Search
-from quantize.records import Calibrated, Checkout, Quantized, Recipe, from_json, to_json
+from quantize.recipes.work import BIAS, CODES, Chosen, Work
+from quantize.records import Calibrated, Checkout, Quantized, Recipe
 
 TOKENS_AT_ONCE = 4096
 """How many run through a block side by side."""
@@ -36,7 +32,6 @@ MOST_OUTPUT_MOMENTS = 4 << 30
 """Bytes for the moments of all gradients; a model that needs more is rounded without them."""
 GROUP, GROUP_ELSEWHERE = {"cpu": 64}, 128
 """Rows that are rounded at a time under coupling: fewer come out better, and keep a GPU waiting for their launches."""
-CODES, BIAS = "weight", "bias"
 
 
 @dataclass(frozen=True)
@@ -52,23 +47,6 @@ class Method:
     weighed: bool = True
     centred: bool = True
     temperatures: tuple[float, ...] = calibration.TEMPERATURES
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """What a matrix becomes: the tensors of its 4-bit form, and its new bias where it has one."""
-
-    packed: Packed
-    bias: torch.Tensor | None
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        bias = {} if self.bias is None else {BIAS: self.bias}
-        return {name: tensor.cpu().contiguous() for name, tensor in {**self.packed.tensors(), **bias}.items()}
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, torch.Tensor]) -> Chosen:
-        weights = {name: tensor for name, tensor in tensors.items() if name != BIAS}
-        return cls(Packed.of(weights), tensors.get(BIAS))
 
 
 def quantize(
@@ -90,10 +68,13 @@ def quantize(
     dtype = stock.choose_dtype(checkout, recipe, progress)
     kind = torch.device(device).type
     method = method or Method(search=Search(sweeps=recipe.sweeps, group=GROUP.get(kind, GROUP_ELSEWHERE)))
-    kept = _kept_work(resume, checkout, recipe, device, method)
-    chosen, record = _choose(checkout, recipe, dtype, device, progress, corpus, kept, method)
+    made_of = {"source": checkout.source.fingerprint(), "recipe": recipe, "device": kind, "method": method}
+    work = Work.begin(resume, made_of)
+    chosen, forms, record = _choose(checkout, recipe, dtype, device, progress, corpus, work, method)
     devices.release(device)
-    model = stock.load_quantized(checkout, recipe, dtype, device)
+    spared = tuple(name for name, block in forms.items() if block == budget.HALF)
+    skipping = dataclasses.replace(recipe, skip_modules=(*recipe.skip_modules, *spared))
+    model = stock.load_quantized(checkout, skipping, dtype, device)
     for name, one in chosen.items():
         _put(model.get_submodule(name), one, device)
     modules = stock.save(model, checkout, output)
@@ -105,6 +86,8 @@ def quantize(
         device=device,
         seconds=round(time.monotonic() - started, 3),
         calibrated=record,
+        spared=spared,
+        fine=tuple(name for name, block in forms.items() if block == budget.FINE),
     )
 
 
@@ -115,13 +98,14 @@ def _choose(
     device: str,
     progress: Progress,
     corpus: str,
-    kept: Path,
+    work: Work,
     method: Method,
-) -> tuple[dict[str, Chosen], Calibrated]:
+) -> tuple[dict[str, Chosen], dict[str, int], Calibrated]:
     names = stock.quantized_names(checkout, recipe)
     model = _load_source(checkout, dtype, device)
     fast = next(model.parameters()).dtype == torch.float32 and _computes_bfloat16(device)
-    tokens, record = _calibration(checkout, recipe, model.to(device), corpus, device, fast, progress, kept, method)
+    model.to(device)
+    tokens, record = work.text(lambda: _text(checkout, recipe, model, corpus, device, fast, progress, method))
     batch = math.gcd(len(tokens), max(1, TOKENS_AT_ONCE // tokens.shape[1]))
     blocks = Blocks.of(model, names)
     inside = [name for name in names if name.startswith(f"{blocks.path}.")]
@@ -132,6 +116,9 @@ def _choose(
         slopes = gradients(model, inside, tokens, device, batch, fast, recipe.calibration_seed, progress)
     elif wanted:
         progress.note("the gradients' moments would take too much memory: rows are rounded each for itself")
+    forms = dict.fromkeys(inside, method.search.block)
+    if recipe.size_budget > 1:
+        forms = work.forms(lambda: budget.allocate(model, inside, tokens, recipe, dtype, device, progress))
     model.to("cpu")
     devices.release(device)
     stream = Stream(model, blocks, tokens, device, batch, fast)
@@ -139,16 +126,17 @@ def _choose(
     with progress.task("choosing codes and scales", len(inside), "matrices") as advance:
         for index, layer in enumerate(blocks.layers):
             own = [name.removeprefix(f"{blocks.name(index)}.") for name in inside if _in(name, blocks.name(index))]
+            rounded = [name for name in own if forms[f"{blocks.name(index)}.{name}"] != budget.HALF]
             with on_device(layer, device):
-                found = _read_block(kept, index) or _round_block(stream, index, own, slopes, recipe, dtype, method)
-                _write_block(kept, index, found)
+                found = work.block(index) or _round_block(stream, index, rounded, slopes, forms, recipe, dtype, method)
+                work.keep(index, found)
                 for name, one in found.items():
                     _replace(layer.get_submodule(name), one)
                 if index + 1 < len(blocks.layers):
                     stream.advance(index)
             chosen |= {f"{blocks.name(index)}.{name}": one for name, one in found.items()}
             advance(len(own))
-    return chosen, record
+    return chosen, forms, record
 
 
 def _round_block(
@@ -156,6 +144,7 @@ def _round_block(
     index: int,
     names: list[str],
     slopes: Mapping[str, Gradient],
+    forms: Mapping[str, int],
     recipe: Recipe,
     dtype: str,
     method: Method,
@@ -167,7 +156,7 @@ def _round_block(
         slope = {name: slopes.get(f"{stream.blocks.name(index)}.{name}") for name in group}
         alike = not any(slope.values())  # then what one of the group sees is what all see
         watched = group[:1] if alike else group
-        gathered = {name: Seen(_matrix(modules[name]).shape[1], stream.device) for name in watched}
+        gathered = {name: Seen(matrix(modules[name]).shape[1], stream.device) for name in watched}
         start = 0
         for inputs in stream.inputs(index, group[0]):
             for name, moments in gathered.items():
@@ -177,7 +166,10 @@ def _round_block(
             start += len(inputs)
         for name, module in modules.items():
             seen = gathered[group[0] if alike else name]
-            found[name] = _choose_matrix(module, seen, slope[name], recipe, dtype, method)
+            search = dataclasses.replace(method.search, block=forms[f"{stream.blocks.name(index)}.{name}"])
+            found[name] = _choose_matrix(
+                module, seen, slope[name], recipe, dtype, dataclasses.replace(method, search=search)
+            )
             _replace(module, found[name])
     return found
 
@@ -186,15 +178,16 @@ def _choose_matrix(
     module: Any, seen: Seen, slope: Gradient | None, recipe: Recipe, dtype: str, method: Method
 ) -> Chosen:
     """Codes and scales for one matrix, nearest ones where nothing ever reached it, and a bias for what they shift."""
-    weight, stored = _matrix(module).float(), getattr(torch, dtype)
+    weight, stored = matrix(module).float(), getattr(torch, dtype)
     if not seen.weight or not bool(seen.covariance.diagonal().mean() > 0):
-        packed = packing.nearest(weight.to(stored), recipe.quant_type, recipe.double_quant, recipe.block_size)
+        packed = packing.nearest(weight.to(stored), recipe.quant_type, recipe.double_quant, method.search.block)
         return Chosen(packed, None if module.bias is None else module.bias.detach().to(stored))
     coupling = slope.moments.to(weight.device) if slope and method.coupled else None
-    search = dataclasses.replace(method.search, block=recipe.block_size)
     centred = method.centred and module.bias is not None
     moments = seen.covariance if centred else seen.moments
-    packed = packing.compensated(weight, moments, recipe.quant_type, recipe.double_quant, stored, search, coupling)
+    packed = packing.compensated(
+        weight, moments, recipe.quant_type, recipe.double_quant, stored, method.search, coupling
+    )
     if not centred:
         return Chosen(packed, None if module.bias is None else module.bias.detach().to(stored))
     shift = (weight - packed.weight()) @ seen.mean
@@ -249,7 +242,7 @@ def _load_source(checkout: Checkout, dtype: str, device: str) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _calibration(
+def _text(
     checkout: Checkout,
     recipe: Recipe,
     model: Any,
@@ -257,69 +250,18 @@ def _calibration(
     device: str,
     fast: bool,
     progress: Progress,
-    kept: Path,
     method: Method,
 ) -> tuple[torch.Tensor, Calibrated]:
-    """The text to calibrate on, taken up again where a killed run has left it."""
     from transformers import AutoTokenizer
 
-    file, notes = kept / "tokens.safetensors", kept / "tokens.json"
-    if file.is_file() and notes.is_file():
-        return load_file(file)["tokens"], from_json(Calibrated, notes.read_text("utf-8"), notes)
     trust = checkout.source.remote_code
     tokenizer = AutoTokenizer.from_pretrained(checkout.folder, local_files_only=True, trust_remote_code=trust)
-    tokens, record = calibration.prepare(recipe, model, tokenizer, corpus, device, fast, progress, method.temperatures)
-    with storage_errors(kept):
-        save_file({"tokens": tokens.contiguous()}, file)
-        notes.write_text(to_json(record), "utf-8")
-    return tokens, record
-
-
-def _kept_work(resume: Path, checkout: Checkout, recipe: Recipe, device: str, method: Method) -> Path:
-    """The folder of finished blocks, emptied unless it was begun by the same recipe on the same source and device."""
-    made_of = {
-        "source": checkout.source.fingerprint(),
-        "recipe": dataclasses.asdict(recipe),
-        "device": torch.device(device).type,
-        "method": dataclasses.asdict(method),
-        "torch": torch.__version__,
-    }
-    state = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-    mark = resume / "made-of"
-    if not mark.is_file() or mark.read_text("utf-8") != state:
-        with storage_errors(resume):
-            shutil.rmtree(resume, ignore_errors=True)
-            resume.mkdir(parents=True)
-            mark.write_text(state, "utf-8")
-    return resume
-
-
-def _read_block(kept: Path, index: int) -> dict[str, Chosen]:
-    file = kept / f"block-{index}.safetensors"
-    if not file.is_file():
-        return {}
-    named: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in load_file(file).items():
-        name, _, part = key.partition("|")
-        named.setdefault(name, {})[part] = tensor
-    return {name: Chosen.of(tensors) for name, tensors in named.items()}
-
-
-def _write_block(kept: Path, index: int, found: Mapping[str, Chosen]) -> None:
-    """In one rename, so that a block is either whole or absent."""
-    file = kept / f"block-{index}.safetensors"
-    if file.is_file() or not found:
-        return
-    tensors = {f"{name}|{part}": tensor for name, one in found.items() for part, tensor in one.tensors().items()}
-    with storage_errors(kept):
-        save_file(tensors, file.with_suffix(".part"))
-        file.with_suffix(".part").rename(file)
+    return calibration.prepare(recipe, model, tokenizer, corpus, device, fast, progress, method.temperatures)
 
 
 def _replace(module: Any, one: Chosen) -> None:
     """Let a module of the source compute with the 4-bit values from now on."""
-    weight = one.packed.weight().to(module.weight)
-    module.weight.data = weight.T.contiguous() if _is_transposed(module) else weight
+    module.weight.data = laid_out(module, one.packed.weight())
     if one.bias is not None:
         module.bias.data = one.bias.to(module.bias)
 
@@ -335,22 +277,12 @@ def _put(module: Any, one: Chosen, device: str) -> None:
         module.bias.data = tensors[BIAS].to(module.bias)
 
 
-def _matrix(module: Any) -> torch.Tensor:
-    """A linear module's weight as [outputs, inputs]."""
-    weight: torch.Tensor = module.weight.detach()
-    return weight.T if _is_transposed(module) else weight
-
-
-def _is_transposed(module: Any) -> bool:
-    return type(module).__name__ == "Conv1D"
-
-
 def _in(name: str, block: str) -> bool:
     return name.startswith(f"{block}.")
 
 
 def _output_moment_bytes(model: Any, names: list[str]) -> int:
-    return sum(4 * _matrix(model.get_submodule(name)).shape[0] ** 2 for name in names)
+    return sum(4 * matrix(model.get_submodule(name)).shape[0] ** 2 for name in names)
 
 
 def _computes_bfloat16(device: str) -> bool:

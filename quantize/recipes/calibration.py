@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from quantize import hub
+from quantize import devices, hub
 from quantize.errors import CorpusError
 from quantize.progress import Progress
 from quantize.recipes.blocks import autocast
@@ -45,16 +45,13 @@ def prepare(
     `corpus` is the text that the package is judged by. Windows of the model's own that share a run of 13 words with
     it are left out; raises CorpusError where more than 1 % of a given text does, or where it is too short.
     """
-    length = min(wanted.calibration_length, _context(model))
+    length = _length(wanted, model.config)
     if wanted.calibration == SELF:
         tokens = written(model, wanted, length, device, fast, progress, temperatures)
     else:
-        tokens = _cut(tokenizer, _read(wanted.calibration), wanted, length)
+        tokens = given(wanted, model.config, tokenizer, corpus)
     forbidden = set(_shingles(corpus))
-    texts = tokenizer.batch_decode(tokens)
-    shared = torch.tensor([any(one in forbidden for one in _shingles(text)) for text in texts])
-    if wanted.calibration != SELF:
-        _require_apart(wanted.calibration, texts, forbidden)
+    shared = torch.tensor([any(one in forbidden for one in _shingles(text)) for text in tokenizer.batch_decode(tokens)])
     kept = tokens[~shared]
     kept = kept[: len(kept) // TOGETHER * TOGETHER]
     if len(kept) < len(tokens) / 2:
@@ -68,8 +65,16 @@ def prepare(
     )
 
 
-def _context(model: Any) -> int:
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024)
+def given(wanted: Recipe, config: Any, tokenizer: Any, corpus: str) -> torch.Tensor:
+    """Windows [windows, length] of the text that is named; raises CorpusError where it cannot be calibrated on."""
+    tokens = _cut(tokenizer, _read(wanted.calibration), wanted, _length(wanted, config))
+    _require_apart(wanted.calibration, tokenizer.batch_decode(tokens), set(_shingles(corpus)))
+    return tokens
+
+
+def _length(wanted: Recipe, config: Any) -> int:
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or 1024
+    return min(wanted.calibration_length, int(context))
 
 
 def written(
@@ -92,7 +97,7 @@ def written(
         for part in torch.split(heat, WRITTEN_AT_ONCE // (4 if model.num_parameters() > LARGE else 1)):
             tokens, past = [torch.full((len(part), 1), begin, device=device)], None
             while len(tokens) < length:
-                with torch.inference_mode(), autocast(device, fast):
+                with torch.inference_mode(), autocast(device, fast), devices.steady_attention():
                     answer = model(tokens[-1], past_key_values=past, use_cache=True)
                 past = answer.past_key_values
                 chances = torch.softmax(answer.logits[:, -1].float() / part, -1)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from quantize.progress import Progress
-from quantize.recipes.blocks import autocast
+from quantize.recipes.blocks import autocast, matrix
 from quantize.recipes.rounding import Moments
 
 MOST_ENERGY = 10_000.0
@@ -64,7 +64,7 @@ class _Watch:
     def __init__(self, model: Any, names: list[str], device: str) -> None:
         self.energy: dict[str, list[torch.Tensor]] = {name: [] for name in names}
         modules = {name: model.get_submodule(name) for name in names}
-        sizes = {name: module.weight.shape[_output_axis(module)] for name, module in modules.items()}
+        sizes = {name: len(matrix(module)) for name, module in modules.items()}
         self.moments = {name: Moments(size, device) for name, size in sizes.items()}
         self.hooks = [module.register_full_backward_hook(self._keeper(name)) for name, module in modules.items()]
 
@@ -91,7 +91,3 @@ class _Watch:
             self.moments[name].add(flat)
 
         return keep
-
-
-def _output_axis(module: Any) -> int:
-    return 1 if type(module).__name__ == "Conv1D" else 0

@@ -55,9 +55,9 @@ class ScaleGrid:
 
     def codes(self, scales: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
         """The uint8 codes that come nearest to `scales`, whose places in the flattened matrix are `blocks`."""
-        values, span = _dynamic_map(scales.device), self.spans[blocks // NESTED_BLOCK]
+        span = self.spans[blocks // NESTED_BLOCK]
         relative = (scales - self.offset) / torch.where(span > 0, span, torch.ones_like(span))
-        return torch.bucketize(relative, (values[1:] + values[:-1]) / 2, out_int32=True).to(torch.uint8)
+        return torch.bucketize(relative, _dynamic_middles(scales.device), out_int32=True).to(torch.uint8)
 
     def values(self, codes: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
         """The float32 scales that `codes` stand for, to the bit as bitsandbytes computes them."""
@@ -206,3 +206,9 @@ def _dynamic_map(device: torch.device) -> torch.Tensor:
     """The 256 sorted values in [-1, 1] of an 8-bit scale: finer near zero."""
     values: torch.Tensor = functional.create_dynamic_map()
     return values.to(device)
+
+
+@cache
+def _dynamic_middles(device: torch.device) -> torch.Tensor:
+    values = _dynamic_map(device)
+    return (values[1:] + values[:-1]) / 2

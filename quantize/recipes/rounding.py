@@ -23,7 +23,8 @@ import torch
 
 LEAF = 8
 """Columns that are compensated one by one; beyond, errors move on by products of matrices."""
-TRIED_AT_ONCE = {"cpu": 1 << 13, "gpu": 1 << 19}
+TRIED_AT_ONCE = {"cpu": 1 << 13}
+TRIED_AT_ONCE_ELSEWHERE = 1 << 19
 """Rows x scales that are rounded together: on a CPU few enough to stay in its cache."""
 
 Snap = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -56,19 +57,20 @@ class Search:
 
 @dataclass(frozen=True)
 class Levels:
-    """The table in ascending order: `values` [16] and the uint8 `codes` [16] that stand for them."""
+    """The table in ascending order: `values` [16], the uint8 `codes` [16] for them, and the `middles` [15] between."""
 
     values: torch.Tensor
     codes: torch.Tensor
+    middles: torch.Tensor
 
     @classmethod
     def of(cls, table: torch.Tensor) -> Levels:
         values, codes = table.float().sort(stable=True)
-        return cls(values, codes.to(torch.uint8))
+        return cls(values, codes.to(torch.uint8), (values[1:] + values[:-1]) / 2)
 
     def nearest(self, relative: torch.Tensor) -> torch.Tensor:
         """Places 0..15 of the values nearest to `relative`, int32."""
-        return torch.bucketize(relative, (self.values[1:] + self.values[:-1]) / 2, out_int32=True)
+        return torch.bucketize(relative, self.middles, out_int32=True)
 
 
 @dataclass(frozen=True)
@@ -166,8 +168,23 @@ def compensate(
     if target.is_cuda and _has_triton():
         from quantize.recipes import kernels
 
-        return kernels.compensate(target, factor, scales, levels.values)
+        return kernels.compensate(target, factor, scales, levels.values, levels.middles)
     return _compensate(target, factor, scales, levels)
+
+
+def changes(target: torch.Tensor, factor: torch.Tensor, scales: torch.Tensor, levels: Levels) -> torch.Tensor:
+    """How much outputs would change if `target` [inputs, rows] were rounded under each of `scales` [tries, rows]."""
+    if target.is_cuda and _has_triton():
+        from quantize.recipes import kernels
+
+        return kernels.changes(target, factor, scales, levels.values, levels.middles)
+    rows = target.shape[1]
+    at_once = max(1, TRIED_AT_ONCE.get(target.device.type, TRIED_AT_ONCE_ELSEWHERE) // rows)
+    found = []
+    for part in torch.split(scales, at_once):
+        _, errors = _compensate(target.repeat(1, len(part)), factor, part.reshape(-1), levels)
+        found.append(errors.square_().sum(0).view(len(part), rows))
+    return torch.cat(found)
 
 
 def _compensate(
@@ -204,7 +221,7 @@ def _has_triton() -> bool:
         from quantize.recipes import kernels
 
         one = torch.ones(32, 32, device="cuda")
-        kernels.compensate(one, one, one[0], torch.arange(16.0, device="cuda"))
+        kernels.compensate(one, one, one[0], torch.arange(16.0, device="cuda"), one[0])
     except Exception:  # noqa: BLE001 - whatever stands in the way, the plain way works
         return False
     return True
@@ -275,11 +292,13 @@ class _Work:
 
     def _first_pass(self, rows: slice, target: torch.Tensor, factor: torch.Tensor) -> None:
         """Round block after block, each block's errors made up for by the blocks that follow."""
-        factors = [sign * size for sign in ((1, -1) if self.search.signed else (1,)) for size in self.search.factors]
+        signs = (1, -1) if self.search.signed else (1,)
+        factors = target.new_tensor([sign * size for sign in signs for size in self.search.factors])[:, None]
+        places = self._block_places(rows)
         for index, part in self._blocks():
             desired, within = target[part], factor[part, part]
             base = desired.abs().amax(0)
-            scales, _ = self._best_scales(index, rows, desired, within, [size * base for size in factors])
+            scales, _ = self._best_scales(desired, within, self.snap(factors * base, places[index]))
             self.places[part, rows], errors = compensate(desired, within, scales, self.levels)
             self.scales[index, rows] = scales
             target[part.stop :].addmm_(factor[part, part.stop :].T, errors, alpha=-1)
@@ -287,12 +306,13 @@ class _Work:
     def _sweep(self, rows: slice, goal: torch.Tensor) -> None:
         """Choose each block of the group `rows` anew, the others given, and keep what comes closer to `goal`."""
         error = goal - self._values(rows)
-        steps = [step for step in self.search.steps if step > 0 or self.search.signed]
+        steps = goal.new_tensor([step for step in self.search.steps if step > 0 or self.search.signed])
+        tried = self.snap(steps[:, None, None] * self.scales[:, rows], self._block_places(rows))
         for index, part in self._blocks():
             factor, present = self._block_factor(index, part), self.scales[index, rows].clone()
             pull = factor @ (self.moments[part] @ error)
             desired = goal[part] - error[part] + factor.T @ pull
-            scales, change = self._best_scales(index, rows, desired, factor, [step * present for step in steps])
+            scales, change = self._best_scales(desired, factor, tried[:, index])
             better = change < pull.square().sum(0) * (1 - 1e-5)
             places, _ = compensate(desired, factor, scales, self.levels)
             self.places[part, rows] = torch.where(better, places, self.places[part, rows])
@@ -300,20 +320,15 @@ class _Work:
             error[part] = goal[part] - self.levels.values[self.places[part, rows]] * self.scales[index, rows]
 
     def _best_scales(
-        self, index: int, rows: slice, desired: torch.Tensor, factor: torch.Tensor, candidates: list[torch.Tensor]
+        self, desired: torch.Tensor, factor: torch.Tensor, tried: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of `candidates` (each [rows]) those whose rounding changes outputs least, and that change; both [rows]."""
-        count = desired.shape[1]
-        tried = self.snap(torch.stack(candidates), self.row_order[rows] * len(self.scales) + self.block_order[index])
-        best = torch.full((count,), torch.inf, device=desired.device)
-        scales = torch.zeros_like(best)
-        at_once = TRIED_AT_ONCE["cpu" if desired.device.type == "cpu" else "gpu"] // count
-        for part in torch.split(tried, max(1, at_once)):
-            _, errors = compensate(desired.repeat(1, len(part)), factor, part.reshape(-1), self.levels)
-            change, which = errors.square_().sum(0).view(len(part), count).min(0)
-            scales = torch.where(change < best, part.gather(0, which[None])[0], scales)
-            best = torch.minimum(change, best)
-        return scales, best
+        """Of the scales `tried` [tries, rows] those that change outputs least, and that change; both [rows]."""
+        change, which = changes(desired, factor, tried, self.levels).min(0)
+        return tried.gather(0, which[None])[0], change
+
+    def _block_places(self, rows: slice) -> torch.Tensor:
+        """Where the blocks [blocks, rows] of some rows lie in the flattened matrix."""
+        return self.row_order[rows] * len(self.scales) + self.block_order[:, None]
 
     def _block_factor(self, index: int, part: slice) -> torch.Tensor:
         if index not in self.block_factors:
