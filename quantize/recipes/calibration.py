@@ -14,6 +14,7 @@ from quantize import devices, hub
 from quantize.errors import CorpusError
 from quantize.progress import Progress
 from quantize.recipes.blocks import autocast
+from quantize.recipes.sampling import draw
 from quantize.records import Calibrated, Recipe
 
 SELF = "self"
@@ -101,7 +102,7 @@ def written(
                     answer = model(tokens[-1], past_key_values=past, use_cache=True)
                 past = answer.past_key_values
                 chances = torch.softmax(answer.logits[:, -1].float() / part, -1)
-                tokens.append(torch.multinomial(chances, 1, generator=generator))
+                tokens.append(draw(chances, generator)[:, None])
                 advance(len(part))
             parts.append(torch.cat(tokens, 1).cpu())
     return torch.cat(parts)

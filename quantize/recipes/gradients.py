@@ -11,6 +11,7 @@ import torch
 from quantize.progress import Progress
 from quantize.recipes.blocks import autocast, matrix
 from quantize.recipes.rounding import Moments
+from quantize.recipes.sampling import draw
 
 MOST_ENERGY = 10_000.0
 """Times the median: no token, such as the first one of a text, may count for all the others."""
@@ -49,7 +50,7 @@ def gradients(
                 with autocast(device, fast):
                     logits = model(part.to(device), use_cache=False).logits
                 logits = logits.float().flatten(0, 1)
-                drawn = torch.multinomial(torch.softmax(logits.detach(), -1), 1, generator=generator)[:, 0]
+                drawn = draw(torch.softmax(logits.detach(), -1), generator)
                 loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
                 torch.autograd.backward(loss)
             embedding.grad = None

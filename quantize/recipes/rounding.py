@@ -21,6 +21,8 @@ from dataclasses import dataclass
 
 import torch
 
+from quantize.recipes.replay import Replayed
+
 LEAF = 8
 """Columns that are compensated one by one; beyond, errors move on by products of matrices."""
 TRIED_AT_ONCE = {"cpu": 1 << 13}
@@ -250,24 +252,29 @@ class _Work:
             self.metric = damped(output_moments, search.output_damping)[self.row_order][:, self.row_order]
         self.target = weight.T.float()[self.order][:, self.row_order].contiguous()
         self.block_order = self.order[:: search.block] // search.block
-        self.block_factors: dict[int, torch.Tensor] = {}
         self.places = torch.zeros(self.target.shape, dtype=torch.int32, device=weight.device)
         self.scales = torch.zeros(inputs // search.block, rows, device=weight.device)
+        signs = (1, -1) if search.signed else (1,)
+        self.factors = self.target.new_tensor([sign * size for sign in signs for size in search.factors])[:, None]
+        self.steps = self.target.new_tensor([step for step in search.steps if step > 0 or search.signed])[:, None, None]
 
     def round(self) -> None:
         """Groups of rows one after the other, then sweeps over them."""
         factor = inverse_factor(self.moments)
         row_factor = None if self.metric is None else inverse_factor(self.metric)
-        goal = self.target.clone()
+        goal, first = self.target.clone(), Replayed(functools.partial(self._first_pass, factor))
         for rows in self._groups():
-            self._first_pass(rows, goal[:, rows].contiguous(), factor)
+            places, scales = first(goal[:, rows].contiguous(), self._block_places(rows))
+            self.places[:, rows], self.scales[:, rows] = places, scales
             if row_factor is not None:
-                error, within = goal[:, rows] - self._values(rows), row_factor[rows, rows]
+                error, within = goal[:, rows] - self._values(places, scales), row_factor[rows, rows]
                 spread = torch.linalg.solve_triangular(within, error, upper=True, left=False)
                 goal[:, rows.stop :].addmm_(spread, row_factor[rows, rows.stop :], alpha=-1)
-        for _ in range(self.search.sweeps):
-            for rows in self._groups():
-                self._sweep_group(rows)
+        if self.search.sweeps:
+            factors = [inverse_factor(self.moments[part, part]) for part in self._blocks()]
+            sweep = Replayed(functools.partial(self._sweep, factors))
+            for rows in list(self._groups()) * self.search.sweeps:
+                self._sweep_group(rows, sweep)
 
     def result(self) -> Rounded:
         """Codes and scales in the matrix's own order; the change is not yet known."""
@@ -276,48 +283,63 @@ class _Work:
         scales = self.scales[blocks_back][:, rows_back].T
         return Rounded(codes.contiguous(), scales.contiguous(), torch.zeros_like(scales[:, 0]))
 
-    def _sweep_group(self, rows: slice) -> None:
+    def _sweep_group(self, rows: slice, sweep: Replayed) -> None:
         """Sweep over the group `rows` towards what it would best be, given the errors of the other rows."""
+        kept = self.places[:, rows].contiguous(), self.scales[:, rows].contiguous()
+        tried = self.snap(self.steps * kept[1], self._block_places(rows))
         if self.metric is None:
-            return self._sweep(rows, self.target[:, rows].contiguous())
-        error, within = self.target - self._values(slice(None)), self.metric[rows, rows]
+            self.places[:, rows], self.scales[:, rows] = sweep(self.target[:, rows].contiguous(), *kept, tried)
+            return
+        error, within = self.target - self._values(self.places, self.scales), self.metric[rows, rows]
         own, pull = error[:, rows].contiguous(), error @ self.metric[:, rows]
-        kept = self.places[:, rows].clone(), self.scales[:, rows].clone()
-        self._sweep(rows, self.target[:, rows] + pull / within.diagonal() - own)
-        after = self.target[:, rows] - self._values(rows)
+        found = sweep(self.target[:, rows] + pull / within.diagonal() - own, *kept, tried)
+        after = self.target[:, rows] - self._values(*found)
         rest = 2 * (pull - own @ within)
         before, loss = (((one @ within + rest) * (self.moments @ one)).sum() for one in (own, after))
-        if loss > before:  # rows of one group move at the same time, which can be too far
-            self.places[:, rows], self.scales[:, rows] = kept
+        better = loss <= before  # rows of one group move at the same time, which can be too far
+        self.places[:, rows], self.scales[:, rows] = (
+            torch.where(better, new, old) for new, old in zip(found, kept, strict=True)
+        )
 
-    def _first_pass(self, rows: slice, target: torch.Tensor, factor: torch.Tensor) -> None:
-        """Round block after block, each block's errors made up for by the blocks that follow."""
-        signs = (1, -1) if self.search.signed else (1,)
-        factors = target.new_tensor([sign * size for sign in signs for size in self.search.factors])[:, None]
-        places = self._block_places(rows)
-        for index, part in self._blocks():
-            desired, within = target[part], factor[part, part]
-            base = desired.abs().amax(0)
-            scales, _ = self._best_scales(desired, within, self.snap(factors * base, places[index]))
-            self.places[part, rows], errors = compensate(desired, within, scales, self.levels)
-            self.scales[index, rows] = scales
-            target[part.stop :].addmm_(factor[part, part.stop :].T, errors, alpha=-1)
+    def _first_pass(
+        self, factor: torch.Tensor, target: torch.Tensor, block_places: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Round block after block of `target` [inputs, rows], each block's errors made up for by those that follow."""
+        rest, places, scales = target.clone(), [], []
+        for index, part in enumerate(self._blocks()):
+            desired, within = rest[part], factor[part, part]
+            tried = self.snap(self.factors * desired.abs().amax(0), block_places[index])
+            scale, _ = self._best_scales(desired, within, tried)
+            place, errors = compensate(desired, within, scale, self.levels)
+            rest[part.stop :].addmm_(factor[part, part.stop :].T, errors, alpha=-1)
+            places.append(place)
+            scales.append(scale)
+        return torch.cat(places), torch.stack(scales)
 
-    def _sweep(self, rows: slice, goal: torch.Tensor) -> None:
-        """Choose each block of the group `rows` anew, the others given, and keep what comes closer to `goal`."""
-        error = goal - self._values(rows)
-        steps = goal.new_tensor([step for step in self.search.steps if step > 0 or self.search.signed])
-        tried = self.snap(steps[:, None, None] * self.scales[:, rows], self._block_places(rows))
-        for index, part in self._blocks():
-            factor, present = self._block_factor(index, part), self.scales[index, rows].clone()
+    def _sweep(
+        self,
+        factors: list[torch.Tensor],
+        goal: torch.Tensor,
+        places: torch.Tensor,
+        scales: torch.Tensor,
+        tried: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """Choose each block anew, the others given, and keep what comes closer to `goal` [inputs, rows].
+
+        `tried` [steps, blocks, rows] are the scales to choose from.
+        """
+        places, scales = places.clone(), scales.clone()
+        error = goal - self._values(places, scales)
+        for index, (part, factor) in enumerate(zip(self._blocks(), factors, strict=True)):
             pull = factor @ (self.moments[part] @ error)
             desired = goal[part] - error[part] + factor.T @ pull
-            scales, change = self._best_scales(desired, factor, tried[:, index])
+            scale, change = self._best_scales(desired, factor, tried[:, index])
             better = change < pull.square().sum(0) * (1 - 1e-5)
-            places, _ = compensate(desired, factor, scales, self.levels)
-            self.places[part, rows] = torch.where(better, places, self.places[part, rows])
-            self.scales[index, rows] = torch.where(better, scales, present)
-            error[part] = goal[part] - self.levels.values[self.places[part, rows]] * self.scales[index, rows]
+            place, _ = compensate(desired, factor, scale, self.levels)
+            places[part] = torch.where(better, place, places[part])
+            scales[index] = torch.where(better, scale, scales[index])
+            error[part] = goal[part] - self.levels.values[places[part]] * scales[index]
+        return places, scales
 
     def _best_scales(
         self, desired: torch.Tensor, factor: torch.Tensor, tried: torch.Tensor
@@ -330,17 +352,12 @@ class _Work:
         """Where the blocks [blocks, rows] of some rows lie in the flattened matrix."""
         return self.row_order[rows] * len(self.scales) + self.block_order[:, None]
 
-    def _block_factor(self, index: int, part: slice) -> torch.Tensor:
-        if index not in self.block_factors:
-            self.block_factors[index] = inverse_factor(self.moments[part, part])
-        return self.block_factors[index]
+    def _values(self, places: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return self.levels.values[places] * scales.repeat_interleave(self.search.block, 0)
 
-    def _values(self, rows: slice) -> torch.Tensor:
-        return self.levels.values[self.places[:, rows]] * self.scales[:, rows].repeat_interleave(self.search.block, 0)
-
-    def _blocks(self) -> Iterator[tuple[int, slice]]:
-        for index in range(len(self.scales)):
-            yield index, slice(index * self.search.block, (index + 1) * self.search.block)
+    def _blocks(self) -> Iterator[slice]:
+        for start in range(0, len(self.target), self.search.block):
+            yield slice(start, start + self.search.block)
 
     def _groups(self) -> Iterator[slice]:
         rows = self.target.shape[1]
