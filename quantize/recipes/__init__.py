@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from quantize.errors import ConfigError
@@ -20,18 +21,27 @@ def quantize(
 ) -> Quantized:
     """Write quantized weights and their config of `checkout` into the folder `output`; stock where not calibrated.
 
-    A calibrated recipe never looks at `corpus`, the text that the result is judged by, and keeps finished work in the
-    folder `resume`. Raises CorruptModel (NaN, damage), UnsupportedModel (nothing to quantize), CorpusError (the
-    calibration text), DeviceError or StorageError.
+    A calibrated recipe never looks at `corpus`, the text that the result is judged by. Finished parts are kept in the
+    folder `resume` for a run that goes on there; without one they go away at the end. Raises CorruptModel (NaN,
+    damage), UnsupportedModel (nothing to quantize), CorpusError (the calibration text), DeviceError or StorageError.
     """
+    kept = resume or output.with_name(f"{output.name}.unfinished")
+    made = _make(checkout, output, recipe, device, progress, corpus, kept)
+    if resume is None:
+        shutil.rmtree(kept, ignore_errors=True)
+    return made
+
+
+def _make(
+    checkout: Checkout, output: Path, recipe: Recipe, device: str, progress: Progress, corpus: str, kept: Path
+) -> Quantized:
     if recipe.name == CALIBRATED:
         from quantize.recipes import calibrated
 
-        kept = resume or output.with_name(f"{output.name}.calibration")
         return calibrated.quantize(checkout, output, recipe, device, progress, corpus, kept)
     from quantize.recipes import stock
 
-    return stock.quantize(checkout, output, recipe, device, progress)
+    return stock.quantize(checkout, output, recipe, device, progress, kept)
 
 
 def check(checkout: Checkout, recipe: Recipe, corpus: str) -> None:

@@ -192,13 +192,14 @@ def _tensor(answer: Any) -> torch.Tensor:
 def matrix(module: Any) -> torch.Tensor:
     """A linear module's weight as [outputs, inputs]."""
     weight: torch.Tensor = module.weight.detach()
-    return weight.T if _is_transposed(module) else weight
+    return weight.T if is_transposed(module) else weight
 
 
 def laid_out(module: Any, values: torch.Tensor) -> torch.Tensor:
     """The inverse of `matrix`, in the type of the module's weight."""
-    return (values.T.contiguous() if _is_transposed(module) else values).to(module.weight)
+    return (values.T.contiguous() if is_transposed(module) else values).to(module.weight)
 
 
-def _is_transposed(module: Any) -> bool:
+def is_transposed(module: Any) -> bool:
+    """Whether a linear module keeps its weight as [inputs, outputs], as those of GPT-2 do."""
     return type(module).__name__ == "Conv1D"

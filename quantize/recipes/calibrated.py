@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -60,7 +59,7 @@ def quantize(
     """Write the source with chosen codes, scales and biases into `output`, in the files that the stock recipe writes.
 
     `corpus` is the text that the package will be judged by, and must not be calibrated on. Finished blocks are kept
-    in the folder `resume` until all is done, so that a killed run goes on there.
+    in the folder `resume`, so that a killed run goes on there.
     """
     started = time.monotonic()
     dtype = stock.choose_dtype(checkout, recipe, progress)
@@ -76,7 +75,6 @@ def quantize(
     for name, one in chosen.items():
         _put(model.get_submodule(name), one, device)
     modules = stock.save(model, checkout, output)
-    shutil.rmtree(resume, ignore_errors=True)
     return Quantized(
         modules=modules,
         kept_modules=stock.kept_modules(model),

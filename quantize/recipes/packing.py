@@ -17,6 +17,7 @@ import torch
 from bitsandbytes import functional
 from bitsandbytes.functional import QuantState
 
+from quantize.recipes import cells
 from quantize.recipes.rounding import Levels, Search, keep, round_compensated
 
 BLOCK = 64
@@ -157,12 +158,42 @@ class Packed:
 
 def nearest(weight: torch.Tensor, quant_type: str, double_quant: bool, block: int = BLOCK) -> Packed:
     """`weight` [rows, inputs] as stock bitsandbytes rounds it: to the nearest code under scale = absmax."""
-    state: QuantState
-    packed, state = functional.quantize_4bit(
-        weight.contiguous(), blocksize=block, compress_statistics=double_quant, quant_type=quant_type
+    return Packed.of(nearest_tensors(weight, quant_type, double_quant, block))
+
+
+def nearest_tensors(
+    weight: torch.Tensor, quant_type: str, double_quant: bool, block: int = BLOCK
+) -> dict[str, torch.Tensor]:
+    """The same as `Packed.tensors`, to the bit what bitsandbytes makes of `weight`; on a CPU several times faster.
+
+    Raises ValueError where a weight is NaN or infinite.
+    """
+    weight = weight.contiguous()
+    if weight.is_cpu and weight.numel() % block == 0:
+        packed, state = _nearest_on_cpu(weight, quant_type, double_quant, block)
+    elif not bool(weight.isfinite().all()):
+        raise ValueError("NaN or infinity among the weights")
+    else:
+        packed, state = functional.quantize_4bit(
+            weight, blocksize=block, compress_statistics=double_quant, quant_type=quant_type
+        )
+    return {"weight": packed} | {f"weight.{name}": value for name, value in state.as_dict(packed=True).items()}
+
+
+def _nearest_on_cpu(
+    weight: torch.Tensor, quant_type: str, double_quant: bool, block: int
+) -> tuple[torch.Tensor, QuantState]:
+    code = table(quant_type)
+    packed, scales = cells.quantize(weight, code, block)
+    if not bool(scales.isfinite().all()):
+        raise ValueError("NaN or infinity among the weights")
+    state = QuantState(
+        absmax=scales, shape=weight.shape, code=code, blocksize=block, quant_type=quant_type, dtype=weight.dtype
     )
-    stats = {f"weight.{name}": value for name, value in state.as_dict(packed=True).items()}
-    return Packed.of({"weight": packed} | stats)
+    if double_quant:
+        state.offset, state.nested = scales.mean(), True
+        state.absmax, state.state2 = functional.quantize_blockwise(scales - state.offset, blocksize=NESTED_BLOCK)
+    return packed, state
 
 
 def compensated(

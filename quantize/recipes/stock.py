@@ -8,22 +8,67 @@ from typing import Any
 
 from quantize.errors import CorruptModel, DeviceError, UnsupportedModel, storage_errors
 from quantize.progress import Progress
+from quantize.recipes import streaming
+from quantize.recipes.streaming import NotKnown
+from quantize.recipes.work import Work
 from quantize.records import Checkout, Quantized, Recipe
 
-MAX_SHARD = "5GB"
+MAX_SHARD = 5_000_000_000
 QUANTIZED_CLASSES = ("Linear4bit", "Linear8bitLt")
 MOST_STACKED = 0.1
 LINEAR_CLASSES = ("Linear", "Conv1D")
 HALF_TYPES = {"F16": "float16", "BF16": "bfloat16"}
 
 
-def quantize(checkout: Checkout, output: Path, recipe: Recipe, device: str, progress: Progress) -> Quantized:
-    """Load the source through `BitsAndBytesConfig` on `device` and save it into `output`."""
+def quantize(
+    checkout: Checkout, output: Path, recipe: Recipe, device: str, progress: Progress, resume: Path
+) -> Quantized:
+    """Write what `from_pretrained` with `BitsAndBytesConfig` and `save_pretrained` would write into `output`.
+
+    Tensors are streamed, so that the model need not fit into memory, and finished files are kept in the folder
+    `resume`. Where the architecture asks for more than that, the model is loaded and saved.
+    """
     started = time.monotonic()
-    dtype = choose_dtype(checkout, recipe, progress)
-    model = load_quantized(checkout, recipe, dtype, device)
-    modules = save(model, checkout, output)
-    return Quantized(modules, kept_modules(model), dtype, device, round(time.monotonic() - started, 3))
+    try:
+        dtype, modules, kept = _stream(checkout, output, recipe, device, progress, resume)
+    except NotKnown as reason:
+        progress.note(f"{reason}: the model is loaded as a whole")
+        dtype = choose_dtype(checkout, recipe, progress)
+        model = load_quantized(checkout, recipe, dtype, device)
+        modules, kept = save(model, checkout, output), kept_modules(model)
+    return Quantized(modules, kept, dtype, device, round(time.monotonic() - started, 3))
+
+
+def _stream(
+    checkout: Checkout, output: Path, recipe: Recipe, device: str, progress: Progress, resume: Path
+) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """The type of what stays in half precision, the quantized modules, and the linear ones that are not."""
+    import torch
+
+    dtype = half_type(checkout, recipe) or choose_dtype(checkout, recipe, progress)
+    model = _skeleton(checkout, dtype)
+    skipped = set(_skipped(checkout, model, recipe))
+    linear = _modules_of(model, LINEAR_CLASSES)
+    modules = tuple(name for name in linear if not _under(name, skipped))
+    _require_some(modules, checkout)
+    _require_mostly_linear(model, checkout.source.name)
+    pieces = streaming.plan(checkout, model, modules, getattr(torch, dtype))
+    work = Work.begin(
+        resume, {"source": checkout.source.fingerprint(), "recipe": recipe, "dtype": dtype, "device": device}
+    )
+    streaming.write(pieces, output, work.folder, recipe, device, MAX_SHARD, progress)
+    model.config.quantization_config = _bitsandbytes_config(checkout, recipe, dtype)
+    model.config.dtype, model.config.architectures = dtype, [type(model).__name__]
+    with storage_errors(output):
+        model.config.save_pretrained(output)
+        if model.can_generate():
+            _generation_config(model, checkout).save_pretrained(output)
+    return dtype, modules, tuple(name for name in linear if name not in modules)
+
+
+def half_type(checkout: Checkout, recipe: Recipe) -> str | None:
+    """The type of what stays in half precision, None where that depends on the weights."""
+    return HALF_TYPES.get(checkout.source.dtype) if recipe.compute_dtype == "auto" else recipe.compute_dtype
 
 
 def choose_dtype(checkout: Checkout, recipe: Recipe, progress: Progress) -> str:
@@ -37,17 +82,26 @@ def save(model: Any, checkout: Checkout, output: Path) -> tuple[str, ...]:
 
     Raises UnsupportedModel where there are none, or where most weights are not in linear layers.
     """
-    from transformers import GenerationConfig
-
     modules = _modules_of(model, QUANTIZED_CLASSES)
-    if not modules:
-        raise UnsupportedModel(f"{checkout.source.name} has no linear layer left to quantize: skip fewer modules")
+    _require_some(modules, checkout)
     _require_mostly_linear(model, checkout.source.name)
-    if any(file.path == "generation_config.json" for file in checkout.source.files):
-        model.generation_config = GenerationConfig()  # the source's own is copied, even one that saving would refuse
+    model.generation_config = _generation_config(model, checkout)
     with storage_errors(output):
         model.save_pretrained(output, max_shard_size=MAX_SHARD)
     return modules
+
+
+def _require_some(modules: tuple[str, ...], checkout: Checkout) -> None:
+    if not modules:
+        raise UnsupportedModel(f"{checkout.source.name} has no linear layer left to quantize: skip fewer modules")
+
+
+def _generation_config(model: Any, checkout: Checkout) -> Any:
+    """The source's own is copied, even one that saving would refuse, so nothing is written in its place."""
+    from transformers import GenerationConfig
+
+    has_own = any(file.path == "generation_config.json" for file in checkout.source.files)
+    return GenerationConfig() if has_own else model.generation_config
 
 
 def kept_modules(model: Any) -> tuple[str, ...]:
@@ -74,7 +128,7 @@ def skipped_modules(checkout: Checkout, recipe: Recipe) -> list[str]:
     return _skipped(checkout, _skeleton(checkout), recipe)
 
 
-def _skeleton(checkout: Checkout) -> Any:
+def _skeleton(checkout: Checkout, dtype: str = "float32") -> Any:
     """The source's model without weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -82,7 +136,7 @@ def _skeleton(checkout: Checkout) -> Any:
     trust = checkout.source.remote_code
     config = AutoConfig.from_pretrained(checkout.folder, local_files_only=True, trust_remote_code=trust)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust)
 
 
 def _skipped(checkout: Checkout, model: Any, recipe: Recipe) -> list[str]:
