@@ -333,7 +333,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted: nothing half done was left; run the same command again", err=True)
+        click.echo("interrupted: nothing half done was left; the same command goes on from there", err=True)
         sys.exit(INTERRUPTED)
     except QuantizeError as error:
         click.echo(f"error: {error}", err=True)

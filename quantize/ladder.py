@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantize import package, recipes, source
-from quantize.errors import ConfigError, CorpusError
+from quantize.errors import CorpusError, CorruptModel, UnsupportedModel
 from quantize.parity import corpus_text, judge
 from quantize.progress import Progress
 from quantize.records import (
@@ -78,7 +78,7 @@ def build(
         kept = resume / str(number)
         try:
             quantized = recipes.quantize(checkout, folder, rung, device, progress, corpus_text(settings), kept)
-        except (ConfigError, CorpusError):  # nothing was begun that could be taken up again
+        except (CorpusError, CorruptModel, UnsupportedModel):  # no other run could go on from there
             shutil.rmtree(resume, ignore_errors=True)
             raise
         package.copy_carried(checkout, source.carried_files(checkout.source), folder)

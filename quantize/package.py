@@ -26,8 +26,8 @@ from quantize.records import (
 
 PROVENANCE, PARITY, CARD, FIGURES = "provenance.json", "parity.json", "README.md", "figures"
 RECEIPT = "receipt.json"
-BUILDING, REFUSED, CALIBRATION = ".building", "-refused", ".calibration"
-"""Endings of names beside a package's own: under construction, refused, finished blocks of a killed run."""
+BUILDING, REFUSED, UNFINISHED = ".building", "-refused", ".unfinished"
+"""Endings of names beside a package's own: under construction, refused, finished parts of a run that was stopped."""
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
         check_inputs(checkout, request.settings)
         recipes.check(checkout, request.recipe, corpus_text(request.settings))
         files.require_space(site, source.weight_bytes(checkout.source), "the package")
-        resume = output.with_name(f"{output.name}{package.CALIBRATION}")
+        resume = output.with_name(f"{output.name}{package.UNFINISHED}")
         judge = _judge(request, checkout, device, progress)
         made = ladder.build(checkout, site, request.recipe, request.settings, device, progress, resume, judge)
         parity = made.parity

@@ -3,6 +3,8 @@
     python scripts/benchmark.py parity                                  the pocket model, on the built-in corpus
     python scripts/benchmark.py parity --shape distilgpt2 --windows 8   random weights of distilgpt2's shape
     python scripts/benchmark.py parity FOLDER --corpus FILE --json      any model, any text
+    python scripts/benchmark.py quantizing --shape 1b                   making the 4-bit files: time and memory
+    python scripts/benchmark.py job --shape distilgpt2                  the whole of `quantize run`
 
 Each contender runs in a process of its own, so that one's memory is not another's, and they take turns.
 """
@@ -10,8 +12,8 @@ Each contender runs in a process of its own, so that one's memory is not another
 from __future__ import annotations
 
 import json
-import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,13 +27,13 @@ from statistics import median
 from typing import Any
 
 import click
+import making
+from making import Cost, Task
 
 from quantize.progress import Silent
 from quantize.records import ParitySettings, Recipe
 
-POCKET = Path(__file__).resolve().parents[1] / "tests" / "models" / "pocket-gpt2"
 QUIET = {"OMP_WAIT_POLICY": "passive", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
-SHAPES = {"distilgpt2": {"vocab_size": 50257, "n_embd": 768, "n_layer": 6, "n_head": 12, "n_positions": 1024}}
 GUIDE_STRIDE = 512
 SAMPLE_SECONDS = 0.01
 
@@ -156,29 +158,10 @@ def guide(job: Job, stride: int) -> Outcome:
             model(text[:, : job.window].to(job.device), labels=text[:, : job.window].to(job.device))
     with most_memory(job.device) as peak:
         begun = finished(job.device)
-        results = [_guide_loop(model, text, job.window, stride, job.device) for model in models]
+        results = [making.guide_loop(model, text, job.window, job.device, stride) for model in models]
         seconds = finished(job.device) - begun
         used = peak()
-    tokens = results[0][1]
-    return Outcome(seconds, begun - started, tokens, used, {"ratio": results[1][0] / results[0][0]})
-
-
-def _guide_loop(model: Any, text: Any, window: int, stride: int, device: str) -> tuple[float, int]:
-    import torch
-
-    total, counted, scored_until = 0.0, 0, 0
-    for begin in range(0, text.shape[1], stride):
-        end = min(begin + window, text.shape[1])
-        tokens = text[:, begin:end].to(device)
-        labels = tokens.clone()
-        labels[:, : tokens.shape[1] - (end - scored_until)] = -100
-        with torch.no_grad():
-            loss = model(tokens, labels=labels).loss
-        own = int((labels != -100).sum()) - 1
-        total, counted, scored_until = total + float(loss) * own, counted + own, end
-        if end == text.shape[1]:
-            break
-    return math.exp(total / counted), counted
+    return Outcome(seconds, begun - started, text.shape[1] - 1, used, {"ratio": results[1] / results[0]})
 
 
 def verdict(job: Job) -> Outcome:
@@ -212,20 +195,6 @@ GUIDES: dict[str, Callable[[Job], Outcome]] = {
     "guide's loop, its stride of half a window": lambda job: guide(job, min(GUIDE_STRIDE, job.window // 2)),
 }
 CONTENDERS = {OURS: ours, **GUIDES, VERDICT: verdict}
-
-
-def made_up(shape: str, folder: Path) -> Path:
-    """A model of random weights in float32, as distilgpt2 lies on the Hub, with the pocket model's tokenizer."""
-    import shutil
-
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(**SHAPES[shape])).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(POCKET / name, folder)
-    return folder
 
 
 def quantized(source_folder: Path, folder: Path, device: str) -> Path:
@@ -266,8 +235,8 @@ def contender(name: str, job: str) -> None:
 
 
 @benchmark.command()
-@click.argument("model", default=str(POCKET))
-@click.option("--shape", type=click.Choice(list(SHAPES)), help="Random weights of this shape instead of MODEL.")
+@click.argument("model", default=str(making.POCKET))
+@click.option("--shape", type=click.Choice(list(making.SHAPES)), help="Random weights of this shape instead of MODEL.")
 @click.option("--corpus", default=ParitySettings.corpus, show_default=True)
 @click.option("--window", default=ParitySettings.window, show_default=True, help="Tokens, at most the context.")
 @click.option("--windows", default=ParitySettings.max_windows, show_default=True, help="Windows at most.")
@@ -284,7 +253,7 @@ def parity(
 
     place = devices.choose(device)
     with tempfile.TemporaryDirectory(prefix="quantize-benchmark-") as folder:
-        original = made_up(shape, Path(folder) / shape) if shape else Path(model).resolve()
+        original = making.made_up(shape, Path(folder) / shape) if shape else Path(model).resolve()
         candidate = quantized(original, Path(folder) / "nf4", place)
         context = AutoConfig.from_pretrained(original).max_position_embeddings
         job = Job(str(original), str(candidate), corpus, min(window, context), windows, place)
@@ -316,6 +285,93 @@ def parity(
         click.echo("  " + ", ".join(f"{key} {value}" for key, value in row.items()))
     for name, ratio in ratios.items():
         click.echo(f"{ratio:6.2f} x as fast as {name}")
+
+
+@benchmark.command(hidden=True)
+@click.argument("name")
+@click.argument("task")
+def maker(name: str, task: str) -> None:
+    """One contender's one run, in this process."""
+    click.echo(making.line(name, task))
+
+
+def making_options(command: Callable[..., None]) -> Callable[..., None]:
+    options = [
+        click.argument("model", required=False),
+        click.option("--shape", type=click.Choice(list(making.SHAPES)), default="distilgpt2", show_default=True),
+        click.option("--device", default="auto", show_default=True),
+        click.option("--rounds", default=3, show_default=True),
+        click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False)),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@benchmark.command()
+@making_options
+@click.option("--only-ours", is_flag=True, help="Where the other would not fit.")
+@click.option("--gpu-limit", default=0.0, help="Bytes of GPU memory that torch may take.")
+def quantizing(
+    model: str | None,
+    shape: str,
+    device: str,
+    rounds: int,
+    json_file: Path | None,
+    only_ours: bool,
+    gpu_limit: float,
+) -> None:
+    """The 4-bit files of MODEL, or of random weights: ours against from_pretrained and save_pretrained."""
+    names = [making.OURS] if only_ours else [making.STOCK, making.OURS]
+    compare_makers(names, model, shape, device, rounds, json_file, gpu_limit=gpu_limit)
+
+
+@benchmark.command()
+@making_options
+@click.option("--corpus", default=ParitySettings.corpus, show_default=True)
+def job(model: str | None, shape: str, device: str, rounds: int, json_file: Path | None, corpus: str) -> None:
+    """The whole job: against from_pretrained in 4 bits, save_pretrained, and the guide's loop for both models."""
+    compare_makers([making.OBVIOUS, making.OUR_JOB], model, shape, device, rounds, json_file, corpus=corpus)
+
+
+def compare_makers(
+    names: list[str], model: str | None, shape: str, device: str, rounds: int, json_file: Path | None, **details: Any
+) -> None:
+    from quantize import devices
+
+    place = devices.choose(device)
+    with tempfile.TemporaryDirectory(prefix="quantize-benchmark-") as folder:
+        original = Path(model).resolve() if model else making.made_up(shape, Path(folder) / shape)
+        found: dict[str, list[Cost]] = {name: [] for name in names}
+        for turn in range(rounds):
+            for name in names:
+                click.echo(f"round {turn + 1} of {rounds}: {name}", err=True)
+                output = Path(folder) / f"{names.index(name)}-{turn}"
+                given = json.dumps(asdict(Task(str(original), str(output), place, **details)))
+                command = [sys.executable, __file__, "maker", name, given]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                found[name].append(Cost(**json.loads(done.stdout.splitlines()[-1])))
+                for made in Path(folder).glob(f"{output.name}*"):
+                    shutil.rmtree(made)
+    report = {"model": Path(model).name if model else shape, **asdict(devices.describe(place)), "rounds": rounds}
+    costs = {name: {key: median(getattr(one, key) for one in all_) for key in KEYS} for name, all_ in found.items()}
+    first, last = costs[names[0]], costs[names[-1]]
+    beyond = {name: one["memory"] - one["libraries"] for name, one in costs.items()}
+    ratios = {key: round(last[key] / first[key], 3) for key in KEYS if first[key]}
+    ratios["memory beyond the libraries"] = round(beyond[names[-1]] / beyond[names[0]], 3)
+    click.echo(f"{report['model']}, {report['device_name']}, median of {rounds} rounds")
+    for name, one in costs.items():
+        words = ", ".join(f"{key} {value / 1e9:.3f} GB" for key, value in one.items() if key != "seconds")
+        click.echo(
+            f"  {name}: {one['seconds']:.2f} s, {words}, memory beyond the libraries {beyond[name] / 1e9:.3f} GB"
+        )
+    for key, ratio in ratios.items() if len(names) > 1 else ():
+        click.echo(f"{ratio:7.3f} x the {key}")
+    if json_file:
+        json_file.write_text(json.dumps({**report, "costs": costs, "ratios": ratios}, indent=2) + "\n", "utf-8")
+
+
+KEYS = ("seconds", "memory", "libraries", "gpu_memory", "read", "written", "size")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def test_it_diverges_much_less_than_stock_and_says_so(package: Package) -> None:
     card = (package.folder / "README.md").read_text()
     assert "on 16 windows of 128 tokens that the original wrote itself" in card and "| stock NF4 |" in card
     assert "--recipe calibrated --calibration-windows 16 --calibration-length 128" in card
-    assert not list(package.folder.parent.glob("*.calibration"))
+    assert not list(package.folder.parent.glob("*.unfinished"))
 
 
 def test_the_same_bytes_as_many_and_the_same_twice(package: Package, finished: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGKILL in every stage: no half package, and the next run starts clean."""
+"""Ctrl-C and SIGKILL in every stage: no half package, nothing but finished parts, and the next run ends well."""
 
 from __future__ import annotations
 
@@ -33,17 +33,22 @@ def stop_at(stage: str, output: Path, number: signal.Signals) -> tuple[int, str]
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_ctrl_c_leaves_nothing_and_says_so(stage: str, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_finished_parts_only_and_says_so(stage: str, tmp_path: Path) -> None:
     code, said = stop_at(stage, tmp_path / "out", signal.SIGINT)
     assert code == 130, said
     assert said.splitlines()[-1].startswith("interrupted: ") and "Traceback" not in said
-    assert list(tmp_path.iterdir()) == []
+    require_finished_parts_only(tmp_path)
 
 
-def test_sigterm_leaves_nothing(tmp_path: Path) -> None:
+def require_finished_parts_only(folder: Path) -> None:
+    assert {path.name for path in folder.iterdir()} <= {f"out{package.UNFINISHED}"}
+    assert not list(folder.rglob("*.part"))
+
+
+def test_sigterm_leaves_finished_parts_only(tmp_path: Path) -> None:
     code, said = stop_at("    scoring", tmp_path / "out", signal.SIGTERM)
     assert code == 128 + signal.SIGTERM, said
-    assert list(tmp_path.iterdir()) == []
+    require_finished_parts_only(tmp_path)
 
 
 def test_sigkill_in_each_stage_leaves_no_half_package_and_the_next_run_starts_clean(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from quantize.recipes import budget, calibration, packing, stock
 from quantize.recipes.blocks import Blocks, Stream, laid_out, matrix, on_device
 from quantize.recipes.gradients import Gradient, gradients
 from quantize.recipes.rounding import Moments, Search
-from quantize.recipes.work import BIAS, CODES, Chosen, Work
+from quantize.recipes.work import Chosen, Work
 from quantize.records import Calibrated, Checkout, Quantized, Recipe
 
 TOKENS_AT_ONCE = 4096
@@ -71,13 +71,12 @@ def quantize(
     devices.release(device)
     spared = tuple(name for name, block in forms.items() if block == budget.HALF)
     skipping = dataclasses.replace(recipe, skip_modules=(*recipe.skip_modules, *spared))
-    model = stock.load_quantized(checkout, skipping, dtype, device)
-    for name, one in chosen.items():
-        _put(model.get_submodule(name), one, device)
-    modules = stock.save(model, checkout, output)
+    given = {name: one.tensors() for name, one in chosen.items()}
+    files = work.folder / "files"
+    modules, kept = stock.write(checkout, output, skipping, dtype, device, progress, files, given)
     return Quantized(
         modules=modules,
-        kept_modules=stock.kept_modules(model),
+        kept_modules=kept,
         dtype=dtype,
         device=device,
         seconds=round(time.monotonic() - started, 3),
@@ -260,17 +259,6 @@ def _replace(module: Any, one: Chosen) -> None:
     module.weight.data = laid_out(module, one.packed.weight())
     if one.bias is not None:
         module.bias.data = one.bias.to(module.bias)
-
-
-def _put(module: Any, one: Chosen, device: str) -> None:
-    """Give a 4-bit module of the stock model other contents."""
-    from bitsandbytes.nn import Params4bit
-
-    tensors = one.tensors()
-    stats = {name: tensor for name, tensor in tensors.items() if name not in (CODES, BIAS)}
-    module.weight = Params4bit.from_prequantized(tensors[CODES], stats, device=device, module=module)
-    if one.bias is not None:
-        module.bias.data = tensors[BIAS].to(module.bias)
 
 
 def _in(name: str, block: str) -> bool:

@@ -137,6 +137,7 @@ class Shard:
                 self._finish()
         finally:
             os.close(self.descriptor)
+            self.file.with_suffix(".part").unlink(missing_ok=True)
 
     def _finish(self) -> None:
         tail = b"".join(self.loose[name] for name in sorted(self.loose))

@@ -1,22 +1,25 @@
-"""Nearest rounding as stock transformers and bitsandbytes do it: `from_pretrained`, `save_pretrained`."""
+"""Nearest rounding as stock transformers and bitsandbytes do it, and the files that they write."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from quantize.errors import CorruptModel, DeviceError, UnsupportedModel, storage_errors
 from quantize.progress import Progress
-from quantize.recipes import streaming
-from quantize.recipes.streaming import NotKnown
-from quantize.recipes.work import Work
+from quantize.recipes import pieces, streaming
+from quantize.recipes.pieces import NotKnown
+from quantize.recipes.work import BIAS, CODES, Work
 from quantize.records import Checkout, Quantized, Recipe
 
 MAX_SHARD = 5_000_000_000
 QUANTIZED_CLASSES = ("Linear4bit", "Linear8bitLt")
 MOST_STACKED = 0.1
 LINEAR_CLASSES = ("Linear", "Conv1D")
+Given = Mapping[str, Mapping[str, Any]]
+"""Tensors by the names of the modules that have them, and by what they are called there."""
 HALF_TYPES = {"F16": "float16", "BF16": "bfloat16"}
 
 
@@ -25,48 +28,83 @@ def quantize(
 ) -> Quantized:
     """Write what `from_pretrained` with `BitsAndBytesConfig` and `save_pretrained` would write into `output`.
 
-    Tensors are streamed, so that the model need not fit into memory, and finished files are kept in the folder
-    `resume`. Where the architecture asks for more than that, the model is loaded and saved.
+    Finished files are kept in the folder `resume` for a run that goes on there.
     """
     started = time.monotonic()
-    try:
-        dtype, modules, kept = _stream(checkout, output, recipe, device, progress, resume)
-    except NotKnown as reason:
-        progress.note(f"{reason}: the model is loaded as a whole")
-        dtype = choose_dtype(checkout, recipe, progress)
-        model = load_quantized(checkout, recipe, dtype, device)
-        modules, kept = save(model, checkout, output), kept_modules(model)
+    dtype = _half_type(checkout, recipe) or choose_dtype(checkout, recipe, progress)
+    modules, kept = write(checkout, output, recipe, dtype, device, progress, resume, {})
     return Quantized(modules, kept, dtype, device, round(time.monotonic() - started, 3))
 
 
+def write(
+    checkout: Checkout,
+    output: Path,
+    recipe: Recipe,
+    dtype: str,
+    device: str,
+    progress: Progress,
+    resume: Path,
+    given: Given,
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The package's weights and config; the names of the modules that are quantized, and of linear ones that are not.
+
+    Modules are rounded to nearest, but for those whose tensors are `given`. Tensors are streamed, so that the model
+    need not fit into memory; where the architecture asks for more than that, the model is loaded and saved.
+    """
+    try:
+        return _stream(checkout, output, recipe, dtype, device, progress, resume, given)
+    except NotKnown as reason:
+        progress.note(f"{reason}: the model is loaded as a whole")
+    if _half_type(checkout, recipe):  # the weights were not looked at before
+        choose_dtype(checkout, recipe, progress)
+    model = load_quantized(checkout, recipe, dtype, device)
+    for name, tensors in given.items():
+        _put(model.get_submodule(name), tensors, device)
+    return save(model, checkout, output), kept_modules(model)
+
+
 def _stream(
-    checkout: Checkout, output: Path, recipe: Recipe, device: str, progress: Progress, resume: Path
-) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """The type of what stays in half precision, the quantized modules, and the linear ones that are not."""
+    checkout: Checkout,
+    output: Path,
+    recipe: Recipe,
+    dtype: str,
+    device: str,
+    progress: Progress,
+    resume: Path,
+    given: Given,
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     import torch
 
-    dtype = half_type(checkout, recipe) or choose_dtype(checkout, recipe, progress)
     model = _skeleton(checkout, dtype)
     skipped = set(_skipped(checkout, model, recipe))
     linear = _modules_of(model, LINEAR_CLASSES)
     modules = tuple(name for name in linear if not _under(name, skipped))
     _require_some(modules, checkout)
     _require_mostly_linear(model, checkout.source.name)
-    pieces = streaming.plan(checkout, model, modules, getattr(torch, dtype))
-    work = Work.begin(
-        resume, {"source": checkout.source.fingerprint(), "recipe": recipe, "dtype": dtype, "device": device}
-    )
-    streaming.write(pieces, output, work.folder, recipe, device, MAX_SHARD, progress)
+    planned = pieces.plan(checkout, model, modules, getattr(torch, dtype), given)
+    made_of = {"source": checkout.source.fingerprint(), "recipe": recipe, "dtype": dtype, "device": device}
+    work = Work.begin(resume, {**made_of, "given": sorted(given)})
+    streaming.write(planned, output, work.folder, recipe, device, MAX_SHARD, progress)
     model.config.quantization_config = _bitsandbytes_config(checkout, recipe, dtype)
     model.config.dtype, model.config.architectures = dtype, [type(model).__name__]
     with storage_errors(output):
         model.config.save_pretrained(output)
         if model.can_generate():
             _generation_config(model, checkout).save_pretrained(output)
-    return dtype, modules, tuple(name for name in linear if name not in modules)
+    return modules, tuple(name for name in linear if name not in modules)
 
 
-def half_type(checkout: Checkout, recipe: Recipe) -> str | None:
+def _put(module: Any, tensors: Mapping[str, Any], device: str) -> None:
+    """Give a 4-bit module other contents."""
+    from bitsandbytes.nn import Params4bit
+
+    stats = {name: tensor for name, tensor in tensors.items() if name not in (CODES, BIAS)}
+    module.weight = Params4bit.from_prequantized(tensors[CODES], stats, device=device, module=module)
+    if BIAS in tensors:
+        module.bias.data = tensors[BIAS].to(module.bias)
+
+
+def _half_type(checkout: Checkout, recipe: Recipe) -> str | None:
     """The type of what stays in half precision, None where that depends on the weights."""
     return HALF_TYPES.get(checkout.source.dtype) if recipe.compute_dtype == "auto" else recipe.compute_dtype
 

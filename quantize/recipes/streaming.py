@@ -2,15 +2,13 @@
 
 What becomes 4-bit, what is tied and what things are called is learned from the model on the meta device. Reading,
 rounding and writing overlap, and memory holds a few tensors at a time. Where transformers would change weights in a way
-that is not known here, `plan` says so, and nothing is done.
+that is not known here, `pieces.plan` says so, and nothing is done.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,9 +23,9 @@ from bitsandbytes import functional
 from quantize.errors import CorruptModel, storage_errors
 from quantize.progress import Progress
 from quantize.recipes import packing, shards
-from quantize.recipes.blocks import is_transposed
-from quantize.recipes.shards import Entry, Shard, Slot
-from quantize.records import Checkout, Recipe
+from quantize.recipes.pieces import Piece, module_of
+from quantize.recipes.shards import Shard
+from quantize.records import Recipe
 
 PART = 16 << 20
 """Elements of a tensor that stays in half precision which are copied together."""
@@ -37,51 +35,8 @@ READERS = WRITERS = 2
 INDEX = "model.safetensors.index.json"
 
 
-class NotKnown(Exception):
-    """Transformers would load this model in a way that is not known here."""
-
-
 @dataclass(frozen=True)
-class Piece:
-    """A tensor of the model: where it comes from, what it becomes, and what files call it.
-
-    `rounded` tensors become codes of a matrix, which is `transposed` first where the source has it the other way
-    round; others stay as they are, as `dtype`.
-    """
-
-    name: str
-    entry: Entry
-    dtype: torch.dtype
-    rounded: bool
-    transposed: bool
-
-    def slots(self, recipe: Recipe) -> list[Slot]:
-        """What there will be in the package's files."""
-        if not self.rounded:
-            return [Slot(self.name, self.dtype, self.entry.shape)]
-        rows, inputs = reversed(self.entry.shape) if self.transposed else self.entry.shape
-        if recipe.bits == 8:
-            return [
-                Slot(self.name, torch.int8, (rows, inputs)),
-                Slot(f"{_module(self.name)}.SCB", torch.float32, (rows,)),
-                Slot(f"{_module(self.name)}.weight_format", torch.uint8, ()),
-            ]
-        blocks = math.ceil(rows * inputs / packing.BLOCK)
-        nested = [
-            Slot(f"{self.name}.nested_absmax", torch.float32, (math.ceil(blocks / packing.NESTED_BLOCK),)),
-            Slot(f"{self.name}.nested_quant_map", torch.float32, (256,)),
-        ]
-        return [
-            Slot(self.name, torch.uint8, (math.ceil(rows * inputs / 2), 1)),
-            Slot(f"{self.name}.absmax", torch.uint8 if recipe.double_quant else torch.float32, (blocks,)),
-            Slot(f"{self.name}.quant_map", torch.float32, (16,)),
-            *(nested if recipe.double_quant else []),
-            Slot(f"{self.name}.quant_state.bitsandbytes__{recipe.quant_type}", torch.uint8, None),
-        ]
-
-
-@dataclass(frozen=True)
-class Work:
+class Step:
     """What one step reads: `count` elements of a piece from the element `first` on."""
 
     piece: Piece
@@ -91,37 +46,6 @@ class Work:
     @property
     def size(self) -> int:
         return self.count * self.piece.entry.dtype.itemsize
-
-
-def plan(checkout: Checkout, model: Any, quantized: Iterable[str], dtype: torch.dtype) -> list[Piece]:
-    """The pieces of the source's `model` (on the meta device, of `dtype`), in the order of their names.
-
-    `quantized` are the names of the modules that become codes. Raises NotKnown.
-    """
-    _require_plain(model, dtype)
-    wanted, ties = model.state_dict(), dict(model.all_tied_weights_keys)
-    found: dict[str, tuple[str, Entry]] = {}
-    rename = _renaming(model, wanted)
-    for file in checkout.source.files:
-        if file.path.endswith(".safetensors"):
-            for key, entry in shards.entries(checkout.folder / file.path).items():
-                name, called = rename(key)
-                if name in found:
-                    raise NotKnown(f"{name} is there twice")
-                found[name] = called, entry
-    for target, kept in ties.items():
-        if target in found and kept in found and not _same(found[target][1], found[kept][1]):
-            raise NotKnown(f"{target} is to be {kept}, and differs from it")
-    matrices = {f"{module}.weight": model.get_submodule(module) for module in quantized}
-    pieces = []
-    for name in sorted(wanted.keys() - ties.keys() - set(model._keys_to_ignore_on_save or ()), key=_natural):
-        if name not in found or tuple(wanted[name].shape) != found[name][1].shape:
-            raise NotKnown(f"{name} is not in the source as the model has it")
-        called, entry = found[name]
-        rounded = name in matrices
-        transposed = rounded and is_transposed(matrices[name])
-        pieces.append(Piece(called, entry, wanted[name].dtype, rounded, transposed))
-    return pieces
 
 
 def write(
@@ -156,10 +80,10 @@ def _write_shard(file: Path, group: list[Piece], recipe: Recipe, device: str, ad
         Shard(file, slots) as shard,
         _Behind(WRITERS) as writers,
     ):
-        for work, values in _ahead(readers, _works(group), pinned):
-            tensors = _results(work, values, recipe, device)
-            writers.submit(sum(one.nbytes for one in tensors.values()), _put, shard, tensors, work.first)
-            advance(work.count)
+        for step, values in _ahead(readers, _steps(group), pinned):
+            tensors = _results(step, values, recipe, device)
+            writers.submit(sum(one.nbytes for one in tensors.values()), _put, shard, tensors, step.first)
+            advance(step.piece.entry.numel if step.piece.given else step.count)
 
 
 def _put(shard: Shard, tensors: Mapping[str, torch.Tensor], first: int) -> None:
@@ -167,9 +91,11 @@ def _put(shard: Shard, tensors: Mapping[str, torch.Tensor], first: int) -> None:
         shard.write(name, values, first)
 
 
-def _results(work: Work, values: torch.Tensor, recipe: Recipe, device: str) -> dict[str, torch.Tensor]:
+def _results(step: Step, values: torch.Tensor, recipe: Recipe, device: str) -> dict[str, torch.Tensor]:
     """What `values` become, on the CPU."""
-    piece = work.piece
+    piece = step.piece
+    if piece.given:
+        return dict(piece.given)
     try:
         if not piece.rounded:
             return {piece.name: _finite(values).to(piece.dtype)}
@@ -178,7 +104,13 @@ def _results(work: Work, values: torch.Tensor, recipe: Recipe, device: str) -> d
     except ValueError as error:
         place = piece.entry.file.name
         raise CorruptModel(f"{piece.name} in {place} holds NaN or infinity: the source is damaged") from error
-    return {f"{_module(piece.name)}.{part}": tensor.cpu() for part, tensor in tensors.items()}
+    return {f"{module_of(piece.name)}.{part}": _on_cpu(tensor) for part, tensor in tensors.items()}
+
+
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    return (
+        torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor) if tensor.is_cuda else tensor.cpu()
+    )
 
 
 def _codes(matrix: torch.Tensor, recipe: Recipe) -> dict[str, torch.Tensor]:
@@ -200,30 +132,28 @@ def _finite(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def _works(pieces: list[Piece]) -> Iterator[Work]:
+def _steps(pieces: list[Piece]) -> Iterator[Step]:
     for piece in pieces:
-        count = piece.entry.numel
-        step = max(count, 1) if piece.rounded else PART
-        for first in range(0, max(count, 1), step):
-            yield Work(piece, first, min(step, count - first))
+        count = 0 if piece.given else piece.entry.numel
+        part = max(count, 1) if piece.rounded else PART
+        for first in range(0, max(count, 1), part):
+            yield Step(piece, first, min(part, count - first))
 
 
-def _ahead(readers: ThreadPoolExecutor, works: Iterable[Work], pinned: bool) -> Iterator[tuple[Work, torch.Tensor]]:
-    """Each of `works` with what it reads, while what comes next is being read."""
-    waiting: deque[tuple[Work, Future[torch.Tensor]]] = deque()
+def _ahead(readers: ThreadPoolExecutor, steps: Iterable[Step], pinned: bool) -> Iterator[tuple[Step, torch.Tensor]]:
+    """Each of `steps` with what it reads, while what comes next is being read."""
+    waiting: deque[tuple[Step, Future[torch.Tensor]]] = deque()
     held = 0
-    for work in works:
-        while waiting and held + work.size > AHEAD:
+    for step in steps:
+        while waiting and held + step.size > AHEAD:
             first, future = waiting.popleft()
             held -= first.size
             yield first, future.result()
-        entry = work.piece.entry
-        waiting.append(
-            (work, readers.submit(shards.read, entry, work.first, work.count, pinned and work.piece.rounded))
-        )
-        held += work.size
-    for work, future in waiting:
-        yield work, future.result()
+        entry, on_its_way = step.piece.entry, pinned and step.piece.rounded
+        waiting.append((step, readers.submit(shards.read, entry, step.first, step.count, on_its_way)))
+        held += step.size
+    for step, future in waiting:
+        yield step, future.result()
 
 
 class _Behind:
@@ -279,60 +209,9 @@ def _place(file: Path, target: Path) -> None:
 
 
 def _write_index(output: Path, names: list[str]) -> None:
-    places = {key: name for name in names for key in shards.entries(output / name)}
-    sizes = sum(
-        entry.numel * entry.dtype.itemsize for name in names for entry in shards.entries(output / name).values()
-    )
-    index = {"metadata": {"total_size": sizes}, "weight_map": dict(sorted(places.items()))}
+    held = {name: shards.entries(output / name) for name in names}
+    size = sum(entry.numel * entry.dtype.itemsize for entries in held.values() for entry in entries.values())
+    places = {key: name for name, entries in held.items() for key in entries}
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
     with storage_errors(output):
         (output / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-
-
-def _require_plain(model: Any, dtype: torch.dtype) -> None:
-    if model.is_remote_code():
-        raise NotKnown("the model brings its own code")
-    kept = (model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict)
-    if any(kept) and dtype != torch.float32:
-        raise NotKnown("the architecture keeps modules in float32")
-
-
-def _renaming(model: Any, wanted: Mapping[str, Any]) -> Callable[[str], tuple[str, str]]:
-    """Tells what the model calls a tensor of the source, and what it is called again when the model is saved.
-
-    Names may lack the model's prefix, or have it too much, and some architectures have had others. Raises NotKnown for
-    a tensor that is fused or split on the way.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
-
-    transforms, prefix = get_model_conversion_mapping(model), model.base_model_prefix
-
-    def rename(key: str) -> tuple[str, str]:
-        renamed = key
-        for transform in transforms:
-            renamed, pattern = transform.rename_source_key(renamed)
-            if pattern is not None and isinstance(transform, WeightConverter):
-                raise NotKnown(f"{key} is fused or split while it is loaded")
-        for name in (renamed, f"{prefix}.{renamed}", renamed.removeprefix(f"{prefix}.")):
-            if name in wanted:
-                return name, name if renamed == key else key
-        return key, key
-
-    return rename
-
-
-def _same(one: Entry, other: Entry) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    starts = range(0, one.numel, PART)
-    parts = ((start, min(PART, one.numel - start)) for start in starts)
-    return all(torch.equal(shards.read(one, *part, False), shards.read(other, *part, False)) for part in parts)
-
-
-def _module(name: str) -> str:
-    return name.removesuffix(".weight")
-
-
-def _natural(name: str) -> list[tuple[int, int | str]]:
-    """Numbers in names by their size."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"\.", name)]
