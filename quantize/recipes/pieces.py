@@ -20,8 +20,6 @@ from quantize.recipes.shards import Entry, Slot
 from quantize.records import Checkout, Recipe
 
 STATE = ".quant_state.bitsandbytes__"
-COMPARED = 16 << 20
-"""Elements that are compared at a time."""
 
 
 class NotKnown(Exception):
@@ -152,8 +150,8 @@ def _renaming(model: Any, wanted: Mapping[str, Any]) -> Callable[[str], tuple[st
 def _same(one: Entry, other: Entry) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    starts = range(0, one.numel, COMPARED)
-    parts = ((start, min(COMPARED, one.numel - start)) for start in starts)
+    starts = range(0, one.numel, shards.PART)
+    parts = ((start, min(shards.PART, one.numel - start)) for start in starts)
     return all(torch.equal(shards.read(one, *part, False), shards.read(other, *part, False)) for part in parts)
 
 

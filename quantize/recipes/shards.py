@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,9 @@ TYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in TYPES.items()}
+
+PART = 1 << 22
+"""Elements that are read together where a tensor need not be whole."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,13 @@ def entries(file: Path) -> dict[str, Entry]:
         start = 8 + length + one["data_offsets"][0]
         found[name] = Entry(file, TYPES[one["dtype"]], tuple(one["shape"]), start)
     return found
+
+
+def parts(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a file, by its name and in parts."""
+    for name, entry in entries(file).items():
+        for first in range(0, entry.numel, PART):
+            yield name, read(entry, first, min(PART, entry.numel - first), pinned=False)
 
 
 def read(entry: Entry, first: int, count: int, pinned: bool) -> torch.Tensor:

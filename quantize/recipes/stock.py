@@ -9,7 +9,7 @@ from typing import Any
 
 from quantize.errors import CorruptModel, DeviceError, UnsupportedModel, storage_errors
 from quantize.progress import Progress
-from quantize.recipes import pieces, streaming
+from quantize.recipes import pieces, shards, streaming
 from quantize.recipes.pieces import NotKnown
 from quantize.recipes.work import BIAS, CODES, Work
 from quantize.records import Checkout, Quantized, Recipe
@@ -244,21 +244,17 @@ def _inspect_weights(checkout: Checkout, progress: Progress) -> str:
     than bfloat16, unless a value lies beyond its range.
     """
     import torch
-    from safetensors import safe_open
 
     source, largest = checkout.source, 0.0
-    shards = [file for file in source.files if file.path.endswith(".safetensors")]
     with progress.task("reading weights", source.parameters, "weights") as advance:
-        for shard in shards:
-            with safe_open(checkout.folder / shard.path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a dict
-                    tensor = file.get_tensor(name)
-                    if tensor.is_floating_point() and tensor.numel():
-                        bound = float(tensor.abs().max())
-                        if not bound < float("inf"):
-                            raise CorruptModel(f"{name} in {shard.path} holds NaN or infinity: the source is damaged")
-                        largest = max(largest, bound)
-                    advance(tensor.numel())
+        for shard in (file.path for file in source.files if file.path.endswith(".safetensors")):
+            for name, values in shards.parts(checkout.folder / shard):
+                if values.is_floating_point() and values.numel():
+                    bound = float(values.abs().max())
+                    if not bound < float("inf"):
+                        raise CorruptModel(f"{name} in {shard} holds NaN or infinity: the source is damaged")
+                    largest = max(largest, bound)
+                advance(values.numel())
     if source.dtype in HALF_TYPES:
         return HALF_TYPES[source.dtype]
     return "float16" if largest <= torch.finfo(torch.float16).max else "bfloat16"

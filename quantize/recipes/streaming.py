@@ -27,9 +27,7 @@ from quantize.recipes.pieces import Piece, module_of
 from quantize.recipes.shards import Shard
 from quantize.records import Recipe
 
-PART = 16 << 20
-"""Elements of a tensor that stays in half precision which are copied together."""
-AHEAD = 256 << 20
+AHEAD = 64 << 20
 """Bytes that are read before they are needed, and that wait for being written; or one tensor, where that is larger."""
 READERS = WRITERS = 2
 INDEX = "model.safetensors.index.json"
@@ -135,7 +133,7 @@ def _finite(values: torch.Tensor) -> torch.Tensor:
 def _steps(pieces: list[Piece]) -> Iterator[Step]:
     for piece in pieces:
         count = 0 if piece.given else piece.entry.numel
-        part = max(count, 1) if piece.rounded else PART
+        part = max(count, 1) if piece.rounded else shards.PART
         for first in range(0, max(count, 1), part):
             yield Step(piece, first, min(part, count - first))
 
