@@ -32,10 +32,21 @@ class Replayed:
             return self.function(*tensors)
         if self.graph is None:
             self.given = [one.clone() for one in tensors]
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.answers = self.function(*self.given)
+            self.graph = self._recorded()
         for place, one in zip(self.given, tensors, strict=True):
             place.copy_(one)
         self.graph.replay()
         return tuple(one.clone() for one in self.answers)
+
+    def _recorded(self) -> torch.cuda.CUDAGraph:
+        """By hand, because `torch.cuda.graph` gives all free memory back first, every time."""
+        graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(aside):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self.answers = self.function(*self.given)
+            finally:
+                graph.capture_end()
+        torch.cuda.synchronize()
+        return graph

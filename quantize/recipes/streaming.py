@@ -27,9 +27,10 @@ from quantize.recipes.pieces import Piece, module_of
 from quantize.recipes.shards import Shard
 from quantize.records import Recipe
 
-AHEAD = 64 << 20
-"""Bytes that are read before they are needed, and that wait for being written; or one tensor, where that is larger."""
-READERS = WRITERS = 2
+AHEAD, AHEAD_ELSEWHERE = {"cpu": 64 << 20}, 512 << 20
+"""Bytes that are read before they are needed, and that wait for being written; or one tensor, where that is larger. A
+GPU is done before files are."""
+READERS = WRITERS = 4
 INDEX = "model.safetensors.index.json"
 
 
@@ -71,14 +72,15 @@ def write(
 
 
 def _write_shard(file: Path, group: list[Piece], recipe: Recipe, device: str, advance: Callable[[int], None]) -> None:
-    pinned = torch.device(device).type == "cuda"
+    kind = torch.device(device).type
+    pinned, ahead = kind == "cuda", AHEAD.get(kind, AHEAD_ELSEWHERE)
     slots = [slot for piece in group for slot in piece.slots(recipe)]
     with (
         ThreadPoolExecutor(READERS) as readers,
         Shard(file, slots) as shard,
-        _Behind(WRITERS) as writers,
+        _Behind(WRITERS, ahead) as writers,
     ):
-        for step, values in _ahead(readers, _steps(group), pinned):
+        for step, values in _ahead(readers, _steps(group), ahead, pinned):
             tensors = _results(step, values, recipe, device)
             writers.submit(sum(one.nbytes for one in tensors.values()), _put, shard, tensors, step.first)
             advance(step.piece.entry.numel if step.piece.given else step.count)
@@ -138,12 +140,14 @@ def _steps(pieces: list[Piece]) -> Iterator[Step]:
             yield Step(piece, first, min(part, count - first))
 
 
-def _ahead(readers: ThreadPoolExecutor, steps: Iterable[Step], pinned: bool) -> Iterator[tuple[Step, torch.Tensor]]:
-    """Each of `steps` with what it reads, while what comes next is being read."""
+def _ahead(
+    readers: ThreadPoolExecutor, steps: Iterable[Step], ahead: int, pinned: bool
+) -> Iterator[tuple[Step, torch.Tensor]]:
+    """Each of `steps` with what it reads, while what comes next is being read, at most `ahead` bytes of it."""
     waiting: deque[tuple[Step, Future[torch.Tensor]]] = deque()
     held = 0
     for step in steps:
-        while waiting and held + step.size > AHEAD:
+        while waiting and held + step.size > ahead:
             first, future = waiting.popleft()
             held -= first.size
             yield first, future.result()
@@ -155,15 +159,15 @@ def _ahead(readers: ThreadPoolExecutor, steps: Iterable[Step], pinned: bool) -> 
 
 
 class _Behind:
-    """Work that others do, with no more than AHEAD bytes of it waiting; what fails there is raised here."""
+    """Work that others do, with no more than `most` bytes of it waiting; what fails there is raised here."""
 
-    def __init__(self, workers: int) -> None:
-        self.pool = ThreadPoolExecutor(workers)
+    def __init__(self, workers: int, most: int) -> None:
+        self.pool, self.most = ThreadPoolExecutor(workers), most
         self.waiting: deque[tuple[int, Future[None]]] = deque()
         self.held = 0
 
     def submit(self, size: int, function: Callable[..., None], *arguments: Any) -> None:
-        while self.waiting and self.held + size > AHEAD:
+        while self.waiting and self.held + size > self.most:
             self._take()
         self.waiting.append((size, self.pool.submit(function, *arguments)))
         self.held += size
