@@ -1,0 +1,52 @@
+"""Draw divergence against bytes from what scripts/accuracy.py measured.
+
+    python scripts/accuracy_curve.py docs/accuracy-h100.json docs/accuracy-curve.png
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+SERIES = {
+    "stock NF4, and with modules in half precision": ("stock", "tab:grey", "s", "none"),
+    "calibrated, within a size budget": ("calibrated", "tab:blue", "o", "-"),
+}
+LEFT_OUT = ("fp4", "groups", "distilled", "text at", "all text", "coupling", "windows of", "blocks of", "sweeps", "twice")
+
+
+def points(rows: list[dict[str, Any]], name: str, text: str) -> list[tuple[float, float]]:
+    """Megabytes and mean KLD of one series, the smallest first."""
+    named = {row["variant"].removeprefix("+ half the text at 1.4: "): row for row in rows}
+    chosen = [row for key, row in named.items() if key.startswith(name) and not any(one in key for one in LEFT_OUT)]
+    return sorted((row["weight_bytes"] / 1e6, row["texts"][text]["kld"]) for row in chosen)
+
+
+@click.command(help=__doc__)
+@click.argument("measured", type=click.Path(path_type=Path, exists=True))
+@click.argument("picture", type=click.Path(path_type=Path))
+def main(measured: Path, picture: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = json.loads(measured.read_text("utf-8"))
+    texts = {"wikitext": "WikiText-2 test", "stdlib": "Python's standard library", "own": "text of its own kind"}
+    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
+    for axis, (text, title) in zip(axes, texts.items(), strict=True):
+        for label, (name, colour, mark, line) in SERIES.items():
+            sizes, divergences = zip(*points(rows, name, text), strict=True)
+            axis.plot(sizes, divergences, color=colour, marker=mark, linestyle=line, label=label)
+        axis.set(title=title, xlabel="weight file (MB)", ylim=(0, None))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("mean KL divergence (nats)")
+    axes[0].legend(fontsize=8)
+    figure.savefig(picture, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
