@@ -21,6 +21,7 @@ from quantize import hub
 from quantize.parity.verdict import LIMITS
 from quantize.records import (
     CALIBRATED,
+    UNMEASURED,
     Calibrated,
     Estimate,
     Parity,
@@ -128,11 +129,11 @@ def facts(
         remote_code=source.remote_code,
         tool_version=provenance.tool_version,
         created=provenance.created,
-        command=command(source, recipe, provenance.settings),
+        command=command(source, recipe, provenance.settings, measured=parity.verdict.grade != UNMEASURED),
     )
 
 
-def command(source: Source, recipe: Recipe, settings: ParitySettings) -> str:
+def command(source: Source, recipe: Recipe, settings: ParitySettings, *, measured: bool = True) -> str:
     """The one command that makes this package again: every option that differs from its default."""
     words = ["quantize", "run", source.repo_id or f"./{source.name}"]
     if source.commit:
@@ -154,6 +155,8 @@ def command(source: Source, recipe: Recipe, settings: ParitySettings) -> str:
     words += _changed(settings, ("corpus", "window", "max_windows", "new_tokens", "seed", "require"))
     if source.remote_code:
         words += ["--trust-remote-code"]
+    if not measured:
+        words += ["--unverified"]
     return shlex.join(words)
 
 

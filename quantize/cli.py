@@ -28,7 +28,7 @@ from quantize.options import (
     template_option,
     trust_option,
 )
-from quantize.records import DEFAULT_MODEL, ParitySettings, Recipe, Target, to_json
+from quantize.records import DEFAULT_MODEL, UNMEASURED, ParitySettings, Recipe, Target, to_json
 
 if TYPE_CHECKING:
     from quantize.delivery import Wanted
@@ -65,6 +65,9 @@ def cli() -> None:
 @device_option
 @trust_option
 @click.option("--force", is_flag=True, help="Replace a finished package.")
+@click.option(
+    "--unverified", is_flag=True, help="Measure nothing, say so on the card, and never publish: for what fits nowhere."
+)
 @cache_option
 @template_option
 @click.option(
@@ -83,6 +86,7 @@ def run(
     device: str,
     trust_remote_code: bool,
     force: bool,
+    unverified: bool,
     reference_cache: Path | None,
     card_template: Path | None,
     allow_no_derivatives: bool,
@@ -108,6 +112,8 @@ def run(
 
     if refresh_card and target is None:
         raise click.UsageError("--refresh-card needs --push-to REPO")
+    if unverified and target is not None:
+        raise click.UsageError("--unverified and --push-to exclude each other: what is published has been measured")
     request = pipeline.RunRequest(
         model,
         revision,
@@ -121,6 +127,7 @@ def run(
         publisher,
         card_template,
         allow_no_derivatives,
+        unverified=unverified,
     )
     if target is None:
         _run(request, output)
@@ -142,7 +149,7 @@ def _run(request: RunRequest, output: Output) -> None:
         lambda terminal: console.show_parity(terminal, made.parity),
         lambda terminal: console.show_package(terminal, made),
     )
-    if not made.parity.verdict.passed:
+    if not made.parity.verdict.passed and made.parity.verdict.grade != UNMEASURED:
         reason = made.parity.verdict.reasons[0]
         raise ParityRefused(f"{request.model} was refused: {reason}; the evidence is in {made.folder}")
 
@@ -333,7 +340,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted: nothing half done was left; the same command goes on from there", err=True)
+        click.echo("interrupted: nothing half done was left; run the same command again to go on", err=True)
         sys.exit(INTERRUPTED)
     except QuantizeError as error:
         click.echo(f"error: {error}", err=True)

@@ -19,7 +19,7 @@ from quantize.examination import Examination
 from quantize.package import CARD, Package
 from quantize.parity.verdict import LIMITS
 from quantize.progress import Advance
-from quantize.records import Estimate, Parity, Plan, Receipt
+from quantize.records import UNMEASURED, Estimate, Parity, Plan, Receipt
 from quantize.sync import Report
 
 PLAIN_WIDTH = 100
@@ -69,6 +69,9 @@ def show_parity(console: Console, parity: Parity) -> None:
     if parity.scores is not None:
         console.print(_scores_table(parity))
     verdict = parity.verdict
+    if verdict.grade == UNMEASURED:
+        console.print("not measured: only the files were checked", style="yellow", soft_wrap=True)
+        return
     colour = "green" if verdict.passed else "red"
     state = "passed" if verdict.passed else "refused"
     console.print(

@@ -17,6 +17,7 @@ from quantize.records import (
     CALIBRATED,
     GRADES,
     STOCK,
+    UNMEASURED,
     Checkout,
     Parity,
     ParitySettings,
@@ -85,7 +86,7 @@ def build(
         progress.stage("verify against the source")
         parity = measure(folder, rung, quantized, dataclasses.replace(settings, require=aim))
         tried.append(Made(folder, rung, quantized, parity))
-        if grade_at_least(parity.verdict.grade, aim):
+        if grade_at_least(parity.verdict.grade, aim) or parity.verdict.grade == UNMEASURED:
             break
     best = min(tried, key=_distance)
     parity = _judged(best, settings, measure)
@@ -100,6 +101,8 @@ def build(
 def _judged(best: Made, settings: ParitySettings, measure: Measure) -> Parity:
     """The best one's evidence under the grade that is required; measured further where it had stopped too early."""
     parity = best.parity
+    if parity.verdict.grade == UNMEASURED:
+        return parity
     verdict = judge(parity.checks, parity.scores, settings.require)
     stopped = parity.corpus is not None and parity.corpus.scored < parity.corpus.windows
     if parity.verdict.required != settings.require and not verdict.passed and stopped:

@@ -15,12 +15,13 @@ from model_card import CardFacts
 from quantize import __version__, card, devices, files, ladder, package, recipes, source
 from quantize.errors import ConfigError, PackageError, UnsupportedModel, storage_errors
 from quantize.package import Package
-from quantize.parity import check_inputs, corpus_text, figures, measure, structure
+from quantize.parity import check_inputs, corpus_text, figures, measure, structure, unmeasured
 from quantize.progress import Progress, Silent
 from quantize.records import (
     AUTO,
     CALIBRATED,
     STOCK,
+    UNMEASURED,
     Checkout,
     Parity,
     ParitySettings,
@@ -42,7 +43,7 @@ class RunRequest:
     """What one `quantize run` was asked for; `output` None means a folder named after the model.
 
     `name` is what the card calls the package, where not its folder's name. `replace_outdated` replaces a finished
-    package of an earlier commit of the same model, as `force` replaces any.
+    package of an earlier commit of the same model, as `force` replaces any. `unverified` measures nothing.
     """
 
     model: str
@@ -59,6 +60,7 @@ class RunRequest:
     allow_no_derivatives: bool = False
     name: str = ""
     replace_outdated: bool = False
+    unverified: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
             done = package.finished(
                 output, checkout.source, request.recipe, request.settings, outdated=request.replace_outdated
             )
-            if done:
+            if done and (request.unverified or done.parity.verdict.grade != UNMEASURED):
                 return RunResult(done, created=False)
         _require_derivable(checkout, request.allow_no_derivatives)
         template = _read_template(request.card_template)
@@ -117,7 +119,8 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
         facts = card.facts(provenance, parity, source.card_text(checkout), card.figure_names(site))
         package.write_card(site, _rendered(facts, template, request.card_template))
         provenance = package.seal(site, provenance)
-        final = package.move_into_place(site, output, passed=parity.verdict.passed)
+        sound = parity.verdict.passed or parity.verdict.grade == UNMEASURED
+        final = package.move_into_place(site, output, passed=sound)
     return RunResult(Package(final, provenance, parity), created=True)
 
 
@@ -197,6 +200,8 @@ def _judge(request: RunRequest, checkout: Checkout, device: str, progress: Progr
     """How a run measures what it made: a calibrated package always beside what stock would have given."""
 
     def judge(folder: Path, recipe: Recipe, quantized: Quantized, settings: ParitySettings) -> Parity:
+        if request.unverified:
+            return unmeasured(checkout, folder, settings, device, _promise(recipe, quantized))
         wanted = CONTROLS if settings.controls else {}
         if recipe.name == CALIBRATED and request.recipe.name != AUTO:
             wanted = {STOCK_NF4: CONTROLS[STOCK_NF4], **wanted}

@@ -30,6 +30,8 @@ QUANT_TYPES = ("nf4", "fp4")
 COMPUTE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 GRADES = ("lossless", "parity", "good", "degraded", "failed")
 """From best to worst; `changed` stands outside the order."""
+UNMEASURED = "unmeasured"
+"""In place of a grade, where somebody asked for no measurement."""
 
 Record = TypeVar("Record")
 
@@ -329,7 +331,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What parity concludes; `reasons` says why it did not pass, and is empty otherwise."""
+    """What parity concludes; `reasons` says why it did not pass, and is empty otherwise. UNMEASURED does not pass."""
 
     grade: str
     required: str

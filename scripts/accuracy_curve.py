@@ -1,6 +1,6 @@
 """Draw divergence against bytes from what scripts/accuracy.py measured.
 
-    python scripts/accuracy_curve.py docs/accuracy-h100.json docs/accuracy-curve.png
+python scripts/accuracy_curve.py docs/accuracy-h100.json docs/accuracy-curve.png
 """
 
 from __future__ import annotations
@@ -15,7 +15,18 @@ SERIES = {
     "stock NF4, and with modules in half precision": ("stock", "tab:grey", "s", "none"),
     "calibrated, within a size budget": ("calibrated", "tab:blue", "o", "-"),
 }
-LEFT_OUT = ("fp4", "groups", "distilled", "text at", "all text", "coupling", "windows of", "blocks of", "sweeps", "twice")
+LEFT_OUT = (
+    "fp4",
+    "groups",
+    "distilled",
+    "text at",
+    "all text",
+    "coupling",
+    "windows of",
+    "blocks of",
+    "sweeps",
+    "twice",
+)
 
 
 def points(rows: list[dict[str, Any]], name: str, text: str) -> list[tuple[float, float]]:

@@ -5,6 +5,7 @@
     python scripts/benchmark.py parity FOLDER --corpus FILE --json      any model, any text
     python scripts/benchmark.py quantizing --shape 1b                   making the 4-bit files: time and memory
     python scripts/benchmark.py job --shape distilgpt2                  the whole of `quantize run`
+    python scripts/benchmark.py stages                                  where the time of `quantize run` goes
 
 Each contender runs in a process of its own, so that one's memory is not another's, and they take turns.
 """
@@ -369,6 +370,43 @@ def compare_makers(
         click.echo(f"{ratio:7.3f} x the {key}")
     if json_file:
         json_file.write_text(json.dumps({**report, "costs": costs, "ratios": ratios}, indent=2) + "\n", "utf-8")
+
+
+class Ledger(Silent):
+    """Progress that adds up how long each task took."""
+
+    def __init__(self) -> None:
+        self.tasks: dict[str, float] = {}
+
+    @contextmanager
+    def task(self, title: str, total: int, unit: str = "") -> Iterator[Callable[[int], None]]:
+        begun = time.time()
+        yield lambda amount: None
+        name = title.split(" up to ")[0]
+        self.tasks[name] = self.tasks.get(name, 0.0) + time.time() - begun
+
+
+@benchmark.command()
+@click.argument("model", default=str(making.POCKET))
+@click.option("--recipe", default=Recipe.name, show_default=True)
+@click.option("--device", default="auto", show_default=True)
+def stages(model: str, recipe: str, device: str) -> None:
+    """Where the time of one `quantize run` goes, from the start of this process on."""
+    import psutil
+
+    from quantize import pipeline
+
+    ledger, begun = Ledger(), psutil.Process().create_time()
+    with tempfile.TemporaryDirectory(prefix="quantize-benchmark-") as folder:
+        request = pipeline.RunRequest(model, output=Path(folder) / "out", recipe=Recipe(name=recipe), device=device)
+        pipeline.run(request, ledger)
+    whole = time.time() - begun
+    work = sum(ledger.tasks.values())
+    for name, seconds in sorted(ledger.tasks.items(), key=lambda item: -item[1]):
+        click.echo(f"{seconds:8.2f} s  {seconds / whole:6.1%}  {name}")
+    click.echo(f"{whole - work:8.2f} s  {1 - work / whole:6.1%}  everything else: start, loading models, checks, card")
+    outside = whole - sum(seconds for name, seconds in ledger.tasks.items() if name != "generating side by side")
+    click.echo(f"{whole:8.2f} s in all; {outside / whole:.1%} outside quantizing and scoring")
 
 
 KEYS = ("seconds", "memory", "libraries", "gpu_memory", "read", "written", "size")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -251,3 +253,47 @@ def test_a_killed_run_goes_on_at_its_first_unfinished_file(tmp_path: Path, monke
     assert "00001" in written[4:]  # work of another recipe is not mixed in
     stream(fetched(POCKET), tmp_path / "fresh")
     require_equal(tmp_path / "mine", tmp_path / "fresh")
+
+
+LIMITED = """
+import json, re, resource, sys
+from pathlib import Path
+import torch
+from quantize import recipes, source
+from quantize.progress import Silent
+from quantize.recipes import stock, streaming
+from quantize.records import Recipe
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+torch.set_num_threads(2)
+folder, output, way, spare = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+checkout = source.fetch(str(folder), revision=None, trust_remote_code=False, progress=Silent())
+torch.randn(2000, 2000) @ torch.randn(2000, 2000)
+held = int(re.search(r"VmData:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (held + spare, held + spare))
+if way == "stream":
+    recipes.quantize(checkout, output, Recipe(name="stock"), "cpu", Silent())
+else:
+    model = stock.load_quantized(checkout, Recipe(name="stock"), "bfloat16", "cpu")
+    stock.save(model, checkout, output)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for the limit")
+def test_a_model_larger_than_the_memory_there_is(tmp_path: Path) -> None:
+    """A model of 520 MB where 300 MB may be taken, which is not enough to load it even in 4 bits and save it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 14, "vocab_size": 4096}
+    config = AutoConfig.for_model("llama", **{**SHAPE, **shape}, num_key_value_heads=4, tie_word_embeddings=False)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "large")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(POCKET / name, tmp_path / "large")
+    assert (tmp_path / "large" / "model.safetensors").stat().st_size > 480_000_000
+    ended = {}
+    for way in ("stream", "load"):
+        (tmp_path / way).mkdir()
+        command = [sys.executable, "-c", LIMITED, str(tmp_path / "large"), str(tmp_path / way), way, str(300_000_000)]
+        ended[way] = subprocess.run(command, capture_output=True, text=True)
+    assert ended["stream"].returncode == 0, ended["stream"].stderr
+    assert ended["load"].returncode != 0 and "memory" in ended["load"].stderr.lower(), ended["load"].stderr
+    assert len(tensors(tmp_path / "stream")) == 3 + 14 * (2 + 7 * 6)

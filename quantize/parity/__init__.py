@@ -4,8 +4,8 @@ The protocol is described in docs/parity.md.
 """
 
 from quantize.parity.corpus import corpus_text
-from quantize.parity.measure import check_inputs, measure
+from quantize.parity.measure import check_inputs, measure, unmeasured
 from quantize.parity.sample import sample_loss
 from quantize.parity.verdict import judge
 
-__all__ = ["check_inputs", "corpus_text", "judge", "measure", "sample_loss"]
+__all__ = ["check_inputs", "corpus_text", "judge", "measure", "sample_loss", "unmeasured"]

@@ -124,6 +124,34 @@ def measure(
     )
 
 
+def unmeasured(
+    checkout: Checkout, candidate: Path, settings: ParitySettings, device: str, promised: structure.Expected
+) -> Parity:
+    """What can be said about the checkpoint in `candidate` without loading it or its source: files and tokenizer."""
+    started = time.monotonic()
+    checks = structure.check_files(candidate, promised)
+    trust = checkout.source.remote_code and structure.same_code(checkout.folder, candidate)
+    checks.append(structure.tokenizer_check(source_tokenizer(checkout), candidate, trust))
+    return Parity(
+        reference_dtype="none",
+        reference_places=(),
+        candidate_dtype="none",
+        corpus=None,
+        checks=tuple(checks),
+        weight_errors={},
+        scores=None,
+        looks=(),
+        reference_cache=None,
+        controls=(),
+        conventions=(),
+        generation=None,
+        verdict=verdict.unmeasured(checks, settings.require),
+        sizes=_sizes(checkout, candidate, checkout.source.parameters),
+        environment=devices.describe(device),
+        seconds=round(time.monotonic() - started, 3),
+    )
+
+
 def _examine(pair: Pair, expected: structure.Expected | None) -> _Structure:
     """Everything that can be said before a window is read."""
     checks = structure.check_files(pair.folder, expected)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quantize.records import GRADES, Check, Scores, Verdict, grade_at_least
+from quantize.records import GRADES, UNMEASURED, Check, Scores, Verdict, grade_at_least
 
 LIMITS = {"lossless": (1.005, 0.006), "parity": (1.01, 0.02), "good": (1.03, 0.06), "degraded": (1.05, 0.10)}
 """Per grade the largest perplexity ratio and the largest mean KLD (nats)."""
@@ -21,6 +21,12 @@ def grade_of(ratio_low: float, ratio_high: float, kld_high: float) -> str:
         if ratio_high <= ratio_limit and kld_high <= kld_limit:
             return grade
     return GRADES[-1]
+
+
+def unmeasured(checks: Sequence[Check], required: str) -> Verdict:
+    """The verdict on a candidate that nobody wanted to be measured: it never passes."""
+    reasons = [f"{check.name}: {check.detail}" for check in checks if not check.passed]
+    return Verdict(GRADES[-1] if reasons else UNMEASURED, required, False, (*reasons, "it was not measured"))
 
 
 def judge(checks: Sequence[Check], scores: Scores | None, required: str) -> Verdict:
