@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-import resource
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -208,13 +208,20 @@ def cost(name: str, task: Task) -> Cost:
     after = process.io_counters()
     return Cost(
         seconds=seconds,
-        memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        memory=_most_memory(),
         libraries=libraries,
         gpu_memory=torch.cuda.max_memory_reserved() if on_gpu else 0,
         read=after.read_chars - before.read_chars,
         written=after.write_chars - before.write_chars,
         size=sum(path.stat().st_size for path in Path(task.output).rglob("*.safetensors")),
     )
+
+
+def _most_memory() -> int:
+    """Most bytes that this process ever held; unlike `getrusage` it does not count what its parent held before."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
 
 
 def line(name: str, task: str) -> str:

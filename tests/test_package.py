@@ -108,7 +108,8 @@ def test_a_full_disk_is_one_line(tmp_path: Path, pocket: Path) -> None:
     )
     assert outcome.returncode == 1, outcome.stderr
     assert outcome.stderr.splitlines()[-1].startswith("error: no space left while writing")
-    assert list(tmp_path.iterdir()) == []
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("*.part"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
 
 
 def test_no_write_permission_is_one_line(tmp_path: Path, command: Callable[..., Outcome], pocket: Path) -> None:

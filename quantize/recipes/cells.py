@@ -13,7 +13,7 @@ from functools import cache
 
 import torch
 
-PIECE = 1 << 20
+PIECE = 1 << 19
 """Weights that a thread looks at together: few enough for its cache, enough that threads seldom wait for each other."""
 SHARED = 1 << 18
 """Weights that are worth a second thread."""

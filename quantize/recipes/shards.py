@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def parts(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def read(entry: Entry, first: int, count: int, pinned: bool) -> torch.Tensor:
     """`count` elements [count] of a tensor from the element `first` on, read into memory of their own."""
     size = entry.dtype.itemsize
-    buffer = torch.empty(count * size, dtype=torch.uint8, pin_memory=pinned)
+    buffer = _room(count * size, pinned)
     view, place = memoryview(buffer.numpy().data), entry.start + first * size
     with entry.file.open("rb", buffering=0) as file:
         file.seek(place)
@@ -83,6 +84,13 @@ def read(entry: Entry, first: int, count: int, pinned: bool) -> torch.Tensor:
                 raise CorruptModel(f"{entry.file.name} ends before its tensors do: the source is damaged")
             done += got
     return buffer.view(entry.dtype)
+
+
+def _room(size: int, pinned: bool) -> torch.Tensor:
+    """Memory of `size` bytes that goes back to the system as soon as nobody needs it, where `malloc` might keep it."""
+    if pinned or not size:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+    return torch.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
 
 
 @dataclass(frozen=True)

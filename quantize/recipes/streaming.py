@@ -27,7 +27,7 @@ from quantize.recipes.pieces import Piece, module_of
 from quantize.recipes.shards import Shard
 from quantize.records import Recipe
 
-AHEAD, AHEAD_ELSEWHERE = {"cpu": 64 << 20}, 512 << 20
+AHEAD, AHEAD_ELSEWHERE = {"cpu": 32 << 20}, 512 << 20
 """Bytes that are read before they are needed, and that wait for being written; or one tensor, where that is larger. A
 GPU is done before files are."""
 READERS = WRITERS = 4
