@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from quantize import hub
+from quantize import hub, tensors
 from quantize.errors import CorruptModel, PackageError, SourceNotFound, UnsupportedModel
 from quantize.files import hash_file, require_space
 from quantize.progress import Progress
@@ -249,20 +249,10 @@ def _describe(folder: Path, config: Mapping[str, Any], files: tuple[FileRecord, 
 
 def _weights_summary(folder: Path, paths: list[str]) -> tuple[dict[str, int], int]:
     """Parameters by type, and in all. Reading the headers also finds files that were cut short."""
-    from safetensors import SafetensorError, safe_open
-
     counts: dict[str, int] = {}
     for path in (path for path in paths if path.endswith(".safetensors")):
-        try:
-            with safe_open(folder / path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 - not a dict
-                    part = file.get_slice(key)
-                    size = 1
-                    for length in part.get_shape():
-                        size *= length
-                    counts[part.get_dtype()] = counts.get(part.get_dtype(), 0) + size
-        except SafetensorError as error:
-            raise CorruptModel(f"{path} is damaged ({error}): fetch it again") from error
+        for entry in tensors.entries(folder / path).values():
+            counts[entry.kind] = counts.get(entry.kind, 0) + entry.numel
     if not counts:
         raise CorruptModel(f"{folder} holds weight files without a single tensor")
     return counts, sum(counts.values())

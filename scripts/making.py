@@ -58,7 +58,7 @@ def made_up(shape: str, folder: Path) -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from quantize.recipes.shards import Shard, Slot
+    from quantize.tensors import Shard, Slot
 
     dtype = torch.float32 if shape == "distilgpt2" else torch.bfloat16
     options = dict(SHAPES[shape])

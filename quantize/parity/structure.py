@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantize import tensors
+from quantize.errors import CorruptModel
 from quantize.parity.loading import load_tokenizer, weight_bytes
 from quantize.records import Check
 
@@ -76,16 +78,14 @@ def same_code(source: Path, candidate: Path) -> bool:
 
 def check_files(folder: Path, expected: Expected | None) -> list[Check]:
     """What can be seen without loading a model: config against recipe and tensors, and every value finite."""
-    from safetensors import SafetensorError
-
     try:
         return _check_files(folder, expected)
-    except (SafetensorError, OSError, ValueError, AttributeError) as error:
+    except (CorruptModel, OSError, ValueError, AttributeError) as error:
         return [Check("files", False, f"unreadable: {str(error).splitlines()[0]}")]
 
 
 def _check_files(folder: Path, expected: Expected | None) -> list[Check]:
-    names = {name for name, _, _ in _tensors(folder)}
+    names = _names(folder)
     configured = expected_from(folder)
     if expected is None or configured is None:
         found = "quantized tensors" if _weights_with(names, ".absmax", ".SCB") else "16-bit weights"
@@ -228,12 +228,11 @@ def _state_check(expected: Expected, names: set[str]) -> Check:
 def _finite_check(folder: Path) -> Check:
     import torch
 
-    count = 0
-    for name, _, tensor in _tensors(folder, load=True):
-        count += 1
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            return Check("finite", False, f"{name} holds NaN or infinity")
-    return Check("finite", True, f"no NaN or infinity in {count} tensors")
+    for file in _weight_files(folder):
+        for name, part in tensors.parts(file):
+            if part.is_floating_point() and not bool(torch.isfinite(part).all()):
+                return Check("finite", False, f"{name} holds NaN or infinity")
+    return Check("finite", True, f"no NaN or infinity in {len(_names(folder))} tensors")
 
 
 def _module_check(reference: Any, candidate: Any, expected: Expected) -> Check:
@@ -279,7 +278,7 @@ def _size_check(reference: Any, candidate: Any, folder: Path, expected: Expected
     modules = _quantized_modules(candidate, expected.bits)
     predicted = predicted_bytes(reference, candidate, expected, modules)
     actual = weight_bytes(folder)
-    headers = 200 * sum(1 for _ in _tensors(folder)) + 4096
+    headers = 200 * len(_names(folder)) + 4096
     low, high = predicted * (1 - SIZE_TOLERANCE), predicted * (1 + SIZE_TOLERANCE) + headers
     detail = f"{actual / 1e6:.2f} MB, the recipe predicts {predicted / 1e6:.2f} MB"
     return Check("size", low <= actual <= high, detail)
@@ -322,11 +321,10 @@ def _input_major(module: Any) -> torch.Tensor:
     return weight.t() if type(module).__name__ == "Conv1D" else weight
 
 
-def _tensors(folder: Path, load: bool = False) -> Iterator[tuple[str, str, Any]]:
-    """Name, stored type and, where asked for, value of every tensor in the folder's safetensors files."""
-    from safetensors import safe_open
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
 
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                yield name, file.get_slice(name).get_dtype(), file.get_tensor(name) if load else None
+
+def _names(folder: Path) -> set[str]:
+    """Of all tensors in the folder's safetensors files."""
+    return {name for file in _weight_files(folder) for name in tensors.entries(file)}

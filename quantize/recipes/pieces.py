@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from quantize.recipes import packing, shards
+from quantize import tensors
+from quantize.recipes import packing
 from quantize.recipes.blocks import is_transposed
-from quantize.recipes.shards import Entry, Slot
 from quantize.records import Checkout, Recipe
+from quantize.tensors import Entry, Slot
 
 STATE = ".quant_state.bitsandbytes__"
 
@@ -87,7 +88,7 @@ def plan(
     rename = _renaming(model, wanted)
     for file in checkout.source.files:
         if file.path.endswith(".safetensors"):
-            for key, entry in shards.entries(checkout.folder / file.path).items():
+            for key, entry in tensors.entries(checkout.folder / file.path).items():
                 name, called = rename(key)
                 if name in found:
                     raise NotKnown(f"{name} is there twice")
@@ -150,9 +151,9 @@ def _renaming(model: Any, wanted: Mapping[str, Any]) -> Callable[[str], tuple[st
 def _same(one: Entry, other: Entry) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    starts = range(0, one.numel, shards.PART)
-    parts = ((start, min(shards.PART, one.numel - start)) for start in starts)
-    return all(torch.equal(shards.read(one, *part, False), shards.read(other, *part, False)) for part in parts)
+    starts = range(0, one.numel, tensors.PART)
+    parts = ((start, min(tensors.PART, one.numel - start)) for start in starts)
+    return all(torch.equal(tensors.read(one, *part, False), tensors.read(other, *part, False)) for part in parts)
 
 
 def module_of(name: str) -> str:

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from quantize import tensors
 from quantize.errors import CorruptModel, DeviceError, UnsupportedModel, storage_errors
 from quantize.progress import Progress
-from quantize.recipes import pieces, shards, streaming
+from quantize.recipes import pieces, streaming
 from quantize.recipes.pieces import NotKnown
 from quantize.recipes.work import BIAS, CODES, Work
 from quantize.records import Checkout, Quantized, Recipe
@@ -58,8 +59,8 @@ def write(
     if _half_type(checkout, recipe):  # the weights were not looked at before
         choose_dtype(checkout, recipe, progress)
     model = load_quantized(checkout, recipe, dtype, device)
-    for name, tensors in given.items():
-        _put(model.get_submodule(name), tensors, device)
+    for name, parts in given.items():
+        _put(model.get_submodule(name), parts, device)
     return save(model, checkout, output), kept_modules(model)
 
 
@@ -94,14 +95,14 @@ def _stream(
     return modules, tuple(name for name in linear if name not in modules)
 
 
-def _put(module: Any, tensors: Mapping[str, Any], device: str) -> None:
+def _put(module: Any, parts: Mapping[str, Any], device: str) -> None:
     """Give a 4-bit module other contents."""
     from bitsandbytes.nn import Params4bit
 
-    stats = {name: tensor for name, tensor in tensors.items() if name not in (CODES, BIAS)}
-    module.weight = Params4bit.from_prequantized(tensors[CODES], stats, device=device, module=module)
-    if BIAS in tensors:
-        module.bias.data = tensors[BIAS].to(module.bias)
+    stats = {name: tensor for name, tensor in parts.items() if name not in (CODES, BIAS)}
+    module.weight = Params4bit.from_prequantized(parts[CODES], stats, device=device, module=module)
+    if BIAS in parts:
+        module.bias.data = parts[BIAS].to(module.bias)
 
 
 def _half_type(checkout: Checkout, recipe: Recipe) -> str | None:
@@ -248,7 +249,7 @@ def _inspect_weights(checkout: Checkout, progress: Progress) -> str:
     source, largest = checkout.source, 0.0
     with progress.task("reading weights", source.parameters, "weights") as advance:
         for shard in (file.path for file in source.files if file.path.endswith(".safetensors")):
-            for name, values in shards.parts(checkout.folder / shard):
+            for name, values in tensors.parts(checkout.folder / shard):
                 if values.is_floating_point() and values.numel():
                     bound = float(values.abs().max())
                     if not bound < float("inf"):

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from bitsandbytes import functional
 
+from quantize import tensors
 from quantize.errors import CorruptModel, storage_errors
 from quantize.progress import Progress
-from quantize.recipes import packing, shards
+from quantize.recipes import packing
 from quantize.recipes.pieces import Piece, module_of
-from quantize.recipes.shards import Shard
 from quantize.records import Recipe
+from quantize.tensors import Shard
 
 AHEAD, AHEAD_ELSEWHERE = {"cpu": 32 << 20}, 512 << 20
 """Bytes that are read before they are needed, and that wait for being written; or one tensor, where that is larger. A
@@ -81,13 +82,13 @@ def _write_shard(file: Path, group: list[Piece], recipe: Recipe, device: str, ad
         _Behind(WRITERS, ahead) as writers,
     ):
         for step, values in _ahead(readers, _steps(group), ahead, pinned):
-            tensors = _results(step, values, recipe, device)
-            writers.submit(sum(one.nbytes for one in tensors.values()), _put, shard, tensors, step.first)
+            found = _results(step, values, recipe, device)
+            writers.submit(sum(one.nbytes for one in found.values()), _put, shard, found, step.first)
             advance(step.piece.entry.numel if step.piece.given else step.count)
 
 
-def _put(shard: Shard, tensors: Mapping[str, torch.Tensor], first: int) -> None:
-    for name, values in tensors.items():
+def _put(shard: Shard, found: Mapping[str, torch.Tensor], first: int) -> None:
+    for name, values in found.items():
         shard.write(name, values, first)
 
 
@@ -100,11 +101,11 @@ def _results(step: Step, values: torch.Tensor, recipe: Recipe, device: str) -> d
         if not piece.rounded:
             return {piece.name: _finite(values).to(piece.dtype)}
         matrix = values.view(piece.entry.shape).to(device, non_blocking=True).to(piece.dtype)
-        tensors = _codes(matrix.T if piece.transposed else matrix, recipe)
+        parts = _codes(matrix.T if piece.transposed else matrix, recipe)
     except ValueError as error:
         place = piece.entry.file.name
         raise CorruptModel(f"{piece.name} in {place} holds NaN or infinity: the source is damaged") from error
-    return {f"{module_of(piece.name)}.{part}": _on_cpu(tensor) for part, tensor in tensors.items()}
+    return {f"{module_of(piece.name)}.{part}": _on_cpu(tensor) for part, tensor in parts.items()}
 
 
 def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
@@ -135,7 +136,7 @@ def _finite(values: torch.Tensor) -> torch.Tensor:
 def _steps(pieces: list[Piece]) -> Iterator[Step]:
     for piece in pieces:
         count = 0 if piece.given else piece.entry.numel
-        part = max(count, 1) if piece.rounded else shards.PART
+        part = max(count, 1) if piece.rounded else tensors.PART
         for first in range(0, max(count, 1), part):
             yield Step(piece, first, min(part, count - first))
 
@@ -152,7 +153,7 @@ def _ahead(
             held -= first.size
             yield first, future.result()
         entry, on_its_way = step.piece.entry, pinned and step.piece.rounded
-        waiting.append((step, readers.submit(shards.read, entry, step.first, step.count, on_its_way)))
+        waiting.append((step, readers.submit(tensors.read, entry, step.first, step.count, on_its_way)))
         held += step.size
     for step, future in waiting:
         yield step, future.result()
@@ -211,7 +212,7 @@ def _place(file: Path, target: Path) -> None:
 
 
 def _write_index(output: Path, names: list[str]) -> None:
-    held = {name: shards.entries(output / name) for name in names}
+    held = {name: tensors.entries(output / name) for name in names}
     size = sum(entry.numel * entry.dtype.itemsize for entries in held.values() for entry in entries.values())
     places = {key: name for name, entries in held.items() for key in entries}
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}

@@ -10,36 +10,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from quantize.errors import CorruptModel
 
-TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-NAMES = {dtype: name for name, dtype in TYPES.items()}
+if TYPE_CHECKING:
+    import torch
 
+TYPES = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
+    **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"},
+}
+"""What torch calls the types of a file."""
 PART = 1 << 22
 """Elements that are read together where a tensor need not be whole."""
+LONGEST_HEADER = 100_000_000
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor in a file: `start` is where its first byte lies in the file."""
+    """A tensor in a file: `kind` is its type as the file says it, `start` where its first byte lies in the file."""
 
     file: Path
-    dtype: torch.dtype
+    kind: str
     shape: tuple[int, ...]
     start: int
 
@@ -47,26 +40,43 @@ class Entry:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        import torch
+
+        if self.kind not in TYPES:
+            raise CorruptModel(f"{self.file.name} holds tensors of the type {self.kind}, which is not known here")
+        found: torch.dtype = getattr(torch, TYPES[self.kind])
+        return found
+
 
 def entries(file: Path) -> dict[str, Entry]:
-    """What a safetensors file holds, by name; raises CorruptModel."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
-    header.pop("__metadata__", None)
-    found = {}
-    for name, one in header.items():
-        if one["dtype"] not in TYPES:
-            raise CorruptModel(f"{name} in {file.name} has the type {one['dtype']}, which is not known here")
-        start = 8 + length + one["data_offsets"][0]
-        found[name] = Entry(file, TYPES[one["dtype"]], tuple(one["shape"]), start)
+    """What a safetensors file holds, by name; raises CorruptModel where it was cut short or is none."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if length > min(size, LONGEST_HEADER):
+                raise ValueError("its header is longer than the file")
+            header = json.loads(opened.read(length))
+        header.pop("__metadata__", None)
+        first = 8 + length
+        found = {
+            name: Entry(file, one["dtype"], tuple(one["shape"]), first + one["data_offsets"][0])
+            for name, one in header.items()
+        }
+        end = first + max((one["data_offsets"][1] for one in header.values()), default=0)
+        if end != size:
+            raise ValueError(f"it has {size:,} bytes, and should have {end:,}")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CorruptModel(f"{file.name} is damaged ({error}): fetch it again") from error
     return found
 
 
 def parts(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a file, by its name and in parts."""
+    """Every tensor of a file, by its name and in parts; an empty one as it is."""
     for name, entry in entries(file).items():
-        for first in range(0, entry.numel, PART):
+        for first in range(0, max(entry.numel, 1), PART):
             yield name, read(entry, first, min(PART, entry.numel - first), pinned=False)
 
 
@@ -88,6 +98,8 @@ def read(entry: Entry, first: int, count: int, pinned: bool) -> torch.Tensor:
 
 def _room(size: int, pinned: bool) -> torch.Tensor:
     """Memory of `size` bytes that goes back to the system as soon as nobody needs it, where `malloc` might keep it."""
+    import torch
+
     if pinned or not size:
         return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
     return torch.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
@@ -138,6 +150,8 @@ class Shard:
 
     def write(self, name: str, values: torch.Tensor, first: int = 0) -> None:
         """`values` of a tensor from its element `first` on; may be called from several threads."""
+        import torch
+
         data = values.contiguous().view(-1).view(torch.uint8).numpy()
         if name in self.loose:
             self.loose[name] = data.tobytes()
@@ -168,9 +182,14 @@ class Shard:
         listed: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         for name, slot in self.slots.items():
             start = self.starts[name]
-            listed[name] = {"dtype": NAMES[slot.dtype], "shape": slot.shape, "data_offsets": [start, start + slot.size]}
+            listed[name] = {"dtype": _kind(slot.dtype), "shape": slot.shape, "data_offsets": [start, start + slot.size]}
         end = self.end
         for name in sorted(lengths):
             listed[name] = {"dtype": "U8", "shape": [lengths[name]], "data_offsets": [end, end + lengths[name]]}
             end += lengths[name]
         return json.dumps(listed, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _kind(dtype: torch.dtype) -> str:
+    called = str(dtype).removeprefix("torch.")
+    return next(kind for kind, name in TYPES.items() if name == called)
