@@ -44,18 +44,12 @@ def compare(pair: Pair, new_tokens: int, seed: int, advance: Callable[[int], Non
 def _compare(pair: Pair, new_tokens: int, seed: int, advance: Callable[[int], None]) -> Generation:
     asked = prompts()
     encoded = [_encode(pair, prompt) for prompt in asked]
-    limits = [max(1, min(new_tokens, pair.context - ids.shape[1])) for ids in encoded]
-    originals = [
-        _continue_both(pair, pair.reference, ids, limit, seed, advance)
-        for ids, limit in zip(encoded, limits, strict=True)
-    ]
-    copies = [
-        _continue_both(pair, pair.candidate, ids, limit, seed, advance)
-        for ids, limit in zip(encoded, limits, strict=True)
-    ]
-    along = list(zip(encoded, (original.greedy for original in originals), strict=True))
-    prefill = [_prefill_agreement(pair.candidate, ids, text) for ids, text in along]
-    cached = [_cached_agreement(pair.candidate, ids, text) for ids, text in along]
+    limit = max(1, min(new_tokens, pair.context - max(ids.shape[1] for ids in encoded)))
+    originals = _continue_both(pair, pair.reference, encoded, limit, seed, advance)
+    copies = _continue_both(pair, pair.candidate, encoded, limit, seed, advance)
+    texts = [original.greedy for original in originals]
+    prefill = [_prefill_agreement(pair.candidate, ids, text) for ids, text in zip(encoded, texts, strict=True)]
+    cached = _cached_agreement(pair, pair.candidate, encoded, texts)
     samples = tuple(
         Sample(
             prompt=prompt,
@@ -105,15 +99,20 @@ def _encode(pair: Pair, prompt: str) -> torch.Tensor:
 
 
 def _continue_both(
-    pair: Pair, model: Any, ids: torch.Tensor, limit: int, seed: int, advance: Callable[[int], None]
-) -> _Continued:
-    continued = _Continued(_continue(pair, model, ids, limit, None), _continue(pair, model, ids, limit, seed))
-    advance(1)
-    return continued
+    pair: Pair, model: Any, encoded: list[torch.Tensor], limit: int, seed: int, advance: Callable[[int], None]
+) -> list[_Continued]:
+    greedy, sampled = (_continue(pair, model, encoded, limit, chosen) for chosen in (None, seed))
+    advance(len(encoded))
+    return [_Continued(one, other) for one, other in zip(greedy, sampled, strict=True)]
 
 
-def _continue(pair: Pair, model: Any, ids: torch.Tensor, limit: int, seed: int | None) -> list[int]:
-    """New tokens after `ids` [1, length], decoded one at a time with the cache; greedy without a seed."""
+def _continue(
+    pair: Pair, model: Any, encoded: list[torch.Tensor], limit: int, seed: int | None, follow: _Follow | None = None
+) -> list[list[int]]:
+    """New tokens after each of `encoded` [1, length], side by side and one at a time with the cache.
+
+    Greedy without a seed. Each text ends with its first end-of-text token, if it has one.
+    """
     import torch
     from transformers import GenerationConfig, set_seed
 
@@ -122,14 +121,45 @@ def _continue(pair: Pair, model: Any, ids: torch.Tensor, limit: int, seed: int |
     config = GenerationConfig(
         max_new_tokens=limit,
         eos_token_id=ends,
-        pad_token_id=ends,
+        pad_token_id=ends or 0,
         **({"do_sample": False} if seed is None else sampling),
     )
+    longest = max(ids.shape[1] for ids in encoded)
+    padded = [torch.nn.functional.pad(ids, (longest - ids.shape[1], 0), value=ends or 0) for ids in encoded]
+    masks = [torch.nn.functional.pad(torch.ones_like(ids), (longest - ids.shape[1], 0)) for ids in encoded]
     if seed is not None:
         set_seed(seed)
     with torch.inference_mode():
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    return [int(token) for token in output[0, ids.shape[1] :]]
+        output = model.generate(
+            torch.cat(padded),
+            attention_mask=torch.cat(masks),
+            generation_config=config,
+            logits_processor=[follow] if follow else [],
+        )
+    return [_until(row[longest:].tolist(), ends) for row in output]
+
+
+def _until(tokens: list[int], end: int | None) -> list[int]:
+    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+
+
+class _Follow:
+    """Lets a model write given texts, and notes what it would have written in their place."""
+
+    def __init__(self, texts: list[list[int]], start: int) -> None:
+        self.texts, self.start = texts, start
+        self.tops: list[list[int]] = [[] for _ in texts]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        place = input_ids.shape[1] - self.start
+        forced = torch.full_like(scores, -torch.inf)
+        for row, (text, top) in enumerate(zip(self.texts, scores.argmax(-1).tolist(), strict=True)):
+            if place < len(text):
+                self.tops[row].append(top)
+            forced[row, text[place] if place < len(text) else top] = 0.0
+        return forced
 
 
 def _prefill_agreement(model: Any, ids: torch.Tensor, continuation: list[int]) -> float:
@@ -140,17 +170,13 @@ def _prefill_agreement(model: Any, ids: torch.Tensor, continuation: list[int]) -
     return _mean([float(top == right) for top, right in zip(logits.argmax(-1).tolist(), continuation, strict=True)])
 
 
-def _cached_agreement(model: Any, ids: torch.Tensor, continuation: list[int]) -> float:
-    import torch
-
-    agreed = []
-    with torch.inference_mode():
-        state = model(ids, use_cache=True)
-        for token in continuation:
-            agreed.append(float(int(state.logits[0, -1].argmax()) == token))
-            following = torch.tensor([[token]], device=ids.device)
-            state = model(following, past_key_values=state.past_key_values, use_cache=True)
-    return _mean(agreed)
+def _cached_agreement(pair: Pair, model: Any, encoded: list[torch.Tensor], texts: list[list[int]]) -> list[float]:
+    follow = _Follow(texts, max(ids.shape[1] for ids in encoded))
+    _continue(pair, model, encoded, max(1, *map(len, texts)), None, follow)
+    return [
+        _mean([float(top == right) for top, right in zip(tops, text, strict=True)])
+        for tops, text in zip(follow.tops, texts, strict=True)
+    ]
 
 
 def _nll(model: Any, ids: torch.Tensor, continuation: list[int]) -> float:
