@@ -5,6 +5,7 @@
     python scripts/benchmark.py parity FOLDER --corpus FILE --json      any model, any text
     python scripts/benchmark.py quantizing --shape 1b                   making the 4-bit files: time and memory
     python scripts/benchmark.py job --shape distilgpt2                  the whole of `quantize run`
+    python scripts/benchmark.py rounding                                4-bit rounding on the CPU, against bitsandbytes
     python scripts/benchmark.py stages                                  where the time of `quantize run` goes
 
 Each contender runs in a process of its own, so that one's memory is not another's, and they take turns.
@@ -370,6 +371,36 @@ def compare_makers(
         click.echo(f"{ratio:7.3f} x the {key}")
     if json_file:
         json_file.write_text(json.dumps({**report, "costs": costs, "ratios": ratios}, indent=2) + "\n", "utf-8")
+
+
+@benchmark.command()
+@click.option("--rounds", default=5, show_default=True)
+def rounding(rounds: int) -> None:
+    """Rounding a matrix of 4096 x 4096 to nearest on the CPU: ours against bitsandbytes, in turns."""
+    import torch
+
+    from quantize.recipes import cells, packing
+
+    weights = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0)) * 0.02
+    click.echo(f"{torch.get_num_threads()} threads; millions of weights a second, median of {rounds} rounds")
+    for quant_type in ("nf4", "fp4"):
+        values = packing.table(quant_type)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            matrix = weights.to(dtype)
+            theirs, mine, same = [], [], True
+            for _ in range(rounds):
+                begun = time.perf_counter()
+                stock = torch.ops.bitsandbytes.quantize_4bit.default(matrix, 64, quant_type, torch.uint8)
+                between = time.perf_counter()
+                own = cells.quantize(matrix, values, 64)
+                theirs.append(between - begun)
+                mine.append(time.perf_counter() - between)
+                same &= all(map(torch.equal, stock, own))
+            speeds = [matrix.numel() / median(times) / 1e6 for times in (theirs, mine)]
+            click.echo(
+                f"  {quant_type} of {str(dtype)[6:]:8} bitsandbytes {speeds[0]:4.0f}, ours {speeds[1]:4.0f}: "
+                f"{speeds[1] / speeds[0]:.1f} x as fast, {'the same bytes' if same else 'OTHER BYTES'}"
+            )
 
 
 class Ledger(Silent):
