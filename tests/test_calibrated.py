@@ -229,6 +229,19 @@ def test_calibration_text_that_cannot_be_used(tmp_path: Path, text: str | None, 
         prepared(dataclasses.replace(LITTLE, calibration=str(file)), "")
 
 
+def test_auto_refuses_a_calibration_text_before_anything_is_made(tmp_path: Path) -> None:
+    class Stages(Silent):
+        def stage(self, title: str) -> None:
+            begun.append(title)
+
+    begun: list[str] = []
+    recipe = dataclasses.replace(LITTLE, name="auto", calibration="nowhere.txt")
+    request = pipeline.RunRequest(str(POCKET), output=tmp_path / "out", recipe=recipe, settings=SETTINGS, device="cpu")
+    with pytest.raises(CorpusError, match="no calibration text"):
+        pipeline.run(request, Stages())
+    assert begun == [f"source {POCKET}"] and list(tmp_path.iterdir()) == []
+
+
 def test_calibration_text_of_a_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = corpus_text(ParitySettings())
     with LoopbackHub() as hub:

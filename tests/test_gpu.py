@@ -22,6 +22,7 @@ from tests.hub.distilgpt2 import seed_distilgpt2
 from tests.test_calibrated import LITTLE, require_pipeline_and_lora
 from tests.test_card import run_snippets
 from tests.test_hub_run import MODEL, TARGET, quantize
+from tests.test_streaming import RECIPES, by_stock, fetched, require_equal, stream
 
 pytestmark = pytest.mark.gpu
 SETTINGS = ParitySettings(new_tokens=16, require="degraded")
@@ -107,6 +108,14 @@ def test_the_kernel_rounds_as_plain_torch_does() -> None:
     changes = rounding.changes(target.cuda(), factor.cuda(), scales.cuda(), there).cpu()
     close = torch.isclose(changes, rounding.changes(target, factor, scales, levels), rtol=1e-3)
     assert changes.shape == (3, 3000) and close.float().mean() > 0.99
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=["nf4", "nf4-plain", "fp4", "fp4-plain", "int8"])
+def test_streamed_bytes_are_those_of_loading_and_saving(tmp_path: Path, recipe: Recipe) -> None:
+    checkout = fetched(POCKET)
+    assert stream(checkout, tmp_path / "mine", recipe, device="cuda:0") == []
+    by_stock(checkout, tmp_path / "theirs", recipe, "cuda:0")
+    require_equal(tmp_path / "mine", tmp_path / "theirs")
 
 
 def test_the_calibrated_recipe(tmp_path: Path) -> None:

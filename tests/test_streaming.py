@@ -92,17 +92,23 @@ def fetched(folder: Path) -> Checkout:
     return source.fetch(str(folder), revision=None, trust_remote_code=False, progress=Silent())
 
 
-def stream(checkout: Checkout, output: Path, recipe: Recipe = RECIPES[0], resume: Path | None = None) -> list[str]:
+def stream(
+    checkout: Checkout,
+    output: Path,
+    recipe: Recipe = RECIPES[0],
+    resume: Path | None = None,
+    device: str = "cpu",
+) -> list[str]:
     """What the engine noted; `output` is a new folder."""
     output.mkdir()
     notes = Notes()
-    recipes.quantize(checkout, output, recipe, "cpu", notes, "", resume)
+    recipes.quantize(checkout, output, recipe, device, notes, "", resume)
     return notes.texts
 
 
-def by_stock(checkout: Checkout, output: Path, recipe: Recipe) -> None:
+def by_stock(checkout: Checkout, output: Path, recipe: Recipe, device: str = "cpu") -> None:
     dtype = stock.choose_dtype(checkout, recipe, Silent())
-    stock.save(stock.load_quantized(checkout, recipe, dtype, "cpu"), checkout, output)
+    stock.save(stock.load_quantized(checkout, recipe, dtype, device), checkout, output)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -88,10 +88,11 @@ class _Desk:
         """Fill `packed` [n / 2] and `scales` [n / block] for `part` [n]."""
         count = len(part)
         scaled, codes = self.scaled[:count], self.codes[:count]
-        scales.copy_(self._largest(part))
+        largest = scales.copy_(self._largest(part))
         if not math.isfinite(scales.sum()):
             part = part.nan_to_num(0.0, 0.0, 0.0)
-        inverse = self._largest(part).float().clamp_(min=1e-38).reciprocal_()
+            largest = self._largest(part).float()
+        inverse = largest.clamp(min=1e-38).reciprocal_()
         scaled.copy_(part).view(-1, self.block).mul_(inverse[:, None])
         torch.index_select(self.cells.table, 0, _cell(scaled, self.places[:count], self.cell[:count]), out=codes)
         unsure = torch.bitwise_and(codes.view(torch.int64), ANY_UNSURE, out=self.unsure[: count // 8]).nonzero()[:, 0]
