@@ -21,20 +21,24 @@ from pathlib import Path
 from typing import Any
 
 import click
+import learned_rounding
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from quantize import devices, recipes, source
 from quantize.parity.loading import load_tokenizer, widen
 from quantize.progress import Silent
 from quantize.recipes import calibrated, calibration
 from quantize.recipes.calibrated import Method
+from quantize.recipes.packing import Packed
 from quantize.recipes.rounding import Search
 from quantize.records import Checkout, Recipe
 
 OWN_SEED, STDLIB_SEED, BOOTSTRAP_SEED = 1000, 1, 7
 BOOTSTRAPS = 2000
 BATCH, EPOCHS = 4, 2
+LEARNING_EPOCHS, LEARNING_RATE = 20, 0.003
 PLAIN = Method(coupled=False, weighed=False, centred=False, temperatures=(1.0,))
 ABSMAX = replace(PLAIN, search=Search(factors=(1.0,), signed=False, sweeps=0))
 SIGNED = replace(PLAIN, search=Search(sweeps=0))
@@ -48,6 +52,8 @@ class Variant:
     method: Method | None = None
     distilled: float | None = None
     """Rate at which norms and biases then learn the float model's answers to the calibration text."""
+    learned: str | None = None
+    """What learns the rounding then, a function of learned_rounding.py."""
 
 
 CALIBRATED = Recipe(name="calibrated")
@@ -74,6 +80,8 @@ VARIANTS = {
     "calibrated, blocks of 32": Variant(CALIBRATED, replace(FULL, search=Search(block=32))),
     "calibrated, distilled at 0.0001": Variant(CALIBRATED, FULL, 1e-4),
     "calibrated, distilled at 0.001": Variant(CALIBRATED, FULL, 1e-3),
+    "calibrated, rounding learned on divergence": Variant(CALIBRATED, FULL, learned="on_divergence"),
+    "calibrated, rounding learned on block outputs": Variant(CALIBRATED, FULL, learned="on_block_outputs"),
     **{
         f"calibrated, {budget:.2f} x the bytes": Variant(replace(CALIBRATED, size_budget=budget), FULL)
         for budget in (1.03, 1.06, 1.10, 1.20, 1.35)
@@ -142,8 +150,6 @@ def load(folder: Path, device: str, **options: Any) -> Any:
 
 def distil(candidate: Any, reference: Any, text: torch.Tensor, rate: float, device: str) -> Any:
     """Train norms and biases on the KLD to the float model, twice over `text`, and round them to half precision."""
-    candidate.dequantize(dtype=torch.float32)
-    candidate.float().requires_grad_(False)
     learning = [one for one in candidate.parameters() if one.dim() == 1]
     optimizer = torch.optim.Adam([one.requires_grad_(True) for one in learning], rate)
     parts = list(torch.split(text, BATCH)) * EPOCHS
@@ -162,8 +168,15 @@ def distil(candidate: Any, reference: Any, text: torch.Tensor, rate: float, devi
     return candidate
 
 
-def tokens_of(texts: dict[str, torch.Tensor]) -> int:
-    return next(iter(texts.values())).shape[1]
+def packed_matrices(folder: Path, device: str) -> dict[str, Packed]:
+    """The 4-bit matrices of a checkpoint, by the names of their modules."""
+    tensors = {name: one for file in folder.glob("*.safetensors") for name, one in load_file(file, device).items()}
+    modules = [name.removesuffix(".weight.absmax") for name in tensors if name.endswith(".weight.absmax")]
+    parts = {module: [name for name in tensors if name.startswith(f"{module}.weight")] for module in modules}
+    return {
+        module: Packed.of({name.removeprefix(f"{module}."): tensors[name] for name in names})
+        for module, names in parts.items()
+    }
 
 
 def measure(
@@ -173,9 +186,9 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="accuracy-") as place:
         folder = Path(place) / "package"
         folder.mkdir()
+        resume = Path(place) / "work"
         started = time.monotonic()
         if variant.recipe.name == "calibrated":
-            resume = Path(place) / "work"
             calibrated.quantize(checkout, folder, variant.recipe, device, Silent(), "", resume, variant.method)
         else:
             recipes.quantize(checkout, folder, variant.recipe, device, Silent())
@@ -184,11 +197,18 @@ def measure(
         candidate = load(folder, device)
         if device == "cpu":
             widen(candidate)
+        elif variant.distilled or variant.learned:
+            candidate.dequantize(dtype=torch.float32)
+            candidate.float()
+        candidate.requires_grad_(False)
+        text = load_file(resume / "tokens.safetensors")["tokens"] if resume.is_dir() else torch.empty(0)
         if variant.distilled:
-            text = calibration.written(
-                reference, variant.recipe, tokens_of(texts), device, False, Silent(), calibration.TEMPERATURES
-            )
             candidate = distil(candidate, reference, text, variant.distilled, device)
+        if variant.learned:
+            packed = packed_matrices(folder, device)
+            getattr(learned_rounding, variant.learned)(
+                reference, candidate, packed, text, LEARNING_EPOCHS, LEARNING_RATE
+            )
         figures = {text: compare(reference, candidate, tokens, device) for text, tokens in texts.items()}
     kld, loss, top = ({text: columns[index] for text, columns in figures.items()} for index in range(3))
     return Measured(name, kld, loss, top, size, seconds)
