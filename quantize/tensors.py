@@ -6,17 +6,17 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from quantize.errors import CorruptModel
 
 if TYPE_CHECKING:
     import torch
 
+Item = TypeVar("Item")
 TYPES = {
     **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
     **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"},
@@ -25,6 +25,7 @@ TYPES = {
 PART = 1 << 22
 """Elements that are read together where a tensor need not be whole."""
 LONGEST_HEADER = 100_000_000
+INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -60,17 +61,24 @@ def entries(file: Path) -> dict[str, Entry]:
                 raise ValueError("its header is longer than the file")
             header = json.loads(opened.read(length))
         header.pop("__metadata__", None)
-        first = 8 + length
-        found = {
-            name: Entry(file, one["dtype"], tuple(one["shape"]), first + one["data_offsets"][0])
-            for name, one in header.items()
-        }
-        end = first + max((one["data_offsets"][1] for one in header.values()), default=0)
-        if end != size:
-            raise ValueError(f"it has {size:,} bytes, and should have {end:,}")
+        first, end = 8 + length, 0
+        found = {}
+        for name, one in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            found[name] = Entry(file, one["dtype"], tuple(one["shape"]), first + end)
+            _, end = _checked(found[name], one["data_offsets"], end)
+        if first + end != size:
+            raise ValueError(f"it has {size:,} bytes, and should have {first + end:,}")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CorruptModel(f"{file.name} is damaged ({error}): fetch it again") from error
     return found
+
+
+def _checked(entry: Entry, offsets: list[int], end: int) -> list[int]:
+    """The `offsets` of a tensor, which begins at the `end` of the one before and is as long as its shape says."""
+    wanted = entry.numel * entry.dtype.itemsize if entry.kind in TYPES else offsets[1] - end
+    if offsets != [end, end + wanted]:
+        raise ValueError("its tensors do not lie where its header says")
+    return offsets
 
 
 def parts(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -138,11 +146,8 @@ class Shard:
             self.starts[slot.name] = end
             end += slot.size
         self.end = end
-
-    @cached_property
-    def room(self) -> int:
-        """Bytes of the header, a multiple of 8: what is known, and enough for what is not."""
-        return -(-len(self._header(dict.fromkeys(self.loose, 0))) // 8) * 8 + 32 * len(self.loose)
+        # of the header, a multiple of 8: what is known, and enough for what is not
+        self.room = -(-len(self._header(dict.fromkeys(self.loose, 0))) // 8) * 8 + 32 * len(self.loose)
 
     def __enter__(self) -> Shard:
         self.descriptor = os.open(self.file.with_suffix(".part"), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -193,3 +198,32 @@ class Shard:
 def _kind(dtype: torch.dtype) -> str:
     called = str(dtype).removeprefix("torch.")
     return next(kind for kind, name in TYPES.items() if name == called)
+
+
+def in_files(items: Iterable[Item], size: Callable[[Item], int], largest: int) -> list[list[Item]]:
+    """The items in their order, in groups of at most `largest` bytes, or of one."""
+    groups: list[list[Item]] = [[]]
+    filled = 0
+    for item in items:
+        if groups[-1] and filled + size(item) > largest:
+            groups.append([])
+            filled = 0
+        groups[-1].append(item)
+        filled += size(item)
+    return groups
+
+
+def file_names(count: int) -> list[str]:
+    """What transformers calls the weight files of a model that has so many."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+
+
+def write_index(folder: Path, names: list[str]) -> None:
+    """Say which of the weight files `names` holds which tensor."""
+    held = {name: entries(folder / name) for name in names}
+    size = sum(entry.numel * entry.dtype.itemsize for found in held.values() for entry in found.values())
+    places = {key: name for name, found in held.items() for key in found}
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")

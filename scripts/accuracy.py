@@ -15,7 +15,7 @@ import math
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,8 @@ class Variant:
     method: Method | None = None
     distilled: float | None = None
     """Rate at which norms and biases then learn the float model's answers to the calibration text."""
-    learned: str | None = None
-    """What learns the rounding then, a function of learned_rounding.py."""
+    learned: Callable[..., None] | None = None
+    """Learns the rounding then."""
 
 
 CALIBRATED = Recipe(name="calibrated")
@@ -80,8 +80,10 @@ VARIANTS = {
     "calibrated, blocks of 32": Variant(CALIBRATED, replace(FULL, search=Search(block=32))),
     "calibrated, distilled at 0.0001": Variant(CALIBRATED, FULL, 1e-4),
     "calibrated, distilled at 0.001": Variant(CALIBRATED, FULL, 1e-3),
-    "calibrated, rounding learned on divergence": Variant(CALIBRATED, FULL, learned="on_divergence"),
-    "calibrated, rounding learned on block outputs": Variant(CALIBRATED, FULL, learned="on_block_outputs"),
+    "calibrated, rounding learned on divergence": Variant(CALIBRATED, FULL, learned=learned_rounding.on_divergence),
+    "calibrated, rounding learned on block outputs": Variant(
+        CALIBRATED, FULL, learned=learned_rounding.on_block_outputs
+    ),
     **{
         f"calibrated, {budget:.2f} x the bytes": Variant(replace(CALIBRATED, size_budget=budget), FULL)
         for budget in (1.03, 1.06, 1.10, 1.20, 1.35)
@@ -206,9 +208,7 @@ def measure(
             candidate = distil(candidate, reference, text, variant.distilled, device)
         if variant.learned:
             packed = packed_matrices(folder, device)
-            getattr(learned_rounding, variant.learned)(
-                reference, candidate, packed, text, LEARNING_EPOCHS, LEARNING_RATE
-            )
+            variant.learned(reference, candidate, packed, text, LEARNING_EPOCHS, LEARNING_RATE)
         figures = {text: compare(reference, candidate, tokens, device) for text, tokens in texts.items()}
     kld, loss, top = ({text: columns[index] for text, columns in figures.items()} for index in range(3))
     return Measured(name, kld, loss, top, size, seconds)

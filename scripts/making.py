@@ -10,7 +10,7 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def made_up(shape: str, folder: Path) -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from quantize.tensors import Shard, Slot
+    from quantize.tensors import Shard, Slot, file_names, in_files, write_index
 
     dtype = torch.float32 if shape == "distilgpt2" else torch.bfloat16
     options = dict(SHAPES[shape])
@@ -68,32 +68,22 @@ def made_up(shape: str, folder: Path) -> Path:
     tied = set(model.all_tied_weights_keys)
     numbers = torch.randn(SEED_NUMBERS, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
     slots = [Slot(name, dtype, tuple(one.shape)) for name, one in model.state_dict().items() if name not in tied]
-    groups = list(_in_files(slots))
+    groups = in_files(slots, lambda slot: slot.size, SHARD)
     folder.mkdir(parents=True)
-    names = [f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
+    names = file_names(len(groups))
     for name, group in zip(names, groups, strict=True):
         with Shard(folder / name, group) as shard:
             for slot in group:
                 count = math.prod(slot.shape or ())
                 for first in range(0, count, SEED_NUMBERS):
                     shard.write(slot.name, numbers[: min(SEED_NUMBERS, count - first)], first)
-    places = {slot.name: name for name, group in zip(names, groups, strict=True) for slot in group}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    if len(names) > 1:
+        write_index(folder, names)
     config.architectures, config.dtype = [type(model).__name__], dtype
     config.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(POCKET / name, folder)
     return folder
-
-
-def _in_files(slots: list[Any]) -> Iterator[list[Any]]:
-    group: list[Any] = []
-    for slot in slots:
-        if group and sum(one.size for one in group) + slot.size > SHARD:
-            yield group
-            group = []
-        group.append(slot)
-    yield group
 
 
 def stock(task: Task) -> None:

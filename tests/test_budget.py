@@ -24,7 +24,7 @@ matrices = st.dictionaries(
     st.text("abc", min_size=1, max_size=3),
     st.tuples(st.integers(20, 500), costs, costs).map(
         lambda one: [
-            Form(block, budget.stored_bytes(64 * one[0], block, True), cost)
+            Form(block, budget.stored_bytes(one[0], 64, block, True), cost)
             for block, cost in ((BLOCK, one[1]), (FINE, one[2]), (HALF, 0.0))
         ]
     ),

@@ -20,6 +20,7 @@ from quantize.errors import CorruptModel, UnsupportedModel
 from quantize.progress import Silent
 from quantize.recipes import stock, streaming
 from quantize.records import Checkout, Recipe
+from quantize.tensors import INDEX
 from tests.conftest import POCKET
 
 SHAPE = {
@@ -129,9 +130,10 @@ def require_equal(mine: Path, theirs: Path) -> None:
 def test_architectures(sources: Any, kind: str, tmp_path: Path) -> None:
     """Grouped heads, tied and untied ones, biases and none, Conv1D, fused projections: names, types, bytes, config."""
     checkout = sources(kind)
-    assert stream(checkout, tmp_path / "mine") == []
-    by_stock(checkout, tmp_path / "theirs", RECIPES[0])
-    require_equal(tmp_path / "mine", tmp_path / "theirs")
+    for number, recipe in enumerate(RECIPES):
+        assert stream(checkout, tmp_path / f"mine-{number}", recipe) == []
+        by_stock(checkout, tmp_path / f"theirs-{number}", recipe)
+        require_equal(tmp_path / f"mine-{number}", tmp_path / f"theirs-{number}")
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=["nf4", "nf4-plain", "fp4", "fp4-plain", "int8"])
@@ -216,7 +218,7 @@ def test_several_files_with_an_index_that_stock_reads(tmp_path: Path) -> None:
     assert stream(fetched(POCKET), tmp_path / "mine") == []
     names = sorted(path.name for path in (tmp_path / "mine").glob("*.safetensors"))
     assert len(names) > 2 and names[0] == f"model-00001-of-{len(names):05}.safetensors"
-    index = json.loads((tmp_path / "mine" / streaming.INDEX).read_text())
+    index = json.loads((tmp_path / "mine" / INDEX).read_text())
     assert index["weight_map"].keys() == tensors(tmp_path / "mine").keys()
     by_stock(fetched(POCKET), tmp_path / "theirs", RECIPES[0])
     one, other = (

@@ -81,7 +81,7 @@ def test_nothing_gets_the_name_when_something_went_wrong(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("change", ["short", "long", "header", "json", "empty"])
+@pytest.mark.parametrize("change", ["short", "long", "header", "json", "empty", "shape"])
 def test_damaged_files(tmp_path: Path, change: str) -> None:
     file = tmp_path / "model.safetensors"
     save_file({"a": torch.ones(100)}, file)
@@ -93,6 +93,7 @@ def test_damaged_files(tmp_path: Path, change: str) -> None:
         "header": (1 << 60).to_bytes(8, "little") + data[8:],
         "json": data[:8] + b"{" * length + data[8 + length :],
         "empty": b"",
+        "shape": data.replace(b"[100]", b"[101]"),
     }
     file.write_bytes(damaged[change])
     with pytest.raises(CorruptModel, match=r"model\.safetensors is damaged \(.*\): fetch it again"):

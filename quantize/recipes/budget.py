@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from quantize.progress import Progress
 from quantize.recipes import packing
 from quantize.recipes.blocks import laid_out, matrix
-from quantize.recipes.packing import BLOCK, NESTED_BLOCK
+from quantize.recipes.packing import BLOCK
 from quantize.records import Recipe
 
 HALF = 0
@@ -23,8 +22,8 @@ FINE_SHARE = 0.85
 nearest they diverge more than blocks of 64, although their weights err less, so that this cannot be read off there."""
 WINDOWS = 8
 """That the sensitivity of each matrix is measured on."""
-STATE_BYTES, NESTED_STATE_BYTES = 300, 1024
-"""What each 4-bit matrix has besides codes and scales: its state and table, and the table of double quantization."""
+STATE_BYTES = 236
+"""The state of a 4-bit matrix, as JSON in the file."""
 
 
 @dataclass(frozen=True)
@@ -47,25 +46,29 @@ def allocate(
         return laid_out(module, packing.nearest(weight, recipe.quant_type, recipe.double_quant).weight())
 
     costs = divergences(model, tokens, device, matrices, rounded, progress)
-    offers = {
-        name: [
-            Form(block, stored_bytes(module.weight.numel(), block, recipe.double_quant), share * costs[name])
-            for block, share in ((BLOCK, 1.0), (FINE, FINE_SHARE), (HALF, 0.0))
-        ]
-        for name, module in matrices.items()
-    }
+    offers = {name: _forms(matrix(one), costs[name], recipe.double_quant) for name, one in matrices.items()}
     weights = sum(module.weight.numel() for module in matrices.values())
     plain = 2 * (model.num_parameters() - weights) + sum(forms[0].size for forms in offers.values())
     return spend(offers, (recipe.size_budget - 1) * plain)
 
 
-def stored_bytes(weights: int, block: int, double_quant: bool) -> int:
-    """What a matrix of so many weights takes in a file."""
+def _forms(weight: torch.Tensor, divergence: float, double_quant: bool) -> list[Form]:
+    """What can be done with a matrix that costs so much in its plain form, which comes first."""
+    rows, inputs = weight.shape
+    shares = {BLOCK: 1.0, FINE: FINE_SHARE, HALF: 0.0}
+    if inputs % FINE:  # blocks that run across rows are rounded to nearest
+        del shares[FINE]
+    return [
+        Form(block, stored_bytes(rows, inputs, block, double_quant), share * divergence)
+        for block, share in shares.items()
+    ]
+
+
+def stored_bytes(rows: int, inputs: int, block: int, double_quant: bool) -> int:
+    """What a matrix takes in a file."""
     if block == HALF:
-        return 2 * weights
-    blocks = math.ceil(weights / block)
-    scales = blocks + 4 * math.ceil(blocks / NESTED_BLOCK) + NESTED_STATE_BYTES if double_quant else 4 * blocks
-    return math.ceil(weights / 2) + scales + STATE_BYTES
+        return 2 * rows * inputs
+    return STATE_BYTES + sum(slot.size for slot in packing.slots("", rows, inputs, "nf4", double_quant, block))
 
 
 def divergences(

@@ -19,8 +19,11 @@ from bitsandbytes.functional import QuantState
 
 from quantize.recipes import cells
 from quantize.recipes.rounding import Levels, Search, keep, round_compensated
+from quantize.tensors import Slot
 
 BLOCK = 64
+STATE = ".quant_state.bitsandbytes__"
+"""Between the name of a weight and that of its 4-bit type, in the name of its state."""
 NESTED_BLOCK = 256
 """Scales that share one nested scale under double quantization; the kernels allow no other number."""
 
@@ -29,6 +32,10 @@ def table(quant_type: str, device: torch.device | str = "cpu") -> torch.Tensor:
     """The 16 values [16] of codes 0..15 of "nf4" or "fp4", float32, as the kernels have them built in."""
     values: torch.Tensor = functional.get_4bit_type(quant_type, device=device)
     return values.float()
+
+
+class NotFinite(ValueError):
+    """NaN or infinity among weights."""
 
 
 @dataclass(frozen=True)
@@ -166,13 +173,13 @@ def nearest_tensors(
 ) -> dict[str, torch.Tensor]:
     """The same as `Packed.tensors`, to the bit what bitsandbytes makes of `weight`; on a CPU several times faster.
 
-    Raises ValueError where a weight is NaN or infinite.
+    Raises NotFinite where a weight is NaN or infinite.
     """
     weight = weight.contiguous()
     if weight.is_cpu and weight.numel() % block == 0:
         packed, state = _nearest_on_cpu(weight, quant_type, double_quant, block)
     elif not bool(weight.isfinite().all()):
-        raise ValueError("NaN or infinity among the weights")
+        raise NotFinite
     else:
         packed, state = functional.quantize_4bit(
             weight, blocksize=block, compress_statistics=double_quant, quant_type=quant_type
@@ -186,7 +193,7 @@ def _nearest_on_cpu(
     code = table(quant_type)
     packed, scales = cells.quantize(weight, code, block)
     if not bool(scales.isfinite().all()):
-        raise ValueError("NaN or infinity among the weights")
+        raise NotFinite
     state = QuantState(
         absmax=scales, shape=weight.shape, code=code, blocksize=block, quant_type=quant_type, dtype=weight.dtype
     )
@@ -194,6 +201,22 @@ def _nearest_on_cpu(
         state.offset, state.nested = scales.mean(), True
         state.absmax, state.state2 = functional.quantize_blockwise(scales - state.offset, blocksize=NESTED_BLOCK)
     return packed, state
+
+
+def slots(name: str, rows: int, inputs: int, quant_type: str, double_quant: bool, block: int = BLOCK) -> list[Slot]:
+    """Types and shapes of `nearest_tensors` of a matrix, whose weight is called `name`."""
+    blocks = math.ceil(rows * inputs / block)
+    nested = [
+        Slot(f"{name}.nested_absmax", torch.float32, (math.ceil(blocks / NESTED_BLOCK),)),
+        Slot(f"{name}.nested_quant_map", torch.float32, (256,)),
+    ]
+    return [
+        Slot(name, torch.uint8, (math.ceil(rows * inputs / 2), 1)),
+        Slot(f"{name}.absmax", torch.uint8 if double_quant else torch.float32, (blocks,)),
+        Slot(f"{name}.quant_map", torch.float32, (16,)),
+        *(nested if double_quant else []),
+        Slot(f"{name}{STATE}{quant_type}", torch.uint8, None),
+    ]
 
 
 def compensated(

@@ -1,13 +1,11 @@
 """What the tensors of a model are in its source's files, and what they become in the package's.
 
 Ties, names and shapes are learned from the model on the meta device. Where transformers would change weights in a way
-that is not known here, that is said, and nothing is done.
+that is not known here, `plan` raises NotKnown.
 """
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +17,6 @@ from quantize.recipes import packing
 from quantize.recipes.blocks import is_transposed
 from quantize.records import Checkout, Recipe
 from quantize.tensors import Entry, Slot
-
-STATE = ".quant_state.bitsandbytes__"
 
 
 class NotKnown(Exception):
@@ -46,7 +42,8 @@ class Piece:
         """What there will be in the package's files."""
         if self.given:
             return [
-                Slot(name, one.dtype, None if STATE in name else tuple(one.shape)) for name, one in self.given.items()
+                Slot(name, one.dtype, None if packing.STATE in name else tuple(one.shape))
+                for name, one in self.given.items()
             ]
         if not self.rounded:
             return [Slot(self.name, self.dtype, self.entry.shape)]
@@ -57,18 +54,7 @@ class Piece:
                 Slot(f"{module_of(self.name)}.SCB", torch.float32, (rows,)),
                 Slot(f"{module_of(self.name)}.weight_format", torch.uint8, ()),
             ]
-        blocks = math.ceil(rows * inputs / packing.BLOCK)
-        nested = [
-            Slot(f"{self.name}.nested_absmax", torch.float32, (math.ceil(blocks / packing.NESTED_BLOCK),)),
-            Slot(f"{self.name}.nested_quant_map", torch.float32, (256,)),
-        ]
-        return [
-            Slot(self.name, torch.uint8, (math.ceil(rows * inputs / 2), 1)),
-            Slot(f"{self.name}.absmax", torch.uint8 if recipe.double_quant else torch.float32, (blocks,)),
-            Slot(f"{self.name}.quant_map", torch.float32, (16,)),
-            *(nested if recipe.double_quant else []),
-            Slot(f"{self.name}{STATE}{recipe.quant_type}", torch.uint8, None),
-        ]
+        return packing.slots(self.name, rows, inputs, recipe.quant_type, recipe.double_quant)
 
 
 def plan(
@@ -111,8 +97,8 @@ def plan(
 def _given_for(name: str, called: str, given: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The tensors that belong to a parameter of the model: what is below its name in its module."""
     module, _, own = name.rpartition(".")
-    tensors = given.get(module, {})
-    return {called + part.removeprefix(own): one for part, one in tensors.items() if f"{part}.".startswith(f"{own}.")}
+    parts = given.get(module, {})
+    return {called + part.removeprefix(own): one for part, one in parts.items() if f"{part}.".startswith(f"{own}.")}
 
 
 def _require_plain(model: Any, dtype: torch.dtype) -> None:
@@ -163,4 +149,4 @@ def module_of(name: str) -> str:
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
     """Numbers in names by their size."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"\.", name)]
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]

@@ -52,37 +52,17 @@ def write(
     Modules are rounded to nearest, but for those whose tensors are `given`. Tensors are streamed, so that the model
     need not fit into memory; where the architecture asks for more than that, the model is loaded and saved.
     """
-    try:
-        return _stream(checkout, output, recipe, dtype, device, progress, resume, given)
-    except NotKnown as reason:
-        progress.note(f"{reason}: the model is loaded as a whole")
-    if _half_type(checkout, recipe):  # the weights were not looked at before
-        choose_dtype(checkout, recipe, progress)
-    model = load_quantized(checkout, recipe, dtype, device)
-    for name, parts in given.items():
-        _put(model.get_submodule(name), parts, device)
-    return save(model, checkout, output), kept_modules(model)
-
-
-def _stream(
-    checkout: Checkout,
-    output: Path,
-    recipe: Recipe,
-    dtype: str,
-    device: str,
-    progress: Progress,
-    resume: Path,
-    given: Given,
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
     import torch
 
     model = _skeleton(checkout, dtype)
-    skipped = set(_skipped(checkout, model, recipe))
-    linear = _modules_of(model, LINEAR_CLASSES)
-    modules = tuple(name for name in linear if not _under(name, skipped))
+    modules = _becoming(checkout, model, recipe)
     _require_some(modules, checkout)
     _require_mostly_linear(model, checkout.source.name)
-    planned = pieces.plan(checkout, model, modules, getattr(torch, dtype), given)
+    try:
+        planned = pieces.plan(checkout, model, modules, getattr(torch, dtype), given)
+    except NotKnown as reason:
+        progress.note(f"{reason}: the model is loaded as a whole")
+        return _load_and_save(checkout, output, recipe, dtype, device, progress, given)
     made_of = {"source": checkout.source.fingerprint(), "recipe": recipe, "dtype": dtype, "device": device}
     work = Work.begin(resume, {**made_of, "given": sorted(given)})
     streaming.write(planned, output, work.folder, recipe, device, MAX_SHARD, progress)
@@ -92,7 +72,18 @@ def _stream(
         model.config.save_pretrained(output)
         if model.can_generate():
             _generation_config(model, checkout).save_pretrained(output)
-    return modules, tuple(name for name in linear if name not in modules)
+    return modules, tuple(name for name in kept_modules(model) if name not in modules)
+
+
+def _load_and_save(
+    checkout: Checkout, output: Path, recipe: Recipe, dtype: str, device: str, progress: Progress, given: Given
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    if _half_type(checkout, recipe):  # the weights were not looked at before
+        choose_dtype(checkout, recipe, progress)
+    model = load_quantized(checkout, recipe, dtype, device)
+    for name, parts in given.items():
+        _put(model.get_submodule(name), parts, device)
+    return save(model, checkout, output), kept_modules(model)
 
 
 def _put(module: Any, parts: Mapping[str, Any], device: str) -> None:
@@ -150,7 +141,11 @@ def kept_modules(model: Any) -> tuple[str, ...]:
 
 def quantized_names(checkout: Checkout, recipe: Recipe) -> tuple[str, ...]:
     """Names of the modules that become 4-bit, in the order of the model; nothing is loaded for it."""
-    model = _skeleton(checkout)
+    return _becoming(checkout, _skeleton(checkout), recipe)
+
+
+def _becoming(checkout: Checkout, model: Any, recipe: Recipe) -> tuple[str, ...]:
+    """Names of the linear modules of the source's `model` that become 4-bit (or 8-bit)."""
     skipped = set(_skipped(checkout, model, recipe))
     return tuple(name for name in _modules_of(model, LINEAR_CLASSES) if not _under(name, skipped))
 

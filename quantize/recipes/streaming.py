@@ -2,12 +2,11 @@
 
 What becomes 4-bit, what is tied and what things are called is learned from the model on the meta device. Reading,
 rounding and writing overlap, and memory holds a few tensors at a time. Where transformers would change weights in a way
-that is not known here, `pieces.plan` says so, and nothing is done.
+that is not known here, `pieces.plan` raises NotKnown, and nothing is done.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections import deque
@@ -32,7 +31,6 @@ AHEAD, AHEAD_ELSEWHERE = {"cpu": 32 << 20}, 512 << 20
 """Bytes that are read before they are needed, and that wait for being written; or one tensor, where that is larger. A
 GPU is done before files are."""
 READERS = WRITERS = 4
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -55,10 +53,8 @@ def write(
 
     Files that are finished in the folder `resume` are taken over. Raises CorruptModel at the first NaN or infinity.
     """
-    groups = _in_files(pieces, recipe, largest)
-    names = ["model.safetensors"]
-    if len(groups) > 1:
-        names = [f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
+    groups = tensors.in_files(pieces, lambda piece: sum(slot.size for slot in piece.slots(recipe)), largest)
+    names = tensors.file_names(len(groups))
     with progress.task("quantizing", sum(piece.entry.numel for piece in pieces), "weights") as advance:
         for name, group in zip(names, groups, strict=True):
             file = resume / name
@@ -69,7 +65,8 @@ def write(
                     _write_shard(file, group, recipe, device, advance)
             _place(file, output / name)
     if len(groups) > 1:
-        _write_index(output, names)
+        with storage_errors(output):
+            tensors.write_index(output, names)
 
 
 def _write_shard(file: Path, group: list[Piece], recipe: Recipe, device: str, advance: Callable[[int], None]) -> None:
@@ -102,7 +99,7 @@ def _results(step: Step, values: torch.Tensor, recipe: Recipe, device: str) -> d
             return {piece.name: _finite(values).to(piece.dtype)}
         matrix = values.view(piece.entry.shape).to(device, non_blocking=True).to(piece.dtype)
         parts = _codes(matrix.T if piece.transposed else matrix, recipe)
-    except ValueError as error:
+    except packing.NotFinite as error:
         place = piece.entry.file.name
         raise CorruptModel(f"{piece.name} in {place} holds NaN or infinity: the source is damaged") from error
     return {f"{module_of(piece.name)}.{part}": _on_cpu(tensor) for part, tensor in parts.items()}
@@ -122,14 +119,14 @@ def _codes(matrix: torch.Tensor, recipe: Recipe) -> dict[str, torch.Tensor]:
 
 
 def _finite(values: torch.Tensor) -> torch.Tensor:
-    """`values`, or ValueError: the largest exponents are those of NaN and infinity."""
+    """`values`, or NotFinite: the largest exponents are those of NaN and infinity."""
     if values.is_floating_point() and values.numel():
         if values.dtype in (torch.float16, torch.bfloat16):
             largest = values.contiguous().view(torch.int16).bitwise_and(0x7FFF).amax().view(values.dtype)
         else:
             largest = values.abs().amax()
         if not bool(largest.isfinite()):
-            raise ValueError("NaN or infinity among the weights")
+            raise packing.NotFinite
     return values
 
 
@@ -189,19 +186,6 @@ class _Behind:
             self.pool.shutdown(cancel_futures=True)
 
 
-def _in_files(pieces: list[Piece], recipe: Recipe, largest: int) -> list[list[Piece]]:
-    groups: list[list[Piece]] = [[]]
-    filled = 0
-    for piece in pieces:
-        size = sum(slot.size for slot in piece.slots(recipe))
-        if groups[-1] and filled + size > largest:
-            groups.append([])
-            filled = 0
-        groups[-1].append(piece)
-        filled += size
-    return groups
-
-
 def _place(file: Path, target: Path) -> None:
     """Give a finished file its place in the package, and keep it for a run that goes on after this one."""
     with storage_errors(target.parent):
@@ -209,12 +193,3 @@ def _place(file: Path, target: Path) -> None:
             os.link(file, target)
         except OSError:  # a file system without links
             shutil.copyfile(file, target)
-
-
-def _write_index(output: Path, names: list[str]) -> None:
-    held = {name: tensors.entries(output / name) for name in names}
-    size = sum(entry.numel * entry.dtype.itemsize for entries in held.values() for entry in entries.values())
-    places = {key: name for name, entries in held.items() for key in entries}
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-    with storage_errors(output):
-        (output / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")

@@ -1,4 +1,4 @@
-"""What a calibrated recipe has done so far, in a folder: a killed run goes on there."""
+"""What a recipe has done so far, in a folder: a run that goes on after a killed one takes it up there."""
 
 from __future__ import annotations
 
