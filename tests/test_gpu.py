@@ -110,6 +110,22 @@ def test_the_kernel_rounds_as_plain_torch_does() -> None:
     assert changes.shape == (3, 3000) and close.float().mean() > 0.99
 
 
+def test_recorded_launches_choose_what_plain_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    levels = rounding.Levels.of(table("nf4", "cuda"))
+    search = rounding.Search(group=32, sweeps=2)
+    for rows, inputs in ((200, 128), (96, 320)):
+        weight, seen, slopes = (
+            torch.randn(*shape, generator=generator) for shape in ((rows, inputs), (999, inputs), (999, rows))
+        )
+        given = [one.cuda() for one in (weight, seen.T @ seen / 999, slopes.T @ slopes / 999)]
+        with monkeypatch.context() as plainly:
+            plainly.setattr(rounding, "Recorded", lambda function: function)
+            plain = rounding.round_compensated(*given[:2], levels, search=search, output_moments=given[2])
+        replayed = rounding.round_compensated(*given[:2], levels, search=search, output_moments=given[2])
+        assert torch.equal(plain.codes, replayed.codes) and torch.equal(plain.scales, replayed.scales)
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=["nf4", "nf4-plain", "fp4", "fp4-plain", "int8"])
 def test_streamed_bytes_are_those_of_loading_and_saving(tmp_path: Path, recipe: Recipe) -> None:
     checkout = fetched(POCKET)

@@ -29,8 +29,6 @@ TOKENS_AT_ONCE = 4096
 """How many run through a block side by side."""
 MOST_OUTPUT_MOMENTS = 4 << 30
 """Bytes for the moments of all gradients; a model that needs more is rounded without them."""
-GROUP, GROUP_ELSEWHERE = {"cpu": 64}, 128
-"""Rows that are rounded at a time under coupling: fewer come out better, and keep a GPU waiting for their launches."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def quantize(
     started = time.monotonic()
     dtype = stock.choose_dtype(checkout, recipe, progress)
     kind = torch.device(device).type
-    method = method or Method(search=Search(sweeps=recipe.sweeps, group=GROUP.get(kind, GROUP_ELSEWHERE)))
+    method = method or Method(search=Search(sweeps=recipe.sweeps))
     made_of = {"source": checkout.source.fingerprint(), "recipe": recipe, "device": kind, "method": method}
     work = Work.begin(resume, made_of)
     chosen, forms, record = _choose(checkout, recipe, dtype, device, progress, corpus, work, method)

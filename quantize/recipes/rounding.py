@@ -21,6 +21,8 @@ from dataclasses import dataclass
 
 import torch
 
+from quantize.recipes.recording import Recorded
+
 LEAF = 8
 """Columns that are compensated one by one; beyond, errors move on by products of matrices."""
 TRIED_AT_ONCE = {"cpu": 1 << 13}
@@ -261,8 +263,9 @@ class _Work:
         factor = inverse_factor(self.moments)
         row_factor = None if self.metric is None else inverse_factor(self.metric)
         goal = self.target.clone()
+        first_pass = Recorded(functools.partial(self._first_pass, factor))
         for rows in self._groups():
-            places, scales = self._first_pass(factor, goal[:, rows].contiguous(), self._block_places(rows))
+            places, scales = first_pass(goal[:, rows].contiguous(), self._block_places(rows))
             self.places[:, rows], self.scales[:, rows] = places, scales
             if row_factor is not None:
                 error, within = goal[:, rows] - self._values(places, scales), row_factor[rows, rows]
@@ -270,8 +273,9 @@ class _Work:
                 goal[:, rows.stop :].addmm_(spread, row_factor[rows, rows.stop :], alpha=-1)
         if self.search.sweeps:
             factors = [inverse_factor(self.moments[part, part]) for part in self._blocks()]
+            sweep = Recorded(functools.partial(self._sweep, factors))
             for rows in list(self._groups()) * self.search.sweeps:
-                self._sweep_group(rows, factors)
+                self._sweep_group(rows, sweep)
 
     def result(self) -> Rounded:
         """Codes and scales in the matrix's own order; the change is not yet known."""
@@ -280,18 +284,16 @@ class _Work:
         scales = self.scales[blocks_back][:, rows_back].T
         return Rounded(codes.contiguous(), scales.contiguous(), torch.zeros_like(scales[:, 0]))
 
-    def _sweep_group(self, rows: slice, factors: list[torch.Tensor]) -> None:
-        """Sweep over the group `rows` towards what it would best be, given the errors of the other rows."""
+    def _sweep_group(self, rows: slice, sweep: Recorded) -> None:
+        """`sweep` over the group `rows` towards what it would best be, given the errors of the other rows."""
         kept = self.places[:, rows].contiguous(), self.scales[:, rows].contiguous()
         tried = self.snap(self.steps * kept[1], self._block_places(rows))
         if self.metric is None:
-            self.places[:, rows], self.scales[:, rows] = self._sweep(
-                factors, self.target[:, rows].contiguous(), *kept, tried
-            )
+            self.places[:, rows], self.scales[:, rows] = sweep(self.target[:, rows].contiguous(), *kept, tried)
             return
         error, within = self.target - self._values(self.places, self.scales), self.metric[rows, rows]
         own, pull = error[:, rows].contiguous(), error @ self.metric[:, rows]
-        found = self._sweep(factors, self.target[:, rows] + pull / within.diagonal() - own, *kept, tried)
+        found = sweep(self.target[:, rows] + pull / within.diagonal() - own, *kept, tried)
         after = self.target[:, rows] - self._values(*found)
         rest = 2 * (pull - own @ within)
         before, loss = (((one @ within + rest) * (self.moments @ one)).sum() for one in (own, after))
