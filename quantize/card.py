@@ -33,7 +33,7 @@ from quantize.records import (
 )
 
 CALIBRATED_OPTIONS = (
-    *("size_budget", "sweeps"),
+    *("size_budget", "sweeps", "epochs"),
     *("calibration", "calibration_windows", "calibration_length", "calibration_seed"),
 )
 
@@ -174,6 +174,8 @@ def _rung(one: Rung) -> CardRung:
     name, usual = one.recipe.name, Recipe()
     if one.recipe.sweeps != usual.sweeps:
         name = f"{name}, {one.recipe.calibration_windows} windows of text, {one.recipe.sweeps} sweeps"
+    if one.recipe.epochs != usual.epochs:
+        name = f"{name}, rounding learned in {one.recipe.epochs} epochs"
     if one.recipe.size_budget != usual.size_budget:
         name = f"{name}, at most {one.recipe.size_budget:g} times the bytes"
     return CardRung(

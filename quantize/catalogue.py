@@ -105,6 +105,7 @@ SPECIAL = {
     "target_grade": _one_of(*GRADES[:-1]),
     "size_budget": BUDGET,
     "sweeps": _whole(0),
+    "epochs": _whole(0),
     "calibration_windows": _whole(8),
     "calibration_length": _whole(16),
     "calibration_seed": _whole(0, 2**32 - 1),

@@ -28,6 +28,8 @@ from quantize.records import (
 )
 
 TRIES = "tries"
+SWEEPS, EPOCHS = 3, 8
+"""Of the refined recipe, unless more are asked for."""
 Measure = Callable[[Path, Recipe, Quantized, ParitySettings], Parity]
 """Judges a folder that was made by a recipe."""
 
@@ -43,15 +45,20 @@ class Made:
 
 
 def rungs(recipe: Recipe) -> tuple[Recipe, ...]:
-    """What is tried for a recipe, in this order: for `auto` stock, calibrated, the same with more text and care, and
-    last, where there is a budget for it, with more bytes."""
+    """What is tried for a recipe, in this order: for `auto` stock, calibrated, the same with more text and care and
+    with learned rounding, and last, where there is a budget for it, with more bytes."""
     if recipe.name != AUTO:
         return (recipe,)
     stock = dataclasses.replace(recipe, name=STOCK, size_budget=1.0)
     if recipe.bits == 8:
         return (stock,)
     calibrated = dataclasses.replace(stock, name=CALIBRATED)
-    refined = dataclasses.replace(calibrated, calibration_windows=2 * recipe.calibration_windows, sweeps=3)
+    refined = dataclasses.replace(
+        calibrated,
+        calibration_windows=2 * recipe.calibration_windows,
+        sweeps=max(recipe.sweeps, SWEEPS),
+        epochs=max(recipe.epochs, EPOCHS),
+    )
     larger = dataclasses.replace(refined, size_budget=recipe.size_budget)
     return (stock, calibrated, refined, larger) if recipe.size_budget > 1 else (stock, calibrated, refined)
 

@@ -239,6 +239,13 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
         help="How often calibrated goes over a matrix after the first pass.",
     )
     @click.option(
+        "--epochs",
+        type=click.IntRange(0),
+        default=Recipe.epochs,
+        show_default=True,
+        help="How often calibrated reads its text while it learns rounding, block by block.",
+    )
+    @click.option(
         "--calibration",
         metavar="TEXT",
         default=Recipe.calibration,

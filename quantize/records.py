@@ -83,8 +83,9 @@ class Checkout:
 class Recipe:
     """How weights become 4-bit (or 8-bit, where only `skip_modules` and `compute_dtype` matter).
 
-    `stock` rounds to nearest, `calibrated` chooses codes and scales on calibration text, in `sweeps` over each matrix
-    after the first pass, and `auto` climbs from one to the other until `target_grade` is reached.
+    `stock` rounds to nearest. `calibrated` chooses codes and scales on calibration text, in `sweeps` over each matrix
+    after the first pass, and then learns rounding in `epochs` of reading that text. `auto` climbs from one to the other
+    until `target_grade` is reached.
 
     Weights may take `size_budget` times the bytes of their plain 4-bit form; a calibrated recipe spends the rest on
     blocks of 32 and on matrices in half precision, where that helps most.
@@ -105,6 +106,7 @@ class Recipe:
     skip_modules: tuple[str, ...] = ()
     size_budget: float = 1.0
     sweeps: int = 1
+    epochs: int = 0
     calibration: str = "self"
     calibration_windows: int = 128
     calibration_length: int = 512

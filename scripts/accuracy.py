@@ -53,11 +53,12 @@ class Variant:
     distilled: float | None = None
     """Rate at which norms and biases then learn the float model's answers to the calibration text."""
     learned: Callable[..., None] | None = None
-    """Learns the rounding then."""
+    """Learns the rounding of all matrices at once then."""
 
 
 CALIBRATED = Recipe(name="calibrated")
 FULL = Method()
+THREE_SWEEPS = replace(FULL, search=Search(sweeps=3))
 VARIANTS = {
     "stock": Variant(Recipe(name="stock")),
     "compensated, scale = absmax": Variant(CALIBRATED, ABSMAX),
@@ -74,15 +75,22 @@ VARIANTS = {
     "calibrated, groups of 96": Variant(CALIBRATED, replace(FULL, search=Search(group=96))),
     "calibrated, groups of 128": Variant(CALIBRATED, replace(FULL, search=Search(group=128))),
     "calibrated, groups of 1024": Variant(CALIBRATED, replace(FULL, search=Search(group=1024))),
-    "calibrated, three sweeps": Variant(CALIBRATED, replace(FULL, search=Search(sweeps=3))),
+    "calibrated, three sweeps": Variant(CALIBRATED, THREE_SWEEPS),
     "calibrated, twice the text": Variant(replace(CALIBRATED, calibration_windows=256), FULL),
     "calibrated, windows of 1024": Variant(replace(CALIBRATED, calibration_length=1024), FULL),
     "calibrated, blocks of 32": Variant(CALIBRATED, replace(FULL, search=Search(block=32))),
     "calibrated, distilled at 0.0001": Variant(CALIBRATED, FULL, 1e-4),
     "calibrated, distilled at 0.001": Variant(CALIBRATED, FULL, 1e-3),
+    "calibrated, rounding learned in 4 readings": Variant(replace(CALIBRATED, epochs=4), FULL),
+    "calibrated, rounding learned in 8 readings": Variant(replace(CALIBRATED, epochs=8), FULL),
+    "calibrated, rounding learned in 20 readings": Variant(replace(CALIBRATED, epochs=20), FULL),
     "calibrated, rounding learned on divergence": Variant(CALIBRATED, FULL, learned=learned_rounding.on_divergence),
-    "calibrated, rounding learned on block outputs": Variant(
-        CALIBRATED, FULL, learned=learned_rounding.on_block_outputs
+    "twice the text, three sweeps": Variant(replace(CALIBRATED, calibration_windows=256), THREE_SWEEPS),
+    "twice the text, three sweeps, rounding learned in 4 readings": Variant(
+        replace(CALIBRATED, calibration_windows=256, epochs=4), THREE_SWEEPS
+    ),
+    "twice the text, three sweeps, rounding learned in 8 readings": Variant(
+        replace(CALIBRATED, calibration_windows=256, epochs=8), THREE_SWEEPS
     ),
     **{
         f"calibrated, {budget:.2f} x the bytes": Variant(replace(CALIBRATED, size_budget=budget), FULL)

@@ -25,6 +25,7 @@ LEFT_OUT = (
     "windows of",
     "blocks of",
     "sweeps",
+    "learned",
     "twice",
 )
 

@@ -76,9 +76,9 @@ def test_the_package_is_better_within_its_bytes_and_says_how(tmp_path: Path) -> 
 
 def test_auto_spends_its_budget_last() -> None:
     rungs = ladder.rungs(Recipe(size_budget=1.2))
-    assert [(one.name, one.sweeps, one.size_budget) for one in rungs] == [
-        *(("stock", 1, 1.0), ("calibrated", 1, 1.0)),
-        *(("calibrated", 3, 1.0), ("calibrated", 3, 1.2)),
+    assert [(one.name, one.sweeps, one.epochs, one.size_budget) for one in rungs] == [
+        *(("stock", 1, 0, 1.0), ("calibrated", 1, 0, 1.0)),
+        *(("calibrated", 3, 8, 1.0), ("calibrated", 3, 8, 1.2)),
     ]
 
 

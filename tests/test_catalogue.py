@@ -29,6 +29,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "target_grade": st.sampled_from(GRADES[:-1]),
     "size_budget": st.integers(1, 9) | st.floats(1, 9),
     "sweeps": st.integers(0, 9),
+    "epochs": st.integers(0, 9),
     "calibration": lines_of_text,
     "calibration_windows": st.integers(8, 2**40),
     "calibration_length": st.integers(16, 2**40),

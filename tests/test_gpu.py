@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -118,11 +119,11 @@ def test_recorded_launches_choose_what_plain_ones_do(monkeypatch: pytest.MonkeyP
         weight, seen, slopes = (
             torch.randn(*shape, generator=generator) for shape in ((rows, inputs), (999, inputs), (999, rows))
         )
-        given = [one.cuda() for one in (weight, seen.T @ seen / 999, slopes.T @ slopes / 999)]
+        weight, moments, felt = (one.cuda() for one in (weight, seen.T @ seen / 999, slopes.T @ slopes / 999))
         with monkeypatch.context() as plainly:
             plainly.setattr(rounding, "Recorded", lambda function: function)
-            plain = rounding.round_compensated(*given[:2], levels, search=search, output_moments=given[2])
-        replayed = rounding.round_compensated(*given[:2], levels, search=search, output_moments=given[2])
+            plain = rounding.round_compensated(weight, moments, levels, search=search, output_moments=felt)
+        replayed = rounding.round_compensated(weight, moments, levels, search=search, output_moments=felt)
         assert torch.equal(plain.codes, replayed.codes) and torch.equal(plain.scales, replayed.scales)
 
 
@@ -150,6 +151,9 @@ def test_the_calibrated_recipe(tmp_path: Path) -> None:
     assert on_cpu.scores and on_cpu.scores.kld.mean.value == pytest.approx(plain.scores.kld.mean.value, rel=0.1)
 
 
+@pytest.mark.skipif(
+    huggingface_hub.__version__.startswith("1."), reason="this client has cards checked at a fixed address"
+)
 def test_the_whole_job_over_http(tmp_path: Path) -> None:
     with LoopbackHub() as hub:
         seed_distilgpt2(hub, POCKET)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +98,13 @@ class Stream:
     def advance(self, index: int) -> None:
         """Run all text through a block."""
         self.hidden = [_tensor(self._run(index, part)).cpu() for part in self.hidden]
+
+    def answer(self, index: int, part: int, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What a block makes of one micro-batch with other `weights`, by their names in it; with their gradients."""
+        arguments, named = self.calls[index]
+        given = (self.hidden[part].to(self.device), *arguments)
+        with autocast(self.device, self.fast):
+            return _tensor(torch.func.functional_call(self.blocks.layers[index], dict(weights), given, named))
 
     def _run(self, index: int, hidden: torch.Tensor) -> Any:
         arguments, named = self.calls[index]

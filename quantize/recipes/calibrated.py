@@ -6,6 +6,7 @@ model as it is quantized so far, and, where they fit into memory, those of the l
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import time
@@ -18,7 +19,7 @@ import torch
 
 from quantize import devices
 from quantize.progress import Progress
-from quantize.recipes import budget, calibration, packing, stock
+from quantize.recipes import budget, calibration, learning, packing, stock
 from quantize.recipes.blocks import Blocks, Stream, laid_out, matrix, on_device
 from quantize.recipes.gradients import Gradient, gradients
 from quantize.recipes.rounding import Moments, Search
@@ -104,11 +105,12 @@ def _choose(
     batch = math.gcd(len(tokens), max(1, TOKENS_AT_ONCE // tokens.shape[1]))
     blocks = Blocks.of(model, names)
     inside = [name for name in names if name.startswith(f"{blocks.path}.")]
+    felt = [*inside, *(blocks.name(index) for index in range(len(blocks.layers)) if recipe.epochs)]
     slopes: dict[str, Gradient] = {}
     wanted = method.coupled or method.weighed
     fits = _output_moment_bytes(model, inside) <= MOST_OUTPUT_MOMENTS
     if wanted and fits:
-        slopes = gradients(model, inside, tokens, device, batch, fast, recipe.calibration_seed, progress)
+        slopes = gradients(model, felt, tokens, device, batch, fast, recipe.calibration_seed, progress)
     elif wanted:
         progress.note("the gradients' moments would take too much memory: rows are rounded each for itself")
     forms = dict.fromkeys(inside, method.search.block)
@@ -117,20 +119,32 @@ def _choose(
     model.to("cpu")
     devices.release(device)
     stream = Stream(model, blocks, tokens, device, batch, fast)
+    original = copy.copy(stream)
     chosen: dict[str, Chosen] = {}
-    with progress.task("choosing codes and scales", len(inside), "matrices") as advance:
+    with progress.task("choosing codes and scales", len(blocks.layers) * (1 + recipe.epochs), "passes") as advance:
         for index, layer in enumerate(blocks.layers):
             own = [name.removeprefix(f"{blocks.name(index)}.") for name in inside if _in(name, blocks.name(index))]
             rounded = [name for name in own if forms[f"{blocks.name(index)}.{name}"] != budget.HALF]
             with on_device(layer, device):
-                found = work.block(index) or _round_block(stream, index, rounded, slopes, forms, recipe, dtype, method)
-                work.keep(index, found)
+                weights = {name: matrix(layer.get_submodule(name)).clone() for name in rounded}
+                if recipe.epochs:
+                    original.advance(index)
+                found = work.block(index)
+                if found or not rounded:
+                    advance(1 + recipe.epochs)
+                else:
+                    found = _round_block(stream, index, rounded, slopes, forms, recipe, dtype, method)
+                    advance(1)
+                    if recipe.epochs:
+                        slope = slopes.get(blocks.name(index))
+                        aims = original.hidden
+                        found = learning.learn(stream, index, aims, weights, found, slope, recipe.epochs, advance)
+                    work.keep(index, found)
                 for name, one in found.items():
                     _replace(layer.get_submodule(name), one)
                 if index + 1 < len(blocks.layers):
                     stream.advance(index)
             chosen |= {f"{blocks.name(index)}.{name}": one for name, one in found.items()}
-            advance(len(own))
     return chosen, forms, record
 
 

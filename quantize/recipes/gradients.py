@@ -1,4 +1,4 @@
-"""How much the model's loss feels an error in each output of its matrices, from gradients on calibration text."""
+"""How much the model's loss feels an error in each output of a module, from gradients on calibration text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from quantize.progress import Progress
-from quantize.recipes.blocks import autocast, matrix
+from quantize.recipes.blocks import autocast
 from quantize.recipes.rounding import Moments
 from quantize.recipes.sampling import draw
 
@@ -19,8 +19,8 @@ MOST_ENERGY = 10_000.0
 
 @dataclass(frozen=True)
 class Gradient:
-    """At the outputs of one matrix: the second `moments` [outputs, outputs] of the loss's gradient, and its `energy`,
-    the squared length at each calibration token [tokens], with mean 1."""
+    """At the outputs of a matrix or a block: the second `moments` [outputs, outputs] of the loss's gradient, and its
+    `energy`, the squared length at each calibration token [tokens], with mean 1."""
 
     energy: torch.Tensor
     moments: torch.Tensor
@@ -36,7 +36,7 @@ def gradients(
     seed: int,
     progress: Progress,
 ) -> dict[str, Gradient]:
-    """For each named matrix of `model` on the device, from the loss at tokens drawn from the model's own prediction.
+    """For each named module of `model` on the device, from the loss at tokens drawn from the model's own prediction.
 
     With those the moments are the Fisher information's, the curvature of the KL divergence, whatever text comes next.
     """
@@ -60,14 +60,13 @@ def gradients(
 
 
 class _Watch:
-    """Gathers what flows back into each matrix's outputs."""
+    """Gathers what flows back into each module's outputs."""
 
     def __init__(self, model: Any, names: list[str], device: str) -> None:
         self.energy: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-        modules = {name: model.get_submodule(name) for name in names}
-        sizes = {name: len(matrix(module)) for name, module in modules.items()}
-        self.moments = {name: Moments(size, device) for name, size in sizes.items()}
-        self.hooks = [module.register_full_backward_hook(self._keeper(name)) for name, module in modules.items()]
+        self.moments: dict[str, Moments] = {}
+        self.device = device
+        self.hooks = [model.get_submodule(name).register_full_backward_hook(self._keeper(name)) for name in names]
 
     def result(self) -> dict[str, Gradient]:
         for hook in self.hooks:
@@ -77,6 +76,8 @@ class _Watch:
 
     def _gradient(self, name: str) -> Gradient | None:
         """Scaled to a mean of 1; None where the loss does not feel the matrix, or not in numbers."""
+        if name not in self.moments:
+            return None
         moments = self.moments[name].mean.cpu()
         size = float(moments.diagonal().mean())
         if not 0 < size < float("inf"):
@@ -89,6 +90,6 @@ class _Watch:
         def keep(_: Any, __: Any, slopes: tuple[torch.Tensor, ...]) -> None:
             flat = slopes[0].reshape(-1, slopes[0].shape[-1]).float()
             self.energy[name].append(flat.square().sum(1).cpu())
-            self.moments[name].add(flat)
+            self.moments.setdefault(name, Moments(flat.shape[1], self.device)).add(flat)
 
         return keep

@@ -1,0 +1,111 @@
+"""Rounding learned by gradients, a block of the model at a time, after codes and scales are chosen.
+
+Each weight may take the level that it has, or the one on the other side of its original value. Which of the two is
+learned with Adam on the calibration text: what a block answers to the inputs that it gets in the quantized model shall
+be what the source's block answers to the source's. The choice is hard throughout, and gradients pass straight through
+it (Bengio et al. 2013); that rounding can be learned at all is AdaRound's finding (Nagel et al. 2020).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from quantize.recipes.blocks import Stream, laid_out
+from quantize.recipes.gradients import Gradient
+from quantize.recipes.packing import Packed, expand_scales, table
+from quantize.recipes.rounding import Levels
+from quantize.recipes.work import Chosen
+
+REACH = 0.25
+"""How far a `push` moves at most, in all steps together: their rate falls along a cosine to 0. It begins half below the
+way to the other level, so only weights that compensation put on the farther side can come back."""
+EAGER = 0.45
+"""What `push` begins with at most, so that each weight begins with the level that it has."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """For each weight of a matrix [rows, inputs]: its value `now`, `step` to the value of the `other` code, and the
+    learned `push`, which takes that step where it is beyond 1/2."""
+
+    now: torch.Tensor
+    step: torch.Tensor
+    other: torch.Tensor
+    push: torch.Tensor
+
+    @classmethod
+    def of(cls, packed: Packed, original: torch.Tensor) -> Choice:
+        levels = Levels.of(table(packed.quant_type, original.device))
+        places = levels.codes.argsort()[packed.codes.long()]
+        scales = expand_scales(packed.scales, packed.codes.shape, packed.block)
+        now = levels.values[places] * scales
+        above = (original > now) == (scales > 0)
+        beside = torch.where(above, places + 1, places - 1).clamp(0, len(levels.values) - 1)
+        step = levels.values[beside] * scales - now
+        way = ((original - now) / torch.where(step == 0, 1.0, step)).clamp(0, 1)
+        return cls(now, step, levels.codes[beside], (way - 0.5).clamp(max=EAGER).requires_grad_(True))
+
+    @property
+    def taken(self) -> torch.Tensor:
+        return self.push.detach() > 0.5
+
+    def values(self) -> torch.Tensor:
+        """The matrix as it is chosen now, with the gradient of `push` itself."""
+        return self.now + self.step * (self.taken.float() + self.push - self.push.detach())
+
+    def packed(self, before: Packed) -> Packed:
+        return dataclasses.replace(before, codes=torch.where(self.taken, self.other, before.codes))
+
+
+def learn(
+    stream: Stream,
+    index: int,
+    wanted: list[torch.Tensor],
+    originals: Mapping[str, torch.Tensor],
+    found: Mapping[str, Chosen],
+    slope: Gradient | None,
+    epochs: int,
+    advance: Callable[[int], None],
+) -> dict[str, Chosen]:
+    """What was `found` for the matrices of a block, with other codes where that brings its answers nearer to `wanted`.
+
+    `stream` stands in front of the block, which computes with what was found; `wanted` are the source's answers, one
+    for each part of the stream; `originals` the float matrices. An error counts by the moments of the loss's gradient
+    at the block's output, where there are any. Of what was found and what was learned the better is returned, measured
+    on the same text.
+    """
+    device = stream.device
+    choices = {name: Choice.of(one.packed, originals[name].float()) for name, one in found.items()}
+    metric = slope.moments.to(device) if slope else None
+    layer = stream.blocks.layers[index]
+
+    def change(part: int, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        weights = {f"{name}.weight": laid_out(layer.get_submodule(name), one) for name, one in values.items()}
+        off = stream.answer(index, part, weights).float() - wanted[part].to(device).float()
+        return (off * (off if metric is None else off @ metric)).mean()
+
+    def whole() -> float:
+        with torch.no_grad():
+            values = {name: one.values() for name, one in choices.items()}
+            return sum(float(change(part, values)) for part in range(len(wanted)))
+
+    before = whole()
+    steps = epochs * len(wanted)
+    optimizer = torch.optim.Adam([one.push for one in choices.values()], 2 * REACH / steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(epochs):
+        for part in range(len(wanted)):
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                loss = change(part, {name: one.values() for name, one in choices.items()})
+                torch.autograd.backward(loss)
+            optimizer.step()
+            schedule.step()
+        advance(1)
+    if whole() >= before:
+        return dict(found)
+    return {name: dataclasses.replace(one, packed=choices[name].packed(one.packed)) for name, one in found.items()}
