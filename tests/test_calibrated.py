@@ -113,10 +113,8 @@ def test_work_of_another_recipe_is_not_taken_up(tmp_path: Path) -> None:
         (work.folder / "block-0.safetensors").touch()
 
 
-@pytest.mark.parametrize("kind", list(TINY))
-def test_other_architectures(kind: str, tmp_path: Path) -> None:
-    """Llama with grouped heads and an untied head, Qwen2 with tied ones and some biases, OPT and GPT-NeoX with biases,
-    Gemma 2 with two kinds of attention: stock transformers loads what was written, and every matrix beats nearest."""
+def tiny(kind: str, folder: Path) -> Any:
+    """A model of two blocks with random weights, saved with the pocket model's tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
@@ -125,12 +123,22 @@ def test_other_architectures(kind: str, tmp_path: Path) -> None:
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
-    folder = tmp_path / kind
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(POCKET / name, folder)
+    return model
+
+
+@pytest.mark.parametrize("kind", list(TINY))
+def test_other_architectures(kind: str, tmp_path: Path) -> None:
+    """Llama with grouped heads and an untied head, Qwen2 with tied ones and some biases, OPT and GPT-NeoX with biases,
+    Gemma 2 with two kinds of attention: stock transformers loads what was written, and every matrix beats nearest."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / kind
+    model = tiny(kind, folder)
     errors = {}
-    tried = {"stock": {"name": "stock"}, "calibrated": {}, "learned": {"epochs": 2}}
+    tried: dict[str, dict[str, Any]] = {"stock": {"name": "stock"}, "calibrated": {}, "learned": {"epochs": 2}}
     for name, recipe in tried.items():
         checkout, _ = made(tmp_path / name, dataclasses.replace(LITTLE, **recipe), folder)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name, local_files_only=True)
