@@ -16,7 +16,7 @@ from quantize.errors import CorpusError
 from quantize.package import Package
 from quantize.parity import corpus_text
 from quantize.progress import Silent
-from quantize.recipes import calibrated, calibration, stock
+from quantize.recipes import calibrated, calibration, keeping, stock
 from quantize.recipes.calibrated import Seen
 from quantize.recipes.work import Work
 from quantize.records import Calibrated, Checkout, ParitySettings, Recipe
@@ -150,6 +150,28 @@ def test_other_architectures(kind: str, tmp_path: Path) -> None:
             truth, guess = model.float()(tokens).logits.log_softmax(-1), loaded.float()(tokens).logits.log_softmax(-1)
         errors[name] = float((truth.exp() * (truth - guess)).sum(-1).mean())
     assert errors["calibrated"] < errors["stock"] and errors["learned"] < errors["stock"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_a_cache_with_room_holds_what_a_growing_one_does(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same text; in layers with a sliding window, which hold no more than it, the library's own cache stays."""
+    model = tiny(kind, tmp_path / kind).float().eval()
+    layers: list[Any] = []
+
+    def watched(cache: Any, room: int) -> Any:
+        layers.extend(keeping.make_room(cache, room).layers)
+        return cache
+
+    texts = []
+    for make_room in (watched, lambda cache, room: cache):
+        monkeypatch.setattr(calibration, "make_room", make_room)
+        texts.append(calibration.written(model, LITTLE, 48, "cpu", False, Silent(), (1.0, 1.4)))
+    assert torch.equal(*texts) and texts[0].shape == (16, 48)
+    held = {type(layer).__name__: layer.keys.shape[-2] for layer in layers}
+    assert held["RoomyLayer"] == 47 and set(held) <= {"RoomyLayer", "DynamicSlidingWindowLayer"}
+    assert len(held) == (2 if kind == "gemma2" else 1)
 
 
 def test_inputs_that_64_does_not_divide_are_rounded_to_nearest(tmp_path: Path) -> None:

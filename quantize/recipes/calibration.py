@@ -14,6 +14,7 @@ from quantize import devices, hub
 from quantize.errors import CorpusError
 from quantize.progress import Progress
 from quantize.recipes.blocks import autocast
+from quantize.recipes.keeping import make_room
 from quantize.recipes.sampling import draw
 from quantize.records import Calibrated, Recipe
 
@@ -100,7 +101,8 @@ def written(
             while len(tokens) < length:
                 with torch.inference_mode(), autocast(device, fast), devices.steady_attention():
                     answer = model(tokens[-1], past_key_values=past, use_cache=True)
-                past = answer.past_key_values
+                if past is None:
+                    past = make_room(answer.past_key_values, length)
                 chances = torch.softmax(answer.logits[:, -1].float() / part, -1)
                 tokens.append(draw(chances, generator)[:, None])
                 advance(len(part))
