@@ -46,13 +46,15 @@ class CardControl:
 
 @dataclass(frozen=True)
 class CardCalibration:
-    """The text that codes and scales were chosen on; `source` is `self` where the original wrote it."""
+    """The text that codes and scales were chosen on; `source` is `self` where the original wrote it. In `epochs`
+    over it rounding was learned afterwards."""
 
     source: str
     windows: int
     length: int
     seed: int
     sha256: str
+    epochs: int = 0
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def facts(
         architecture=source.architecture,
         parameters=parity.sizes.parameters,
         recipe=recipe.name,
-        calibration=_calibration(quantized.calibrated),
+        calibration=_calibration(quantized.calibrated, recipe.epochs),
         rungs=tuple(_rung(one) for one in parity.rungs),
         bits=recipe.bits,
         quant_type=recipe.quant_type,
@@ -166,8 +166,8 @@ def _changed(record: Recipe | ParitySettings, names: tuple[str, ...]) -> list[st
     return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
-def _calibration(text: Calibrated | None) -> CardCalibration | None:
-    return CardCalibration(text.source, text.windows, text.length, text.seed, text.sha256) if text else None
+def _calibration(text: Calibrated | None, epochs: int) -> CardCalibration | None:
+    return CardCalibration(text.source, text.windows, text.length, text.seed, text.sha256, epochs) if text else None
 
 
 def _rung(one: Rung) -> CardRung:

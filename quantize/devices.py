@@ -89,12 +89,17 @@ def room(device: str) -> int:
 
 
 def release(device: str) -> None:
-    """Give memory back to the device that torch keeps for later."""
+    """Give memory back to the device that is garbage by now, or that torch keeps for later."""
     import gc
 
+    gc.collect()
+    empty(device)
+
+
+def empty(device: str) -> None:
+    """Give memory back to the device that torch keeps for later, such as that of recordings which are gone."""
     import torch
 
-    gc.collect()
     if torch.device(device).type != "cpu":
         getattr(torch, torch.device(device).type).empty_cache()
 

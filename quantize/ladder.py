@@ -49,10 +49,10 @@ def rungs(recipe: Recipe) -> tuple[Recipe, ...]:
     with learned rounding, and last, where there is a budget for it, with more bytes."""
     if recipe.name != AUTO:
         return (recipe,)
-    stock = dataclasses.replace(recipe, name=STOCK, size_budget=1.0)
+    stock = dataclasses.replace(recipe, name=STOCK, size_budget=1.0, sweeps=Recipe.sweeps, epochs=Recipe.epochs)
     if recipe.bits == 8:
         return (stock,)
-    calibrated = dataclasses.replace(stock, name=CALIBRATED)
+    calibrated = dataclasses.replace(recipe, name=CALIBRATED, size_budget=1.0)
     refined = dataclasses.replace(
         calibrated,
         calibration_windows=2 * recipe.calibration_windows,

@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import model_card
 from quantize import ladder, pipeline, recipes, source
+from quantize.card import facts
 from quantize.errors import CorpusError
 from quantize.package import Package
 from quantize.parity import corpus_text
@@ -67,6 +69,9 @@ def test_it_diverges_much_less_than_stock_and_says_so(package: Package) -> None:
     assert "on 16 windows of 128 tokens that the original wrote itself" in card and "| stock NF4 |" in card
     assert "--recipe calibrated --calibration-windows 16 --calibration-length 128" in card
     assert not list(package.folder.parent.glob("*.unfinished"))
+    learned = dataclasses.replace(package.provenance, recipe=dataclasses.replace(LITTLE, epochs=3))
+    card = model_card.render(facts(learned, parity, None, ()))
+    assert "and rounding was then learned in 3 epochs on that text" in card and "--epochs 3" in card
 
 
 def test_the_same_bytes_as_many_and_the_same_twice(package: Package, finished: Path, tmp_path: Path) -> None:
@@ -198,12 +203,14 @@ def test_auto_stops_at_the_first_rung_that_is_good_enough(tmp_path: Path) -> Non
     assert not pipeline.run(easy, Silent()).created
 
 
-def test_auto_climbs_and_keeps_the_best(tmp_path: Path) -> None:
+def test_auto_climbs_and_keeps_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ladder, "SWEEPS", 2)
+    monkeypatch.setattr(ladder, "EPOCHS", 1)
     recipe = dataclasses.replace(LITTLE, name="auto", target_grade="lossless", calibration_windows=8)
     hard = pipeline.RunRequest(str(POCKET), output=tmp_path / "hard", recipe=recipe, settings=SETTINGS, device="cpu")
     made = pipeline.run(hard, Silent()).package
     tried = made.parity.rungs
-    assert [one.recipe.name for one in tried] == ["stock", "calibrated", "calibrated"] and tried[2].recipe.epochs == 8
+    assert [one.recipe.name for one in tried] == ["stock", "calibrated", "calibrated"] and tried[2].recipe.epochs == 1
     (chosen,) = [one for one in tried if one.chosen]
     assert chosen.kld and all(one.kld and chosen.kld.value <= one.kld.value for one in tried)
     assert made.provenance.recipe == chosen.recipe and made.parity.verdict.passed

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from quantize import devices
 from quantize.errors import UnsupportedModel
 
 
@@ -165,6 +166,7 @@ def on_device(layer: torch.nn.Module, device: str) -> Iterator[None]:
         yield
     finally:
         layer.to("cpu")
+        devices.empty(device)
 
 
 def autocast(device: str, fast: bool) -> torch.autocast:

@@ -105,12 +105,14 @@ def _choose(
     batch = math.gcd(len(tokens), max(1, TOKENS_AT_ONCE // tokens.shape[1]))
     blocks = Blocks.of(model, names)
     inside = [name for name in names if name.startswith(f"{blocks.path}.")]
-    felt = [*inside, *(blocks.name(index) for index in range(len(blocks.layers)) if recipe.epochs)]
+    felt_blocks = [blocks.name(index) for index in range(len(blocks.layers)) if recipe.epochs]
     slopes: dict[str, Gradient] = {}
     wanted = method.coupled or method.weighed
-    fits = _output_moment_bytes(model, inside) <= MOST_OUTPUT_MOMENTS
+    fits = _output_moment_bytes(model, inside, len(felt_blocks)) <= MOST_OUTPUT_MOMENTS
     if wanted and fits:
-        slopes = gradients(model, felt, tokens, device, batch, fast, recipe.calibration_seed, progress)
+        slopes = gradients(
+            model, [*inside, *felt_blocks], tokens, device, batch, fast, recipe.calibration_seed, progress
+        )
     elif wanted:
         progress.note("the gradients' moments would take too much memory: rows are rounded each for itself")
     forms = dict.fromkeys(inside, method.search.block)
@@ -119,25 +121,24 @@ def _choose(
     model.to("cpu")
     devices.release(device)
     stream = Stream(model, blocks, tokens, device, batch, fast)
-    original = copy.copy(stream)
+    original = copy.copy(stream) if recipe.epochs else None
     chosen: dict[str, Chosen] = {}
     with progress.task("choosing codes and scales", len(blocks.layers) * (1 + recipe.epochs), "passes") as advance:
         for index, layer in enumerate(blocks.layers):
             own = [name.removeprefix(f"{blocks.name(index)}.") for name in inside if _in(name, blocks.name(index))]
             rounded = [name for name in own if forms[f"{blocks.name(index)}.{name}"] != budget.HALF]
             with on_device(layer, device):
-                weights = {name: matrix(layer.get_submodule(name)).clone() for name in rounded}
-                if recipe.epochs:
+                if original:
                     original.advance(index)
                 found = work.block(index)
                 if found or not rounded:
                     advance(1 + recipe.epochs)
                 else:
+                    weights = {name: matrix(layer.get_submodule(name)) for name in rounded} if original else {}
                     found = _round_block(stream, index, rounded, slopes, forms, recipe, dtype, method)
                     advance(1)
-                    if recipe.epochs:
-                        slope = slopes.get(blocks.name(index))
-                        aims = original.hidden
+                    if original and found:
+                        aims, slope = original.hidden, slopes.get(blocks.name(index))
                         found = learning.learn(stream, index, aims, weights, found, slope, recipe.epochs, advance)
                     work.keep(index, found)
                 for name, one in found.items():
@@ -279,8 +280,10 @@ def _in(name: str, block: str) -> bool:
     return name.startswith(f"{block}.")
 
 
-def _output_moment_bytes(model: Any, names: list[str]) -> int:
-    return sum(4 * matrix(model.get_submodule(name)).shape[0] ** 2 for name in names)
+def _output_moment_bytes(model: Any, names: list[str], blocks: int) -> int:
+    """Of the gradients at the outputs of the named matrices and of so many whole blocks."""
+    widths = [len(matrix(model.get_submodule(name))) for name in names]
+    return sum(4 * width**2 for width in [*widths, *[model.config.get_text_config().hidden_size] * blocks])
 
 
 def _computes_bfloat16(device: str) -> bool:

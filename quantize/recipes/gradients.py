@@ -90,6 +90,8 @@ class _Watch:
         def keep(_: Any, __: Any, slopes: tuple[torch.Tensor, ...]) -> None:
             flat = slopes[0].reshape(-1, slopes[0].shape[-1]).float()
             self.energy[name].append(flat.square().sum(1).cpu())
-            self.moments.setdefault(name, Moments(flat.shape[1], self.device)).add(flat)
+            if name not in self.moments:
+                self.moments[name] = Moments(flat.shape[1], self.device)
+            self.moments[name].add(flat)
 
         return keep

@@ -9,6 +9,7 @@ it (Bengio et al. 2013); that rounding can be learned at all is AdaRound's findi
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -21,8 +22,10 @@ from quantize.recipes.rounding import Levels
 from quantize.recipes.work import Chosen
 
 REACH = 0.25
-"""How far a `push` moves at most, in all steps together: their rate falls along a cosine to 0. It begins half below the
+"""About how far a `push` can move in all steps together: their rate falls along a cosine to 0. It begins half below the
 way to the other level, so only weights that compensation put on the farther side can come back."""
+CALM = 0.03
+"""Times the slopes' size at the beginning, what Adam adds to each one's: where one is small, `push` hardly moves."""
 EAGER = 0.45
 """What `push` begins with at most, so that each weight begins with the level that it has."""
 
@@ -43,8 +46,11 @@ class Choice:
         places = levels.codes.argsort()[packed.codes.long()]
         scales = expand_scales(packed.scales, packed.codes.shape, packed.block)
         now = levels.values[places] * scales
-        above = (original > now) == (scales > 0)
-        beside = torch.where(above, places + 1, places - 1).clamp(0, len(levels.values) - 1)
+        onward = torch.where((original > now) == (scales > 0), 1, -1)
+        last = len(levels.values) - 1
+        beside = (places + onward).clamp(0, last)
+        twin = levels.values[beside] == levels.values[places]  # FP4 has two zeros
+        beside = torch.where(twin, beside + onward, beside).clamp(0, last)
         step = levels.values[beside] * scales - now
         way = ((original - now) / torch.where(step == 0, 1.0, step)).clamp(0, 1)
         return cls(now, step, levels.codes[beside], (way - 0.5).clamp(max=EAGER).requires_grad_(True))
@@ -67,7 +73,7 @@ def learn(
     wanted: list[torch.Tensor],
     originals: Mapping[str, torch.Tensor],
     found: Mapping[str, Chosen],
-    slope: Gradient | None,
+    felt: Gradient | None,
     epochs: int,
     advance: Callable[[int], None],
 ) -> dict[str, Chosen]:
@@ -80,7 +86,7 @@ def learn(
     """
     device = stream.device
     choices = {name: Choice.of(one.packed, originals[name].float()) for name, one in found.items()}
-    metric = slope.moments.to(device) if slope else None
+    metric = felt.moments.to(device) if felt else None
     layer = stream.blocks.layers[index]
 
     def change(part: int, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -93,19 +99,37 @@ def learn(
             values = {name: one.values() for name, one in choices.items()}
             return sum(float(change(part, values)) for part in range(len(wanted)))
 
+    pushes = [one.push for one in choices.values()]
+
+    def slopes(part: int) -> tuple[torch.Tensor | None, ...]:
+        with torch.enable_grad():
+            loss = change(part, {name: one.values() for name, one in choices.items()}) * scale
+            return torch.autograd.grad(loss, pushes, allow_unused=True)
+
     before = whole()
-    steps = epochs * len(wanted)
-    optimizer = torch.optim.Adam([one.push for one in choices.values()], 2 * REACH / steps)
+    if not 0 < before < math.inf:
+        advance(epochs)
+        return dict(found)
+    scale = math.sqrt(wanted[0].numel()) * len(wanted) / before  # half precision would lose smaller slopes
+    steps, size = epochs * len(wanted), _size(slopes(0))
+    if not 0 < size < math.inf:
+        advance(epochs)
+        return dict(found)
+    optimizer = torch.optim.Adam(pushes, 2 * REACH / steps, eps=CALM * size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(epochs):
         for part in range(len(wanted)):
-            optimizer.zero_grad()
-            with torch.enable_grad():
-                loss = change(part, {name: one.values() for name, one in choices.items()})
-                torch.autograd.backward(loss)
+            for push, slope in zip(pushes, slopes(part), strict=True):
+                push.grad = slope
             optimizer.step()
             schedule.step()
         advance(1)
-    if whole() >= before:
-        return dict(found)
-    return {name: dataclasses.replace(one, packed=choices[name].packed(one.packed)) for name, one in found.items()}
+    if whole() < before:
+        return {name: dataclasses.replace(one, packed=choices[name].packed(one.packed)) for name, one in found.items()}
+    return dict(found)
+
+
+def _size(slopes: tuple[torch.Tensor | None, ...]) -> float:
+    """The root of their mean square."""
+    every = torch.cat([slope.flatten() for slope in slopes if slope is not None])
+    return float(every.square().mean().sqrt())

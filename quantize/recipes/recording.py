@@ -5,6 +5,7 @@ Where a function takes hundreds of them, a CUDA graph takes a fraction of the ti
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -37,16 +38,25 @@ class _Recording:
     def __init__(self, function: Callable[..., Tensors], given: Tensors) -> None:
         self._given = tuple(one.clone() for one in given)
         self._graph = torch.cuda.CUDAGraph()
-        aside = torch.cuda.Stream(given[0].device)  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream(given[0].device))
+        here, aside = torch.cuda.current_stream(given[0].device), _aside(given[0].device)
+        torch.cuda.empty_cache()  # while it records, torch would rather fail than do that
+        aside.wait_stream(here)
         with torch.cuda.stream(aside):
             self._graph.capture_begin(capture_error_mode="thread_local")
-            self._found = function(*self._given)
-            self._graph.capture_end()
-        torch.cuda.current_stream(given[0].device).wait_stream(aside)
+            try:
+                self._found = function(*self._given)
+            finally:
+                self._graph.capture_end()
+        here.wait_stream(aside)
 
     def replay(self, given: Tensors) -> Tensors:
         for own, one in zip(self._given, given, strict=True):
             own.copy_(one)
         self._graph.replay()
         return tuple(one.clone() for one in self._found)
+
+
+@functools.cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings, because cuBLAS keeps memory for each."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -31,6 +31,8 @@ TRIED_AT_ONCE_ELSEWHERE = 1 << 19
 
 Snap = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Scales [..., rows] and the places [rows] of their blocks in the flattened matrix -> what is left after storing."""
+Pass = Callable[..., tuple[torch.Tensor, ...]]
+"""Places and scales for a group of rows."""
 
 
 def keep(scales: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
@@ -263,7 +265,7 @@ class _Work:
         factor = inverse_factor(self.moments)
         row_factor = None if self.metric is None else inverse_factor(self.metric)
         goal = self.target.clone()
-        first_pass = Recorded(functools.partial(self._first_pass, factor))
+        first_pass = self._repeated(functools.partial(self._first_pass, factor))
         for rows in self._groups():
             places, scales = first_pass(goal[:, rows].contiguous(), self._block_places(rows))
             self.places[:, rows], self.scales[:, rows] = places, scales
@@ -273,7 +275,7 @@ class _Work:
                 goal[:, rows.stop :].addmm_(spread, row_factor[rows, rows.stop :], alpha=-1)
         if self.search.sweeps:
             factors = [inverse_factor(self.moments[part, part]) for part in self._blocks()]
-            sweep = Recorded(functools.partial(self._sweep, factors))
+            sweep = self._repeated(functools.partial(self._sweep, factors))
             for rows in list(self._groups()) * self.search.sweeps:
                 self._sweep_group(rows, sweep)
 
@@ -284,7 +286,11 @@ class _Work:
         scales = self.scales[blocks_back][:, rows_back].T
         return Rounded(codes.contiguous(), scales.contiguous(), torch.zeros_like(scales[:, 0]))
 
-    def _sweep_group(self, rows: slice, sweep: Recorded) -> None:
+    def _repeated(self, function: Pass) -> Pass:
+        """What is to be done for one group after the other, if there are several."""
+        return function if self.metric is None else Recorded(function)
+
+    def _sweep_group(self, rows: slice, sweep: Pass) -> None:
         """`sweep` over the group `rows` towards what it would best be, given the errors of the other rows."""
         kept = self.places[:, rows].contiguous(), self.scales[:, rows].contiguous()
         tried = self.snap(self.steps * kept[1], self._block_places(rows))
