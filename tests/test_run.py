@@ -21,7 +21,7 @@ from quantize.records import ParitySettings, Recipe
 from tests.conftest import POCKET, QUICK, QUICK_OPTIONS, Outcome
 from tests.place import MEASURING
 
-SMALL = ParitySettings(max_windows=8, new_tokens=2, require="degraded")
+SMALL = ParitySettings(max_windows=16, new_tokens=2, require="degraded")
 
 
 def small_run(output: Path, model: Path = POCKET, **recipe: Any) -> package.Package:

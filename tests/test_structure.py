@@ -17,7 +17,7 @@ from quantize.progress import Silent
 from quantize.records import Parity, ParitySettings, Recipe, to_json
 from tests.conftest import POCKET
 
-SETTINGS = ParitySettings(max_windows=8, new_tokens=2, require="degraded")
+SETTINGS = ParitySettings(max_windows=16, new_tokens=2, require="degraded")
 PROMISED = structure.Expected(4, "nf4", True, Recipe().skips)
 Tensors = dict[str, torch.Tensor]
 
