@@ -107,10 +107,8 @@ def learn(
             return torch.autograd.grad(loss, pushes, allow_unused=True)
 
     before = whole()
-    if not 0 < before < math.inf:
-        advance(epochs)
-        return dict(found)
-    scale = math.sqrt(wanted[0].numel()) * len(wanted) / before  # half precision would lose smaller slopes
+    mean = before / len(wanted)
+    scale = math.sqrt(wanted[0].numel()) / mean if mean > 0 else 0.0  # half precision would lose smaller slopes
     steps, size = epochs * len(wanted), _size(slopes(0))
     if not 0 < size < math.inf:
         advance(epochs)

@@ -287,7 +287,7 @@ class _Work:
         return Rounded(codes.contiguous(), scales.contiguous(), torch.zeros_like(scales[:, 0]))
 
     def _repeated(self, function: Pass) -> Pass:
-        """What is to be done for one group after the other, if there are several."""
+        """`function`, to be called for one group after the other: recorded where there can be several."""
         return function if self.metric is None else Recorded(function)
 
     def _sweep_group(self, rows: slice, sweep: Pass) -> None:
