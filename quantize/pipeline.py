@@ -12,9 +12,9 @@ from typing import Any
 
 import model_card
 from model_card import CardFacts
-from quantize import __version__, card, devices, files, ladder, package, recipes, source
+from quantize import __version__, devices, files, methods, package, search, source
 from quantize.errors import ConfigError, PackageError, UnsupportedModel, storage_errors
-from quantize.package import Package
+from quantize.package import Package, card
 from quantize.parity import check_inputs, corpus_text, figures, measure, structure, unmeasured
 from quantize.progress import Progress, Silent
 from quantize.records import (
@@ -93,11 +93,11 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
         _require_derivable(checkout, request.allow_no_derivatives)
         template = _read_template(request.card_template)
         check_inputs(checkout, request.settings)
-        recipes.check(checkout, request.recipe, corpus_text(request.settings))
+        methods.check(checkout, request.recipe, corpus_text(request.settings))
         files.require_space(site, source.weight_bytes(checkout.source), "the package")
         resume = output.with_name(f"{output.name}{package.UNFINISHED}")
         judge = _judge(request, checkout, device, progress)
-        made = ladder.build(checkout, site, request.recipe, request.settings, device, progress, resume, judge)
+        made = search.build(checkout, site, request.recipe, request.settings, device, progress, resume, judge)
         parity = made.parity
         progress.stage("write card and provenance")
         provenance = Provenance(
@@ -196,7 +196,7 @@ def default_output(model: str, recipe: Recipe) -> Path:
     return Path(f"{source.name_of(model)}-bnb-{recipe.bits}bit")
 
 
-def _judge(request: RunRequest, checkout: Checkout, device: str, progress: Progress) -> ladder.Measure:
+def _judge(request: RunRequest, checkout: Checkout, device: str, progress: Progress) -> search.Measure:
     """How a run measures what it made: a calibrated package always beside what stock would have given."""
 
     def judge(folder: Path, recipe: Recipe, quantized: Quantized, settings: ParitySettings) -> Parity:
@@ -223,7 +223,7 @@ def _controls(
             progress.note(f"making the control {name}")
             folder.mkdir()
             with storage_errors(folder):
-                recipes.quantize(checkout, folder, wanted[name], device, Silent())
+                methods.quantize(checkout, folder, wanted[name], device, Silent())
         yield folders
 
 

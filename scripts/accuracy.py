@@ -26,13 +26,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from quantize import devices, recipes, source
-from quantize.parity.loading import load_tokenizer, widen
+from quantize import devices, methods, source
+from quantize.formats.bitsandbytes.packing import Packed
+from quantize.methods.calibration import calibration_text, quantizer
+from quantize.methods.calibration.quantizer import Method
+from quantize.methods.rounding.gptq import Search
+from quantize.parity.models import load_tokenizer, widen
 from quantize.progress import Silent
-from quantize.recipes import calibrated, calibration
-from quantize.recipes.calibrated import Method
-from quantize.recipes.packing import Packed
-from quantize.recipes.rounding import Search
 from quantize.records import Checkout, Recipe
 
 OWN_SEED, STDLIB_SEED, BOOTSTRAP_SEED = 1000, 1, 7
@@ -199,9 +199,9 @@ def measure(
         resume = Path(place) / "work"
         started = time.monotonic()
         if variant.recipe.name == "calibrated":
-            calibrated.quantize(checkout, folder, variant.recipe, device, Silent(), "", resume, variant.method)
+            quantizer.quantize(checkout, folder, variant.recipe, device, Silent(), "", resume, variant.method)
         else:
-            recipes.quantize(checkout, folder, variant.recipe, device, Silent())
+            methods.quantize(checkout, folder, variant.recipe, device, Silent())
         seconds = time.monotonic() - started
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         candidate = load(folder, device)
@@ -290,7 +290,7 @@ def main(
     texts = {name: spread_windows(tokenizer, text, windows, length) for name, text in given.items()}
     texts["stdlib"] = spread_windows(tokenizer, stdlib_text(2_000_000), windows, length)
     own = replace(CALIBRATED, calibration_windows=windows, calibration_seed=OWN_SEED)
-    texts["own"] = calibration.written(reference, own, length, device, False, Silent(), (1.0,))
+    texts["own"] = calibration_text.written(reference, own, length, device, False, Silent(), (1.0,))
     rows: list[dict[str, Any]] = []
     base: Measured | None = None
     for name, variant in VARIANTS.items():

@@ -121,12 +121,12 @@ def windows_of(job: Job, tokenizer: Any) -> Any:
 def ours(job: Job) -> Outcome:
     """All statistics of the protocol over the windows, by the project's own scoring."""
     from quantize import source
-    from quantize.parity import loading, scoring, statistics
+    from quantize.parity import models, scoring, statistics
 
     started = time.perf_counter()
     checkout = source.fetch(job.source, revision=None, trust_remote_code=False, progress=Silent())
-    tokenizer = loading.load_tokenizer(checkout.folder, False)
-    with loading.Pair(checkout, Path(job.candidate), job.device, trust=False, tokenizer=tokenizer, alone=False) as pair:
+    tokenizer = models.load_tokenizer(checkout.folder, False)
+    with models.Pair(checkout, Path(job.candidate), job.device, trust=False, tokenizer=tokenizer, alone=False) as pair:
         windows = windows_of(job, tokenizer)
         reference = scoring.LiveReference(pair.reference)
         if job.device == "cpu":
@@ -201,11 +201,11 @@ CONTENDERS = {OURS: ours, **GUIDES, VERDICT: verdict}
 
 def quantized(source_folder: Path, folder: Path, device: str) -> Path:
     """The source in plain NF4, as the stock recipe makes it."""
-    from quantize import package, recipes, source
+    from quantize import methods, package, source
 
     checkout = source.fetch(str(source_folder), revision=None, trust_remote_code=False, progress=Silent())
     folder.mkdir()
-    recipes.quantize(checkout, folder, Recipe(name="stock"), device, Silent())
+    methods.quantize(checkout, folder, Recipe(name="stock"), device, Silent())
     package.copy_carried(checkout, source.carried_files(checkout.source), folder)
     return folder
 
@@ -379,7 +379,7 @@ def rounding(rounds: int) -> None:
     """Rounding a matrix of 4096 x 4096 to nearest on the CPU: ours against bitsandbytes, in turns."""
     import torch
 
-    from quantize.recipes import cells, packing
+    from quantize.formats.bitsandbytes import cpu_kernel, packing
 
     weights = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0)) * 0.02
     click.echo(f"{torch.get_num_threads()} threads; millions of weights a second, median of {rounds} rounds")
@@ -392,7 +392,7 @@ def rounding(rounds: int) -> None:
                 begun = time.perf_counter()
                 stock = torch.ops.bitsandbytes.quantize_4bit.default(matrix, 64, quant_type, torch.uint8)
                 between = time.perf_counter()
-                own = cells.quantize(matrix, values, 64)
+                own = cpu_kernel.quantize(matrix, values, 64)
                 theirs.append(between - begun)
                 mine.append(time.perf_counter() - between)
                 same &= all(map(torch.equal, stock, own))

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from quantize.recipes.blocks import laid_out, matrix
-from quantize.recipes.learning import Choice
-from quantize.recipes.packing import Packed
+from quantize.formats.bitsandbytes.packing import Packed
+from quantize.methods.calibration.layers import laid_out, matrix
+from quantize.methods.rounding.learned_rounding import Choice
 
 BATCH = 8
 

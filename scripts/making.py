@@ -58,7 +58,7 @@ def made_up(shape: str, folder: Path) -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from quantize.tensors import Shard, Slot, file_names, in_files, write_index
+    from quantize.formats.safetensors import Shard, Slot, file_names, in_files, write_index
 
     dtype = torch.float32 if shape == "distilgpt2" else torch.bfloat16
     options = dict(SHAPES[shape])
@@ -92,7 +92,7 @@ def stock(task: Task) -> None:
 
 
 def ours(task: Task) -> None:
-    from quantize import recipes
+    from quantize import methods
     from quantize.progress import Silent
     from quantize.records import Checkout, FileRecord, Recipe, Source
 
@@ -103,7 +103,7 @@ def ours(task: Task) -> None:
     dtype = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[config["dtype"]]
     made_of = Source("made-up", None, None, None, files, "", config["model_type"], dtype, 0, False)
     Path(task.output).mkdir()
-    recipes.quantize(Checkout(made_of, folder), Path(task.output), Recipe(name="stock"), task.device, Silent())
+    methods.quantize(Checkout(made_of, folder), Path(task.output), Recipe(name="stock"), task.device, Silent())
 
 
 def obvious_job(task: Task) -> None:
@@ -177,9 +177,6 @@ def cost(name: str, task: Task) -> Cost:
     import transformers  # noqa: F401 - loaded before the clock starts, for every contender alike
     from bitsandbytes import functional  # noqa: F401
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: F401
-
-    from quantize import pipeline, recipes  # noqa: F401
-    from quantize.recipes import streaming  # noqa: F401
 
     on_gpu = task.device.startswith("cuda")
     if on_gpu:

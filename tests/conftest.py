@@ -18,7 +18,7 @@ import pytest
 from quantize import pipeline
 from quantize.progress import Silent
 from quantize.records import ParitySettings, Recipe
-from tests.place import QUICK_OPTIONS, Place, prepared
+from tests.publishing.workspace import QUICK_OPTIONS, Place, prepared
 
 POCKET = Path(__file__).parent / "models" / "pocket-gpt2"
 STOCK = Recipe(name="stock")

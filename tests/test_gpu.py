@@ -13,17 +13,17 @@ import pytest
 import torch
 
 from quantize import package, pipeline
+from quantize.formats.bitsandbytes.packing import table
+from quantize.methods.rounding import gptq
 from quantize.progress import Silent
-from quantize.recipes import rounding
-from quantize.recipes.packing import table
 from quantize.records import ParitySettings, Recipe
 from tests.conftest import POCKET
+from tests.formats.test_writer import RECIPES, by_stock, fetched, require_equal, stream
 from tests.hub import LoopbackHub
 from tests.hub.distilgpt2 import seed_distilgpt2
-from tests.test_calibrated import LITTLE, require_pipeline_and_lora
-from tests.test_card import run_snippets
-from tests.test_hub_run import MODEL, TARGET, quantize
-from tests.test_streaming import RECIPES, by_stock, fetched, require_equal, stream
+from tests.methods.test_calibrated import LITTLE, require_pipeline_and_lora
+from tests.package.test_card import run_snippets
+from tests.publishing.test_hub_run import MODEL, TARGET, quantize
 
 pytestmark = pytest.mark.gpu
 SETTINGS = ParitySettings(new_tokens=16, require="degraded")
@@ -96,34 +96,34 @@ def test_what_does_not_fit_is_spread_over_gpu_and_cpu(
 def test_the_kernel_rounds_as_plain_torch_does() -> None:
     """The same codes but where a float32 sum decides between two neighbours, and the same errors."""
     generator = torch.Generator().manual_seed(0)
-    levels = rounding.Levels.of(table("nf4"))
+    levels = gptq.Levels.of(table("nf4"))
     inputs = torch.randn(500, 64, generator=generator)
-    factor = rounding.inverse_factor(inputs.T @ inputs / 500)
+    factor = gptq.inverse_factor(inputs.T @ inputs / 500)
     target = torch.randn(64, 3000, generator=generator)
     scales = target.abs().amax(0) * torch.tensor([0.8, 1.0, -0.9])[:, None]
-    there = rounding.Levels.of(table("nf4", "cuda"))
-    places, errors = rounding.compensate(target, factor, scales[0], levels)
-    on_gpu = rounding.compensate(target.cuda(), factor.cuda(), scales[0].cuda(), there)
+    there = gptq.Levels.of(table("nf4", "cuda"))
+    places, errors = gptq.compensate(target, factor, scales[0], levels)
+    on_gpu = gptq.compensate(target.cuda(), factor.cuda(), scales[0].cuda(), there)
     alike = (places == on_gpu[0].cpu()).all(0)
     assert alike.float().mean() > 0.99 and torch.allclose(errors[:, alike], on_gpu[1].cpu()[:, alike], atol=1e-4)
-    changes = rounding.changes(target.cuda(), factor.cuda(), scales.cuda(), there).cpu()
-    close = torch.isclose(changes, rounding.changes(target, factor, scales, levels), rtol=1e-3)
+    changes = gptq.changes(target.cuda(), factor.cuda(), scales.cuda(), there).cpu()
+    close = torch.isclose(changes, gptq.changes(target, factor, scales, levels), rtol=1e-3)
     assert changes.shape == (3, 3000) and close.float().mean() > 0.99
 
 
 def test_recorded_launches_choose_what_plain_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
-    levels = rounding.Levels.of(table("nf4", "cuda"))
-    search = rounding.Search(group=32, sweeps=2)
+    levels = gptq.Levels.of(table("nf4", "cuda"))
+    search = gptq.Search(group=32, sweeps=2)
     for rows, inputs in ((200, 128), (96, 320)):
         weight, seen, slopes = (
             torch.randn(*shape, generator=generator) for shape in ((rows, inputs), (999, inputs), (999, rows))
         )
         weight, moments, felt = (one.cuda() for one in (weight, seen.T @ seen / 999, slopes.T @ slopes / 999))
         with monkeypatch.context() as plainly:
-            plainly.setattr(rounding, "Recorded", lambda function: function)
-            plain = rounding.round_compensated(weight, moments, levels, search=search, output_moments=felt)
-        replayed = rounding.round_compensated(weight, moments, levels, search=search, output_moments=felt)
+            plainly.setattr(gptq, "Recorded", lambda function: function)
+            plain = gptq.round_compensated(weight, moments, levels, search=search, output_moments=felt)
+        replayed = gptq.round_compensated(weight, moments, levels, search=search, output_moments=felt)
         assert torch.equal(plain.codes, replayed.codes) and torch.equal(plain.scales, replayed.scales)
 
 

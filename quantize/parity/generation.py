@@ -8,7 +8,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from quantize import devices
-from quantize.parity.loading import Pair
+from quantize.parity.models import Pair
 from quantize.records import Generation, Sample
 
 if TYPE_CHECKING:

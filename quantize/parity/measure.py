@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from quantize import devices
 from quantize.errors import CorruptModel, DeviceError
-from quantize.parity import conventions, corpus, generation, scoring, sequential, statistics, structure, verdict
-from quantize.parity.cache import ReferenceCache, contents_of
-from quantize.parity.loading import Pair, load_tokenizer, weight_bytes
+from quantize.parity import corpus, generation, scoring, sequential, standard_perplexity, statistics, structure, verdict
+from quantize.parity.models import Pair, load_tokenizer, weight_bytes
+from quantize.parity.reference_cache import ReferenceCache, contents_of
 from quantize.progress import Progress
 from quantize.records import (
     CacheRecord,
@@ -287,11 +287,11 @@ def _controls(
 
 
 def _conventions(pair: Pair, text: corpus.Corpus, progress: Progress) -> tuple[Convention, ...]:
-    readings = conventions.readings(text, pair.tokenizer, pair.context)
+    readings = standard_perplexity.readings(text, pair.tokenizer, pair.context)
     segments = sum(len(reading.segments) for reading in readings)
     with progress.task("published perplexity conventions", 2 * segments, "segments") as advance:
-        reference = conventions.figures(pair.reference, readings, pair.device, advance)
-        candidate = conventions.figures(pair.candidate, readings, pair.device, advance)
+        reference = standard_perplexity.figures(pair.reference, readings, pair.device, advance)
+        candidate = standard_perplexity.figures(pair.candidate, readings, pair.device, advance)
     names = ((name, reading.method) for reading in readings for name in reading.names)
     return tuple(
         Convention(name, method, one, other)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize import tensors
 from quantize.errors import CorruptModel
-from quantize.parity.loading import load_tokenizer, weight_bytes
+from quantize.formats import safetensors
+from quantize.parity.models import load_tokenizer, weight_bytes
 from quantize.records import Check
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def _finite_check(folder: Path) -> Check:
     import torch
 
     for file in _weight_files(folder):
-        for name, part in tensors.parts(file):
+        for name, part in safetensors.parts(file):
             if part.is_floating_point() and not bool(torch.isfinite(part).all()):
                 return Check("finite", False, f"{name} holds NaN or infinity")
     return Check("finite", True, f"no NaN or infinity in {len(_names(folder))} tensors")
@@ -327,4 +327,4 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _names(folder: Path) -> set[str]:
     """Of all tensors in the folder's safetensors files."""
-    return {name for file in _weight_files(folder) for name in tensors.entries(file)}
+    return {name for file in _weight_files(folder) for name in safetensors.entries(file)}

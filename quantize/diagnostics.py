@@ -1,0 +1,63 @@
+"""What `quantize doctor` finds on this machine."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantize import devices, hub, methods
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device that can quantize; memory in bytes."""
+
+    name: str
+    processor: str
+    free_memory: int
+
+
+@dataclass(frozen=True)
+class Examination:
+    """Devices as `--device auto` prefers them; disk sizes in bytes. The token itself is never told."""
+
+    python: str
+    versions: dict[str, str]
+    bitsandbytes_works: str
+    devices: tuple[Device, ...]
+    endpoint: str
+    token_present: bool
+    hub_cache: str
+    hub_cache_free: int
+    folder_free: int
+
+
+def examine() -> Examination:
+    """Look at devices, versions, the Hub's settings and the disks, without any network."""
+    names = list(dict.fromkeys([devices.choose("auto"), "cpu"]))
+    return Examination(
+        python=platform.python_version(),
+        versions=devices.versions(),
+        bitsandbytes_works=_try_quantizing(names[0]),
+        devices=tuple(Device(name, devices.device_name(name), devices.free_memory(name)) for name in names),
+        endpoint=hub.endpoint(),
+        token_present=hub.token_present(),
+        hub_cache=str(hub.cache_folder()),
+        hub_cache_free=_free(hub.cache_folder()),
+        folder_free=_free(Path.cwd()),
+    )
+
+
+def _try_quantizing(device: str) -> str:
+    """`yes`, or the reason why bitsandbytes cannot quantize on `device`."""
+    try:
+        return "yes" if methods.works_on(device) else "no: what it quantizes comes back wrong"
+    except (RuntimeError, ImportError, AttributeError) as error:
+        return f"no: {(str(error) or type(error).__name__).splitlines()[0]}"
+
+
+def _free(folder: Path) -> int:
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    return shutil.disk_usage(existing).free

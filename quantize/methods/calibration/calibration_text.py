@@ -1,0 +1,171 @@
+"""The text that a calibrated recipe looks at: what the source writes itself, or what it is given; never the corpus."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantize import devices, hub
+from quantize.errors import CorpusError
+from quantize.methods.calibration.layers import autocast
+from quantize.methods.calibration.sampling import draw
+from quantize.methods.calibration.static_cache import make_room
+from quantize.progress import Progress
+from quantize.records import Calibrated, Recipe
+
+SELF = "self"
+WRITTEN_AT_ONCE = 128
+"""Windows that a model writes side by side; for the sake of its cache a quarter, if it has more than LARGE weights."""
+LARGE = 2_000_000_000
+TOGETHER = 8
+"""Windows run through the model in equal numbers, so a few may be over."""
+SHINGLE = 13
+"""Words in a row that two texts have in common only where one was copied from the other."""
+MOST_OVERLAP = 0.01
+TEMPERATURES = (1.0, 1.4)
+"""Half of what a model writes is bolder than its own distribution: that helps with text of another kind."""
+WORD = re.compile(r"\w+")
+
+
+def prepare(
+    wanted: Recipe,
+    model: Any,
+    tokenizer: Any,
+    corpus: str,
+    device: str,
+    fast: bool,
+    progress: Progress,
+    temperatures: tuple[float, ...],
+) -> tuple[torch.Tensor, Calibrated]:
+    """Tokens [windows, length] to calibrate on, and the record of them.
+
+    `corpus` is the text that the package is judged by. Windows of the model's own that share a run of 13 words with
+    it are left out; raises CorpusError where more than 1 % of a given text does, or where it is too short.
+    """
+    length = _length(wanted, model.config)
+    if wanted.calibration == SELF:
+        tokens = written(model, wanted, length, device, fast, progress, temperatures)
+    else:
+        tokens = given(wanted, model.config, tokenizer, corpus)
+    forbidden = set(_shingles(corpus))
+    shared = torch.tensor([any(one in forbidden for one in _shingles(text)) for text in tokenizer.batch_decode(tokens)])
+    kept = tokens[~shared]
+    kept = kept[: len(kept) // TOGETHER * TOGETHER]
+    if len(kept) < len(tokens) / 2:
+        raise CorpusError(
+            f"{len(tokens) - len(kept)} of {len(tokens)} windows of calibration text repeat the corpus that the "
+            f"package is judged by: name another --corpus or another --calibration"
+        )
+    digest = hashlib.sha256(kept.to(torch.int64).numpy().tobytes()).hexdigest()
+    return kept, Calibrated(
+        Path(wanted.calibration).name, wanted.calibration_seed, len(kept), length, int(shared.sum()), digest
+    )
+
+
+def given(wanted: Recipe, config: Any, tokenizer: Any, corpus: str) -> torch.Tensor:
+    """Windows [windows, length] of the text that is named; raises CorpusError where it cannot be calibrated on."""
+    tokens = _cut(tokenizer, _read(wanted.calibration), wanted, _length(wanted, config))
+    _require_apart(wanted.calibration, tokenizer.batch_decode(tokens), set(_shingles(corpus)))
+    return tokens
+
+
+def _length(wanted: Recipe, config: Any) -> int:
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or 1024
+    return min(wanted.calibration_length, int(context))
+
+
+def written(
+    model: Any,
+    wanted: Recipe,
+    length: int,
+    device: str,
+    fast: bool,
+    progress: Progress,
+    temperatures: tuple[float, ...],
+) -> torch.Tensor:
+    """What the model says after its beginning-of-text token, in turns at each temperature of the whole vocabulary."""
+    config = model.config.get_text_config()
+    begin = next((one for one in (config.bos_token_id, config.eos_token_id) if isinstance(one, int)), 0)
+    generator = torch.Generator(device).manual_seed(wanted.calibration_seed)
+    heat = torch.tensor(temperatures, device=device).repeat(-(-wanted.calibration_windows // len(temperatures)), 1)
+    heat = heat.flatten()[: wanted.calibration_windows, None]
+    parts = []
+    with progress.task("writing calibration text", wanted.calibration_windows * length, "tokens") as advance:
+        for part in torch.split(heat, WRITTEN_AT_ONCE // (4 if model.num_parameters() > LARGE else 1)):
+            tokens, past = [torch.full((len(part), 1), begin, device=device)], None
+            while len(tokens) < length:
+                with torch.inference_mode(), autocast(device, fast), devices.steady_attention():
+                    answer = model(tokens[-1], past_key_values=past, use_cache=True)
+                if past is None:
+                    past = make_room(answer.past_key_values, length)
+                chances = torch.softmax(answer.logits[:, -1].float() / part, -1)
+                tokens.append(draw(chances, generator)[:, None])
+                advance(len(part))
+            parts.append(torch.cat(tokens, 1).cpu())
+    return torch.cat(parts)
+
+
+def _read(source: str) -> str:
+    """The text of a file, or of one file of a data set on the Hub written as owner/name:path."""
+    path = Path(source).expanduser()
+    if not path.is_file():
+        repo_id, mark, inside = source.partition(":")
+        if not mark or repo_id.count("/") != 1:
+            raise CorpusError(
+                f"no calibration text {source!r}: name a text file, a file of a Hub data set as owner/name:path, "
+                f"or {SELF}"
+            )
+        path = hub.dataset_file(repo_id, inside)[1]
+    if path.suffix == ".parquet":
+        return "\n\n".join(_parquet_rows(path))
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{path.name} is not UTF-8 text (byte {error.start})") from error
+
+
+def _parquet_rows(path: Path) -> list[str]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise CorpusError(
+            "Parquet is read with pyarrow: install it with `pip install quantize-bnb[wikitext]`"
+        ) from None
+    table = pyarrow.parquet.read_table(path)
+    if "text" not in table.column_names:
+        raise CorpusError(f"{path.name} has no column `text`")
+    return [row for row in table.column("text").to_pylist() if row]
+
+
+def _cut(tokenizer: Any, text: str, wanted: Recipe, length: int) -> torch.Tensor:
+    """Whole windows of the text in a seeded order."""
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    windows = ids[: len(ids) // length * length].view(-1, length)
+    if len(windows) < wanted.calibration_windows:
+        raise CorpusError(
+            f"{wanted.calibration} has {len(windows)} windows of {length} tokens, and {wanted.calibration_windows} are "
+            f"wanted: give more text or a smaller --calibration-windows"
+        )
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(wanted.calibration_seed))
+    chosen: torch.Tensor = windows[order[: wanted.calibration_windows]]
+    return chosen
+
+
+def _shingles(text: str) -> Iterator[int]:
+    words = WORD.findall(text.lower())
+    return (hash(tuple(words[start : start + SHINGLE])) for start in range(len(words) - SHINGLE + 1))
+
+
+def _require_apart(source: str, texts: list[str], forbidden: set[int]) -> None:
+    shingles = [one for text in texts for one in _shingles(text)]
+    share = sum(one in forbidden for one in shingles) / max(len(shingles), 1)
+    if share > MOST_OVERLAP:
+        raise CorpusError(
+            f"{share:.0%} of the calibration text {source} is in the corpus that the package is judged by: "
+            f"name another --calibration or another --corpus"
+        )

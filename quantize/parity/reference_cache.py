@@ -1,0 +1,174 @@
+"""The reference's answers on disk, for pairs that do not fit in memory together and for further candidates.
+
+The file is one line of JSON, which says whose answers these are, and after it one record a window. Log-probabilities
+are kept as 16-bit codes between the least and the largest of their position, without clipping: steps of about
+0.0005 nats. What that rounding costs is measured on every position when it is written, kept beside it, and reported.
+A file that a killed run cut short ends at its last whole window, and is continued from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from quantize.errors import CorpusError, storage_errors
+from quantize.files import locked, require_space
+from quantize.parity import scoring
+from quantize.parity.models import Placed
+from quantize.records import CacheRecord, CorpusRecord, Source
+
+if TYPE_CHECKING:
+    import torch
+
+VERSION = 1
+CODES = 65_535
+LONGEST_HEADER = 4096
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What has to agree before kept answers may stand in for a reference's own."""
+
+    source: str
+    corpus: str
+    window: int
+    seed: int
+    vocabulary: int
+    version: int = VERSION
+
+
+class ReferenceCache:
+    """Answers of a reference in `path`; satisfies scoring.ReferenceLogits for the windows that it holds."""
+
+    def __init__(self, path: Path, contents: Contents, dtype: Callable[[], str]) -> None:
+        """Open the file, or begin it for a reference whose arithmetic has the type that `dtype` gives.
+
+        Raises CorpusError where it holds answers to something else.
+        """
+        self.path, self.contents = path, contents
+        if not path.exists() or path.stat().st_size == 0:
+            with storage_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps({"dtype": dtype(), **asdict(contents)}) + "\n", "utf-8")
+        with path.open("rb") as file:
+            header = file.readline(LONGEST_HEADER)
+        self._begin = len(header)
+        self.dtype = self._agreed(header)
+        positions = contents.window - 1
+        self._record = np.dtype(
+            [
+                ("codes", "<u2", (positions, contents.vocabulary)),
+                ("low", "<f4", (positions,)),
+                ("step", "<f4", (positions,)),
+                ("kld", "<f8", (positions,)),
+                ("nll_shift", "<f8", (positions,)),
+                ("checksum", "<u4"),
+            ]
+        )
+
+    def _agreed(self, header: bytes) -> str:
+        try:
+            found = json.loads(header)
+            dtype = str(found.pop("dtype"))
+        except (ValueError, KeyError, AttributeError):
+            found, dtype = None, ""
+        if found != asdict(self.contents):
+            raise CorpusError(
+                f"{self.path} holds no answers of this reference to these windows (another source, text, window or "
+                f"seed): name another --reference-cache, or remove it"
+            )
+        return dtype
+
+    @property
+    def vocabulary(self) -> int:
+        return self.contents.vocabulary
+
+    @property
+    def windows(self) -> int:
+        """Whole windows that the file holds."""
+        return (self.path.stat().st_size - self._begin) // self._record.itemsize
+
+    def extend(self, reference: Placed, windows: torch.Tensor, device: str) -> None:
+        """Append what `reference` says about those of `windows` [count, window] that the file does not hold yet."""
+        import torch
+
+        if reference.dtype != self.dtype:
+            raise CorpusError(
+                f"{self.path} holds answers in {self.dtype} and the reference fits only in {reference.dtype} now: "
+                f"name another --reference-cache"
+            )
+        busy = CorpusError(f"another run is writing {self.path}: wait for it, or name another --reference-cache")
+        with locked(self.path, busy), storage_errors(self.path), self.path.open("r+b") as file, torch.inference_mode():
+            held = self.windows
+            size = self._record.itemsize
+            require_space(self.path.parent, (len(windows) - held) * size, f"the reference cache {self.path.name}")
+            file.truncate(self._begin + held * size)
+            file.seek(0, os.SEEK_END)
+            for window in windows[held:]:
+                answer = reference.model(window[None].to(device)).logits[0, :-1]
+                file.write(self._pack(answer, window[1:].to(answer.device)).view(np.uint8).data)
+
+    def logits(self, start: int, tokens: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities [count, window - 1, vocabulary], which are logits too; raises CorpusError when damaged."""
+        import torch
+
+        answers = []
+        for index in range(start, start + len(tokens)):
+            record = self._read(index)
+            if zlib.crc32(record["codes"]) != record["checksum"]:
+                raise CorpusError(f"{self.path} is damaged at window {index}: remove it and run again")
+            values = record["codes"].astype(np.float32)
+            values *= record["step"][:, None]
+            values += record["low"][:, None]
+            answers.append(torch.from_numpy(values))
+        return torch.stack(answers).to(tokens.device)
+
+    def record(self, windows: int) -> CacheRecord:
+        """What rounding cost over the first `windows` windows."""
+        records = [self._read(index) for index in range(windows)]
+        kld = np.stack([record["kld"] for record in records])
+        return CacheRecord(
+            bits=16,
+            dtype=self.dtype,
+            windows=windows,
+            mean_kld=float(max(kld.mean(), 0.0)),
+            largest_kld=float(max(kld.max(), 0.0)),
+            mean_nll_shift=float(np.mean([record["nll_shift"].mean() for record in records])),
+        )
+
+    def _read(self, index: int) -> Any:
+        return np.memmap(self.path, self._record, "r", self._begin + index * self._record.itemsize, (1,))[0]
+
+    def _pack(self, answer: torch.Tensor, targets: torch.Tensor) -> np.ndarray[Any, Any]:
+        import torch
+
+        packed = np.zeros(1, self._record)
+        record = packed[0]
+        rows = scoring.slice_of(self.vocabulary, answer.device)
+        for start in range(0, len(answer), rows):
+            part = slice(start, start + rows)
+            exact = torch.log_softmax(answer[part], dim=-1, dtype=torch.float64)
+            low, high = exact.amin(-1).float(), exact.amax(-1).float()
+            step = ((high - low) / CODES).clamp_min(torch.finfo(torch.float32).tiny)
+            codes = ((exact - low[:, None]) / step[:, None]).round_().clamp_(0, CODES)
+            kept = codes.float() * step[:, None] + low[:, None]
+            nll, kept_nll, kld, _, _ = scoring.compare_logits(answer[part], kept, targets[part])
+            record["codes"][part] = codes.to(torch.int32).cpu().numpy()
+            for name, value in (("low", low), ("step", step), ("kld", kld), ("nll_shift", kept_nll - nll)):
+                record[name][part] = value.cpu().numpy()
+        packed["checksum"] = zlib.crc32(record["codes"])
+        return packed
+
+
+def contents_of(source: Source, corpus: CorpusRecord, seed: int, vocabulary: int) -> Contents:
+    """The description of a reference's answers to the windows of a corpus."""
+    fingerprint = hashlib.sha256(json.dumps(sorted(source.fingerprint().items())).encode()).hexdigest()
+    return Contents(fingerprint, corpus.sha256, corpus.window, seed, vocabulary)

@@ -1,0 +1,229 @@
+"""The catalogue: a TOML list of the models that a scheduled job keeps up to date, checked as a whole."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import textwrap
+import tomllib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from quantize.errors import ConfigError
+from quantize.records import COMPUTE_DTYPES, GRADES, HUB_ID, QUANT_TYPES, RECIPES, ParitySettings, Recipe
+
+Problem = tuple[int, str]
+"""The line that it stands in, and what is wrong there."""
+Model = tuple[int, dict[str, Any]]
+"""The line where it begins, and what is written there."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model to keep published: `line` is where it begins, a source larger than `max_source_gb` is not touched."""
+
+    line: int
+    source: str
+    target: str
+    revision: str | None = None
+    recipe: Recipe = field(default_factory=Recipe)
+    settings: ParitySettings = field(default_factory=ParitySettings)
+    private: bool = False
+    allow_no_derivatives: bool = False
+    max_source_gb: float | None = None
+
+
+def read(path: Path) -> tuple[Entry, ...]:
+    """The catalogue's entries in their order. Raises ConfigError, which names every problem with its line."""
+    try:
+        text = path.read_text("utf-8")
+        content = tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    top, *tables = _tables(text)
+    models, problems = _checked(content, top, tables)
+    if problems:
+        lines = [f"{path}:{line}: {words}" for line, words in sorted(problems)]
+        summary = [f"{path} has {len(lines)} problems:"] if len(lines) > 1 else []
+        raise ConfigError("\n".join(summary + lines))
+    return tuple(_entry(content.get("defaults", {}) | model, line) for line, model in models)
+
+
+# What a key may hold
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value has to be, in words and as a test."""
+
+    words: str
+    accepts: Callable[[Any], bool]
+
+
+def _one_of(*values: object) -> Rule:
+    allowed = [(type(value), value) for value in values]  # the type as well: 4.0 is not 4
+    return Rule(f"one of {', '.join(map(str, values))}", lambda value: (type(value), value) in allowed)
+
+
+def _whole(low: int, high: int | None = None) -> Rule:
+    words = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
+    return Rule(words, lambda value: type(value) is int and low <= value and (high is None or value <= high))
+
+
+def _is_line(value: object) -> bool:
+    return isinstance(value, str) and value.strip() != "" and "\n" not in value
+
+
+def _is_hub_id(value: object) -> bool:
+    return isinstance(value, str) and HUB_ID.fullmatch(value) is not None
+
+
+FLAG = Rule("true or false", lambda value: isinstance(value, bool))
+LINE = Rule("one line of text", _is_line)
+LINES = Rule("a list of names", lambda value: isinstance(value, list) and all(map(_is_line, value)))
+POSITIVE = Rule("a number above 0", lambda value: type(value) in (int, float) and 0 < value < math.inf)
+BUDGET = Rule("a number from 1 on", lambda value: type(value) in (int, float) and 1 <= value < math.inf)
+
+SPECIAL = {
+    "recipe": _one_of(*RECIPES),
+    "bits": _one_of(4, 8),
+    "quant_type": _one_of(*QUANT_TYPES),
+    "compute_dtype": _one_of(*COMPUTE_DTYPES),
+    "target_grade": _one_of(*GRADES[:-1]),
+    "size_budget": BUDGET,
+    "sweeps": _whole(0),
+    "epochs": _whole(0),
+    "calibration_windows": _whole(8),
+    "calibration_length": _whole(16),
+    "calibration_seed": _whole(0, 2**32 - 1),
+    "window": _whole(16),
+    "max_windows": _whole(8),
+    "new_tokens": _whole(1),
+    "seed": _whole(0, 2**32 - 1),
+    "require": _one_of(*GRADES[:-1]),
+}
+BY_TYPE = {bool: FLAG, str: LINE, tuple: LINES}
+"""For a field that needs nothing special: what its default says."""
+
+RECIPE = {"recipe" if item.name == "name" else item.name: item for item in fields(Recipe)}
+SETTINGS = {item.name: item for item in fields(ParitySettings)}
+REQUIRED = {
+    "source": Rule("a Hub id such as distilbert/distilgpt2, never a folder", _is_hub_id),
+    "target": Rule(
+        "a Hub id with its owner, such as you/distilgpt2-bnb-4bit", lambda value: _is_hub_id(value) and "/" in value
+    ),
+}
+OWN = {"revision": LINE, "private": FLAG, "allow_no_derivatives": FLAG, "max_source_gb": POSITIVE}
+OPTIONAL = {
+    **{key: SPECIAL.get(key) or BY_TYPE[type(item.default)] for key, item in (RECIPE | SETTINGS).items()},
+    **OWN,
+}
+TABLES = {"defaults": "[defaults]", "model": "[[model]]"}
+
+
+# Where things stand, which tomllib does not tell
+
+
+@dataclass(frozen=True)
+class Table:
+    """A part of the text that begins with a header: its name, its line, and the line of each key."""
+
+    name: str
+    line: int
+    keys: dict[str, int]
+
+    def line_of(self, key: str) -> int:
+        """The line of a key; that of the header for a key that is written in an unusual form."""
+        return self.keys.get(key, self.line)
+
+
+TOKEN = re.compile(r"""\"{3}(?:\\.|[^\\])*?\"{3}|'{3}.*?'{3}|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|#[^\n]*""", re.DOTALL)
+HEADER = re.compile(r"\s*\[\[?\s*(?P<name>[^\[\]]+?)\s*\]\]?\s*(?:#.*)?$")
+KEY = re.compile(r"""\s*(?P<quote>["']?)(?P<name>[^"'\s=.\[\]#]+)(?P=quote)\s*[=.]""")
+
+
+def _tables(text: str) -> list[Table]:
+    """What the text consists of; what stands above the first header comes first."""
+    tables = [Table("", 1, {})]
+    # a text of several lines may hold what looks like a key: only its line ends stay
+    plain = TOKEN.sub(lambda token: "\n" * token[0].count("\n") or token[0], text)
+    for number, line in enumerate(plain.split("\n"), start=1):
+        if header := HEADER.match(line):
+            tables.append(Table(header["name"].strip("\"'"), number, {}))
+        elif key := KEY.match(line):
+            tables[-1].keys.setdefault(key["name"], number)
+    return tables
+
+
+def _checked(content: dict[str, Any], top: Table, tables: list[Table]) -> tuple[list[Model], list[Problem]]:
+    """The models as they are written, each with its line, and every problem of the catalogue."""
+
+    def place(name: str) -> Table:
+        return next((table for table in tables if table.name.split(".")[0] == name), Table(name, top.line_of(name), {}))
+
+    problems = [(place(name).line, _unknown(name, TABLES.values())) for name in content.keys() - TABLES.keys()]
+    defaults, models = content.get("defaults", {}), content.get("model", [])
+    if isinstance(defaults, dict):
+        problems += _problems(defaults, place("defaults"), OPTIONAL)
+    else:
+        problems.append((place("defaults").line, "[defaults] is one table, in single brackets"))
+    if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
+        return [], [*problems, (place("model").line, "each model is a table [[model]], in double brackets")]
+    if not models:
+        problems.append((1, "no model is listed: add [[model]] with its source and target"))
+
+    places = [table for table in tables if table.name == "model"]
+    if len(places) != len(models):  # they are written as one list
+        places = [place("model")] * len(models)
+    for model, where in zip(models, places, strict=True):
+        problems += [(where.line, f"{key} is missing: {REQUIRED[key].words}") for key in REQUIRED if key not in model]
+        problems += _problems(model, where, REQUIRED | OPTIONAL)
+    problems += _clashes(models, places)
+    return [(where.line, model) for model, where in zip(models, places, strict=True)], problems
+
+
+def _problems(given: dict[str, Any], place: Table, rules: dict[str, Rule]) -> Iterator[Problem]:
+    for key, value in given.items():
+        if key not in rules:
+            yield place.line_of(key), _unknown(key, rules)
+        elif not rules[key].accepts(value):
+            shown = str(value).lower() if isinstance(value, bool) else repr(value)
+            yield place.line_of(key), f"{key} is {rules[key].words}, not {textwrap.shorten(shown, 120)}"
+
+
+def _unknown(key: str, known: Iterable[str]) -> str:
+    if key in REQUIRED | OPTIONAL:
+        return f"{key} belongs below {'[[model]]' if key in REQUIRED else '[defaults] or [[model]]'}"
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"unknown key {key!r}" + (f": is {near[0]} meant?" if near else "")
+
+
+def _clashes(models: list[dict[str, Any]], places: list[Table]) -> Iterator[Problem]:
+    """Targets that two entries share, or that are their own source; the Hub does not tell upper from lower case."""
+    seen: dict[str, int] = {}
+    for model, place in zip(models, places, strict=True):
+        target, line = str(model.get("target")).lower(), place.line_of("target")
+        if not REQUIRED["target"].accepts(target):
+            continue
+        if target == str(model.get("source")).lower():
+            yield line, "target is the source itself"
+        if target in seen:
+            yield line, f"target {model['target']} is already that of line {seen[target]}"
+        seen.setdefault(target, line)
+
+
+def _entry(given: dict[str, Any], line: int) -> Entry:
+    frozen: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    if "size_budget" in frozen:
+        frozen["size_budget"] = float(frozen["size_budget"])
+    return Entry(
+        line=line,
+        recipe=Recipe(**{item.name: frozen[key] for key, item in RECIPE.items() if key in frozen}),
+        settings=ParitySettings(**{key: frozen[key] for key in SETTINGS if key in frozen}),
+        **{key: frozen[key] for key in REQUIRED | OWN if key in frozen},
+    )

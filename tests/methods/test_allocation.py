@@ -1,0 +1,89 @@
+"""Bytes beyond the plain 4-bit ones: how they are shared out, and what a package with them is."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantize import methods, pipeline, search, source
+from quantize.errors import ConfigError
+from quantize.formats.bitsandbytes.packing import BLOCK
+from quantize.methods.calibration import allocation
+from quantize.methods.calibration.allocation import FINE, HALF, Form
+from quantize.progress import Silent
+from quantize.records import Recipe
+from tests.conftest import POCKET
+from tests.methods.test_calibrated import LITTLE, SETTINGS
+
+costs = st.integers(0, 1000).map(lambda cost: cost / 1000)
+matrices = st.dictionaries(
+    st.text("abc", min_size=1, max_size=3),
+    st.tuples(st.integers(20, 500), costs, costs).map(
+        lambda one: [
+            Form(block, allocation.stored_bytes(one[0], 64, block, True), cost)
+            for block, cost in ((BLOCK, one[1]), (FINE, one[2]), (HALF, 0.0))
+        ]
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@given(matrices, st.integers(0, 200_000))
+def test_no_more_is_spent_than_there_is_and_never_for_the_worse(offers: dict[str, list[Form]], extra: int) -> None:
+    chosen = allocation.spend(offers, extra)
+    forms = {name: next(form for form in offers[name] if form.block == block) for name, block in chosen.items()}
+    assert chosen.keys() == offers.keys()
+    assert sum(form.size for form in forms.values()) <= sum(one[0].size for one in offers.values()) + extra
+    assert all(forms[name].divergence <= offers[name][0].divergence for name in offers)
+
+
+@given(matrices)
+def test_with_bytes_for_all_nothing_diverges_and_with_none_all_stay_plain(offers: dict[str, list[Form]]) -> None:
+    assert not any(
+        next(form.divergence for form in offers[name] if form.block == block)
+        for name, block in allocation.spend(offers, 1e9).items()
+    )
+    assert set(allocation.spend(offers, 0).values()) == {BLOCK}
+
+
+def test_the_package_is_better_within_its_bytes_and_says_how(tmp_path: Path) -> None:
+    """Stock transformers loads matrices of both block sizes and of half precision; the same budget gives the same."""
+    made = {}
+    for share in (1.0, 1.3):
+        recipe = dataclasses.replace(LITTLE, size_budget=share)
+        output = tmp_path / f"package-{share}"
+        request = pipeline.RunRequest(str(POCKET), output=output, recipe=recipe, settings=SETTINGS, device="cpu")
+        made[share] = pipeline.run(request, Silent()).package
+    plain, larger = made[1.0], made[1.3]
+    quantized = larger.provenance.quantized
+    assert quantized.fine and quantized.spared and not plain.provenance.quantized.fine
+    assert set(quantized.fine) <= set(quantized.modules) and set(quantized.spared) <= set(quantized.kept_modules)
+    assert all(check.passed for check in larger.parity.checks)
+    assert larger.parity.scores and plain.parity.scores
+    assert larger.parity.scores.kld.mean.value < 0.9 * plain.parity.scores.kld.mean.value
+    assert 1.15 < larger.parity.sizes.package_bytes / plain.parity.sizes.package_bytes <= 1.3
+    card = (larger.folder / "README.md").read_text()
+    assert f"(per 32 in {len(quantized.fine)} of {len(quantized.modules)} matrices" in card
+    assert f"{len(quantized.spared)} sensitive matrices in float16" in card and "--size-budget 1.3" in card
+    verified = pipeline.verify(str(larger.folder), str(POCKET), SETTINGS, "cpu", Silent())
+    assert verified.verdict.passed and verified.checks == larger.parity.checks
+
+
+def test_auto_spends_its_budget_last() -> None:
+    rungs = search.rungs(Recipe(size_budget=1.2))
+    assert [(one.name, one.sweeps, one.epochs, one.size_budget) for one in rungs] == [
+        *(("stock", 1, 0, 1.0), ("calibrated", 1, 0, 1.0)),
+        *(("calibrated", 3, 8, 1.0), ("calibrated", 3, 8, 1.2)),
+    ]
+
+
+@pytest.mark.parametrize("recipe", [Recipe(name="stock", size_budget=1.1), Recipe(bits=8, size_budget=1.1)])
+def test_a_budget_that_nothing_could_spend(recipe: Recipe) -> None:
+    checkout = source.fetch(str(POCKET), revision=None, trust_remote_code=False, progress=Silent())
+    with pytest.raises(ConfigError, match="a size budget is for 4-bit weights"):
+        methods.check(checkout, recipe, "")

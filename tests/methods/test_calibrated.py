@@ -1,0 +1,336 @@
+"""The calibrated recipe: what it writes, that stock libraries read it, and that it is better than nearest rounding."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import model_card
+from quantize import methods, pipeline, search, source
+from quantize.errors import CorpusError
+from quantize.formats.bitsandbytes import checkpoint
+from quantize.methods.calibration import calibration_text, quantizer, static_cache
+from quantize.methods.calibration.quantizer import Seen
+from quantize.methods.resume import Work
+from quantize.package import Package
+from quantize.package.card import facts
+from quantize.parity import corpus_text
+from quantize.progress import Silent
+from quantize.records import Calibrated, Checkout, ParitySettings, Recipe
+from tests.conftest import POCKET
+from tests.hub import Fault, LoopbackHub
+
+LITTLE = Recipe(name="calibrated", calibration_windows=16, calibration_length=128)
+SETTINGS = ParitySettings(max_windows=24, new_tokens=8, require="degraded")
+TINY: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 2, "tie_word_embeddings": False},
+    "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64, "do_layer_norm_before": True},
+    "gpt_neox": {},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 32},
+}
+
+
+def made(output: Path, recipe: Recipe, model: Path = POCKET) -> tuple[Checkout, dict[str, torch.Tensor]]:
+    """A checkpoint of `model` in the new folder `output`, and its tensors."""
+    output.mkdir()
+    checkout = source.fetch(str(model), revision=None, trust_remote_code=False, progress=Silent())
+    methods.quantize(checkout, output, recipe, "cpu", Silent(), "", output.with_name(f"{output.name}-work"))
+    return checkout, load_file(output / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
+    output = tmp_path_factory.mktemp("calibrated") / "package"
+    request = pipeline.RunRequest(str(POCKET), output=output, recipe=LITTLE, settings=SETTINGS, device="cpu")
+    return pipeline.run(request, Silent()).package
+
+
+def test_it_diverges_much_less_than_stock_and_says_so(package: Package) -> None:
+    """Even on a little text; the run measures stock on the same windows, and the card names both."""
+    parity = package.parity
+    (control,) = parity.controls
+    assert parity.scores and parity.verdict.passed and all(check.passed for check in parity.checks)
+    assert parity.scores.kld.mean.value < 0.7 * control.kld.value and control.name == "stock NF4"
+    assert package.provenance.quantized.calibrated == Calibrated(
+        "self",
+        0,
+        16,
+        128,
+        0,
+        package.provenance.quantized.calibrated.sha256,  # type: ignore[union-attr]
+    )
+    card = (package.folder / "README.md").read_text()
+    assert "on 16 windows of 128 tokens that the original wrote itself" in card and "| stock NF4 |" in card
+    assert "--recipe calibrated --calibration-windows 16 --calibration-length 128" in card
+    assert not list(package.folder.parent.glob("*.unfinished"))
+    learned = dataclasses.replace(package.provenance, recipe=dataclasses.replace(LITTLE, epochs=3))
+    card = model_card.render(facts(learned, parity, None, ()))
+    assert "and rounding was then learned in 3 epochs on that text" in card and "--epochs 3" in card
+
+
+def test_the_same_bytes_as_many_and_the_same_twice(package: Package, finished: Path, tmp_path: Path) -> None:
+    """Names, types and shapes are stock's; only an offset in a header takes fewer digits. And the seed decides all."""
+    _, tensors = made(tmp_path / "again", LITTLE)
+    plain, first = (load_file(folder / "model.safetensors") for folder in (finished, package.folder))
+    assert {name: (one.dtype, one.shape) for name, one in tensors.items() if "bitsandbytes" not in name} == {
+        name: (one.dtype, one.shape) for name, one in plain.items() if "bitsandbytes" not in name
+    }
+    assert tensors.keys() == plain.keys() == first.keys()
+    assert all(torch.equal(tensors[name], first[name]) for name in first)
+    assert sum(one.nbytes for one in tensors.values()) <= sum(one.nbytes for one in plain.values())
+
+
+def test_a_killed_run_goes_on_at_its_first_unfinished_block(
+    package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, work = tmp_path / "package", tmp_path / "package-work"
+    rounded: list[int] = []
+    whole = quantizer._round_block
+
+    def counting(stream: Any, index: int, *rest: Any) -> Any:
+        rounded.append(index)
+        if len(rounded) == 3:
+            raise KeyboardInterrupt
+        return whole(stream, index, *rest)
+
+    monkeypatch.setattr(quantizer, "_round_block", counting)
+    with pytest.raises(KeyboardInterrupt):
+        made(output, LITTLE)
+    assert sorted(path.name for path in work.glob("block-*")) == ["block-0.safetensors", "block-1.safetensors"]
+    shutil.rmtree(output)
+    _, tensors = made(output, LITTLE)
+    assert rounded[:3] == [0, 1, 2] and rounded[3] == 2
+    first = load_file(package.folder / "model.safetensors")
+    assert all(torch.equal(tensors[name], first[name]) for name in first)
+
+
+def test_work_of_another_recipe_is_not_taken_up(tmp_path: Path) -> None:
+    checkout = source.fetch(str(POCKET), revision=None, trust_remote_code=False, progress=Silent())
+    for recipe in (LITTLE, dataclasses.replace(LITTLE, calibration_seed=1)):
+        work = Work.begin(tmp_path / "work", {"source": checkout.source.fingerprint(), "recipe": recipe})
+        assert [path.name for path in work.folder.iterdir()] == ["made-of"]
+        (work.folder / "block-0.safetensors").touch()
+
+
+def tiny(kind: str, folder: Path) -> Any:
+    """A model of two blocks with random weights, saved with the pocket model's tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    config = AutoConfig.for_model(
+        kind, **{**shape, **TINY[kind]}, vocab_size=4096, max_position_embeddings=256, bos_token_id=0, eos_token_id=0
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(POCKET / name, folder)
+    return model
+
+
+@pytest.mark.parametrize("kind", list(TINY))
+def test_other_architectures(kind: str, tmp_path: Path) -> None:
+    """Llama with grouped heads and an untied head, Qwen2 with tied ones and some biases, OPT and GPT-NeoX with biases,
+    Gemma 2 with two kinds of attention: stock transformers loads what was written, and every matrix beats nearest."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / kind
+    model = tiny(kind, folder)
+    errors = {}
+    tried: dict[str, dict[str, Any]] = {"stock": {"name": "stock"}, "calibrated": {}, "learned": {"epochs": 2}}
+    for name, recipe in tried.items():
+        checkout, _ = made(tmp_path / name, dataclasses.replace(LITTLE, **recipe), folder)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name, local_files_only=True)
+        linear = [module for module in loaded.modules() if type(module).__name__ == "Linear4bit"]
+        assert len(linear) == len(checkpoint.quantized_names(checkout, LITTLE)) > 0
+        tokens = torch.randint(0, 4096, (8, 64), generator=torch.Generator().manual_seed(1))
+        loaded.dequantize(dtype=torch.float32)
+        with torch.no_grad():
+            truth, guess = model.float()(tokens).logits.log_softmax(-1), loaded.float()(tokens).logits.log_softmax(-1)
+        errors[name] = float((truth.exp() * (truth - guess)).sum(-1).mean())
+    assert errors["calibrated"] < errors["stock"] and errors["learned"] < errors["stock"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_a_cache_with_room_holds_what_a_growing_one_does(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same text; in layers with a sliding window, which hold no more than it, the library's own cache stays."""
+    model = tiny(kind, tmp_path / kind).float().eval()
+    layers: list[Any] = []
+
+    def watched(cache: Any, room: int) -> Any:
+        layers.extend(static_cache.make_room(cache, room).layers)
+        return cache
+
+    texts = []
+    for make_room in (watched, lambda cache, room: cache):
+        monkeypatch.setattr(calibration_text, "make_room", make_room)
+        texts.append(calibration_text.written(model, LITTLE, 48, "cpu", False, Silent(), (1.0, 1.4)))
+    assert torch.equal(*texts) and texts[0].shape == (16, 48)
+    held = {type(layer).__name__: layer.keys.shape[-2] for layer in layers}
+    assert held["RoomyLayer"] == 47 and set(held) <= {"RoomyLayer", "DynamicSlidingWindowLayer"}
+    assert len(held) == (2 if kind == "gemma2" else 1)
+
+
+def test_inputs_that_64_does_not_divide_are_rounded_to_nearest(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=80, intermediate_size=160, num_hidden_layers=1, num_attention_heads=4
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(tmp_path / "odd")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(POCKET / name, tmp_path / "odd")
+    _, mine = made(tmp_path / "mine", LITTLE, tmp_path / "odd")
+    _, plain = made(tmp_path / "stock", dataclasses.replace(LITTLE, name="stock"), tmp_path / "odd")
+    assert all(torch.equal(mine[name], plain[name]) for name in plain)
+
+
+def test_auto_stops_at_the_first_rung_that_is_good_enough(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(LITTLE, name="auto", target_grade="good")
+    easy = pipeline.RunRequest(str(POCKET), output=tmp_path / "easy", recipe=recipe, settings=SETTINGS, device="cpu")
+    made = pipeline.run(easy, Silent()).package
+    assert [(one.recipe.name, one.chosen) for one in made.parity.rungs] == [("stock", True)]
+    assert made.provenance.recipe.name == "stock" and made.provenance.asked == recipe
+    assert made.parity.verdict.required == "degraded" and made.parity.verdict.passed
+    assert not pipeline.run(easy, Silent()).created
+
+
+def test_auto_climbs_and_keeps_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "SWEEPS", 2)
+    monkeypatch.setattr(search, "EPOCHS", 1)
+    recipe = dataclasses.replace(LITTLE, name="auto", target_grade="lossless", calibration_windows=8)
+    hard = pipeline.RunRequest(str(POCKET), output=tmp_path / "hard", recipe=recipe, settings=SETTINGS, device="cpu")
+    made = pipeline.run(hard, Silent()).package
+    tried = made.parity.rungs
+    assert [one.recipe.name for one in tried] == ["stock", "calibrated", "calibrated"] and tried[2].recipe.epochs == 1
+    (chosen,) = [one for one in tried if one.chosen]
+    assert chosen.kld and all(one.kld and chosen.kld.value <= one.kld.value for one in tried)
+    assert made.provenance.recipe == chosen.recipe and made.parity.verdict.passed
+    assert {path.name for path in made.folder.iterdir()} == {
+        *("README.md", "config.json", "figures", "generation_config.json", "model.safetensors", "parity.json"),
+        *("provenance.json", "tokenizer.json", "tokenizer_config.json"),
+    }
+    assert "| **calibrated" in (made.folder / "README.md").read_text()
+
+
+def test_eight_bits_have_one_rung() -> None:
+    assert [one.name for one in search.rungs(Recipe(bits=8))] == ["stock"]
+
+
+def prepared(recipe: Recipe, corpus: str) -> tuple[torch.Tensor, Calibrated]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = (kind.from_pretrained(POCKET) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    return calibration_text.prepare(recipe, model.float(), tokenizer, corpus, "cpu", False, Silent(), (1.0,))
+
+
+def test_calibration_never_sees_the_corpus(tmp_path: Path) -> None:
+    corpus = corpus_text(ParitySettings())
+    (tmp_path / "copied.txt").write_text(corpus)
+    recipe = dataclasses.replace(LITTLE, calibration=str(tmp_path / "copied.txt"))
+    with pytest.raises(CorpusError, match="is in the corpus that the package is judged by"):
+        prepared(recipe, corpus)
+    tokens, record = prepared(recipe, "something else")
+    assert tokens.shape == (16, 128) and record.source == "copied.txt" and record.left_out == 0
+    again, _ = prepared(dataclasses.replace(recipe, calibration_seed=5), "something else")
+    assert not torch.equal(tokens, again)
+
+
+def test_what_the_model_repeats_of_the_corpus_is_left_out() -> None:
+    """The corpus holds one of the windows that the model will write."""
+    from transformers import AutoTokenizer
+
+    tokens, _ = prepared(LITTLE, "")
+    window = AutoTokenizer.from_pretrained(POCKET).decode(tokens[3])
+    kept, record = prepared(LITTLE, f"Before. {window} After.")
+    assert record.left_out >= 1 and len(kept) == record.windows == 8
+    assert not any(torch.equal(one, tokens[3]) for one in kept)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("too short", "has 0 windows of 128 tokens, and 16 are wanted"), (None, "no calibration text")],
+)
+def test_calibration_text_that_cannot_be_used(tmp_path: Path, text: str | None, message: str) -> None:
+    file = tmp_path / "text.txt"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(CorpusError, match=message):
+        prepared(dataclasses.replace(LITTLE, calibration=str(file)), "")
+
+
+def test_auto_refuses_a_calibration_text_before_anything_is_made(tmp_path: Path) -> None:
+    class Stages(Silent):
+        def stage(self, title: str) -> None:
+            begun.append(title)
+
+    begun: list[str] = []
+    recipe = dataclasses.replace(LITTLE, name="auto", calibration="nowhere.txt")
+    request = pipeline.RunRequest(str(POCKET), output=tmp_path / "out", recipe=recipe, settings=SETTINGS, device="cpu")
+    with pytest.raises(CorpusError, match="no calibration text"):
+        pipeline.run(request, Stages())
+    assert begun == [f"source {POCKET}"] and list(tmp_path.iterdir()) == []
+
+
+def test_calibration_text_of_a_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = corpus_text(ParitySettings())
+    with LoopbackHub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        hub.create_repo("org/texts", repo_type="dataset")
+        hub.commit("org/texts", {"part/a.txt": text.encode()}, repo_type="dataset")
+        hub.inject(Fault("GET", "part/a.txt", status=503))
+        recipe = dataclasses.replace(LITTLE, calibration="org/texts:part/a.txt")
+        tokens, record = prepared(recipe, "")
+    assert tokens.shape == (16, 128) and record.source == "a.txt"
+
+
+def test_moments_of_inputs_far_from_zero_keep_their_digits() -> None:
+    """Against float64, with tokens that count differently."""
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(600, 8, generator=generator) * 0.1 + 50
+    energy = torch.rand(600, generator=generator)
+    seen = Seen(8, "cpu")
+    for part, share in zip(torch.split(inputs, 100), torch.split(energy, 100), strict=True):
+        seen.add(part, share)
+    weights = (energy / energy.sum()).double()
+    mean = weights @ inputs.double()
+    centred = inputs.double() - mean
+    assert torch.allclose(seen.mean.double(), mean, rtol=1e-6)
+    assert torch.allclose(seen.covariance.double(), (centred * weights[:, None]).T @ centred, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about what peft calls
+def test_a_pipeline_and_a_lora_step(package: Package) -> None:
+    require_pipeline_and_lora(package.folder, "cpu")
+
+
+def require_pipeline_and_lora(folder: Path, device: str) -> None:
+    """The package writes text in a stock pipeline, and LoRA on top of it learns a sentence."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import pipeline as stock_pipeline
+
+    write = stock_pipeline("text-generation", model=str(folder), device=device)
+    assert len(write("The function", max_new_tokens=4)[0]["generated_text"]) > len("The function")
+    quantized = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, device_map={"": device})
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True)
+    model = get_peft_model(prepare_model_for_kbit_training(quantized), lora)
+    tokens = AutoTokenizer.from_pretrained(folder)("The import statement binds a name.", return_tensors="pt").to(device)
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], 1e-2)
+    losses = []
+    for _ in range(4):
+        loss = model(**tokens, labels=tokens["input_ids"]).loss
+        torch.autograd.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.5

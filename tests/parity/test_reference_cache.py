@@ -1,0 +1,143 @@
+"""One model at a time: answers kept on disk with little loss, for these windows only, whatever happens to the file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from quantize import files, pipeline
+from quantize.errors import CorpusError
+from quantize.parity.models import Placed
+from quantize.parity.reference_cache import Contents, ReferenceCache
+from quantize.progress import Silent
+from quantize.records import Parity, ParitySettings
+from tests.conftest import POCKET, Outcome
+
+SETTINGS = ParitySettings(max_windows=24, new_tokens=4, require="degraded")
+CONTENTS = Contents(source="s", corpus="c", window=6, seed=0, vocabulary=11)
+
+
+class Told:
+    """A model that gives the answers that it was given, window by window."""
+
+    def __init__(self, answers: torch.Tensor) -> None:
+        self.answers = iter(answers)
+
+    def __call__(self, tokens: torch.Tensor) -> Any:
+        class Answer:
+            logits = next(self.answers)[None]
+
+        return Answer
+
+
+def kept(path: Path, answers: torch.Tensor, dtype: str = "float32") -> ReferenceCache:
+    cache = ReferenceCache(path, CONTENTS, lambda: dtype)
+    windows = torch.zeros(len(answers), 6, dtype=torch.long)
+    cache.extend(Placed(Told(answers[cache.windows :]), dtype, ("cpu",)), windows, "cpu")
+    return cache
+
+
+@given(arrays.arrays(np.float32, (2, 6, 11), elements=st.floats(-60, 60, width=32)))
+@settings(max_examples=40, deadline=None)
+def test_what_is_kept_is_nearly_what_was_said(tmp_path_factory: pytest.TempPathFactory, answers: np.ndarray) -> None:
+    cache = kept(tmp_path_factory.mktemp("cache") / "answers", torch.tensor(answers))
+    found = cache.logits(0, torch.zeros(2, 6, dtype=torch.long)).double().log_softmax(-1)
+    exact = torch.tensor(answers)[:, :-1].double().log_softmax(-1)
+    step = (exact.amax(-1) - exact.amin(-1)).max() / 65_535
+    assert float((found - exact).abs().max()) <= float(step) + 1e-5
+    record = cache.record(2)
+    measured = (exact.exp() * (exact - found)).sum(-1)
+    assert record.mean_kld == pytest.approx(float(measured.mean()), abs=1e-9)
+    assert record.largest_kld == pytest.approx(float(measured.max()), abs=1e-9) and record.largest_kld < 1e-5
+
+
+def test_a_file_that_was_cut_short_is_continued(tmp_path: Path) -> None:
+    answers = torch.randn(5, 6, 11)
+    whole = kept(tmp_path / "whole", answers)
+    cut = tmp_path / "cut"
+    cut.write_bytes((tmp_path / "whole").read_bytes()[:-70])
+    assert ReferenceCache(cut, CONTENTS, lambda: "float32").windows == 4
+    kept(cut, answers)
+    assert cut.read_bytes() == (tmp_path / "whole").read_bytes() and whole.windows == 5
+
+
+def test_answers_to_something_else_are_refused(tmp_path: Path) -> None:
+    kept(tmp_path / "answers", torch.randn(1, 6, 11))
+    for change in ({"corpus": "d"}, {"seed": 1}, {"source": "t"}, {"vocabulary": 12}):
+        with pytest.raises(CorpusError, match="holds no answers of this reference to these windows"):
+            ReferenceCache(tmp_path / "answers", dataclasses.replace(CONTENTS, **change), lambda: "float32")
+    with pytest.raises(CorpusError, match="holds answers in float32 and the reference fits only in float16 now"):
+        kept(tmp_path / "answers", torch.randn(2, 6, 11), "float16")
+    (tmp_path / "other").write_text("a shopping list\n")
+    with pytest.raises(CorpusError, match="name another --reference-cache"):
+        ReferenceCache(tmp_path / "other", CONTENTS, lambda: "float32")
+    assert (tmp_path / "other").read_text() == "a shopping list\n"
+
+
+def test_damage_is_noticed(tmp_path: Path) -> None:
+    cache = kept(tmp_path / "answers", torch.randn(2, 6, 11))
+    content = bytearray((tmp_path / "answers").read_bytes())
+    content[-200] ^= 1
+    (tmp_path / "answers").write_bytes(content)
+    with pytest.raises(CorpusError, match="is damaged at window 1"):
+        cache.logits(0, torch.zeros(2, 6, dtype=torch.long))
+
+
+def test_two_writers_do_not_mix(tmp_path: Path) -> None:
+    cache = kept(tmp_path / "answers", torch.randn(1, 6, 11))
+    with files.locked(cache.path, CorpusError("held")), pytest.raises(CorpusError, match="another run is writing"):
+        kept(tmp_path / "answers", torch.randn(2, 6, 11))
+
+
+def test_one_at_a_time_says_what_side_by_side_says(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference and the candidate are never in memory together, and a second candidate needs no reference."""
+    together = pipeline.verify(str(finished), str(POCKET), SETTINGS, "cpu", Silent())
+    cache = tmp_path / "answers"
+    first = pipeline.verify(str(finished), str(POCKET), SETTINGS, "cpu", Silent(), reference_cache=cache)
+    _expect_same(first, together)
+    assert first.reference_cache is not None and first.reference_cache.mean_kld < 1e-7
+    monkeypatch.setattr(ReferenceCache, "extend", lambda *_: pytest.fail("the answers are all there"))
+    again = pipeline.verify(str(finished), str(POCKET), SETTINGS, "cpu", Silent(), reference_cache=cache)
+    assert again.scores == first.scores
+
+
+def test_what_does_not_fit_is_spread_and_said(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With little memory the reference is halved and lies partly on disk; the candidate has to fit."""
+    together = pipeline.verify(str(finished), str(POCKET), SETTINGS, "cpu", Silent())
+    monkeypatch.setattr("quantize.devices.room", lambda device: 3_000_000)
+    spread = pipeline.verify(str(finished), str(POCKET), SETTINGS, "cpu", Silent())
+    assert together.reference_places == ("cpu",) and spread.reference_places == ("cpu", "disk")
+    assert (together.reference_dtype, spread.reference_dtype) == ("float32", "float16")
+    assert spread.weight_errors == pytest.approx(together.weight_errors, rel=1e-5)
+    assert spread.sizes == together.sizes
+    _expect_same(spread, together)
+
+
+def test_a_candidate_that_does_not_fit_is_one_line(
+    finished: Path, command: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantize.devices.room", lambda device: 1_000_000)
+    outcome = command("verify", finished, "--against", POCKET, "--device", "cpu", "--quiet")
+    assert outcome.code == 1 and "needs 0.00 GB on cpu" in outcome.err and outcome.err.count("\n") == 1
+
+
+def _expect_same(found: Parity, expected: Parity) -> None:
+    assert found.scores is not None and expected.scores is not None
+    assert found.scores.kld.mean.value == pytest.approx(expected.scores.kld.mean.value, rel=1e-3)
+    ratio = expected.scores.perplexity_ratio
+    assert found.scores.perplexity_ratio.value == pytest.approx(ratio.value, abs=1e-4)
+    assert [check.name for check in found.checks if check.passed] == [check.name for check in expected.checks]
+    assert found.generation is not None and expected.generation is not None
+    assert found.generation.samples[0].candidate_sampled == expected.generation.samples[0].candidate_sampled
+    assert found.verdict == expected.verdict
