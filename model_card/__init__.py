@@ -1,14 +1,14 @@
 """What a card says: facts in, README.md out. Knows nothing of how the facts came about."""
 
 from model_card.facts import (
+    CardAttempt,
     CardCalibration,
     CardControl,
-    CardConvention,
     CardDataset,
     CardFacts,
     CardPublisher,
-    CardRung,
     CardSample,
+    CardStandardPerplexity,
     Interval,
 )
 from model_card.metadata import forbids_derivatives
@@ -17,14 +17,14 @@ from model_card.render import TemplateProblem, names, nats, render
 from model_card.source_card import split
 
 __all__ = [
+    "CardAttempt",
     "CardCalibration",
     "CardControl",
-    "CardConvention",
     "CardDataset",
     "CardFacts",
     "CardPublisher",
-    "CardRung",
     "CardSample",
+    "CardStandardPerplexity",
     "Interval",
     "TemplateProblem",
     "forbids_derivatives",

@@ -46,19 +46,17 @@ class CardControl:
 
 @dataclass(frozen=True)
 class CardCalibration:
-    """The text that codes and scales were chosen on; `source` is `self` where the original wrote it. In `epochs`
-    over it rounding was learned afterwards."""
+    """The text that codes and scales were chosen on; `source` is `self` where the original wrote it."""
 
     source: str
     windows: int
     length: int
     seed: int
     sha256: str
-    epochs: int = 0
 
 
 @dataclass(frozen=True)
-class CardRung:
+class CardAttempt:
     """One recipe that was tried; size in bytes, measured values None where it failed a structural check."""
 
     name: str
@@ -71,7 +69,7 @@ class CardRung:
 
 
 @dataclass(frozen=True)
-class CardConvention:
+class CardStandardPerplexity:
     """A perplexity as papers state it, for both models."""
 
     name: str
@@ -97,8 +95,8 @@ class CardFacts:
     `key` says what the package is made of, as provenance.json does. `source_repo_id` and `source_commit` are None for
     a local source; measured values are None in the card of a package that failed a structural check and was never
     scored. `source_card` is the whole of the source's README; `corpus_dataset` is None for a text that is not from
-    the Hub. Of the quantized modules `fine_modules` have blocks of 32 weights; `spared_modules` of the kept ones are
-    kept for the sake of accuracy.
+    the Hub. `method_description` says how codes were chosen. Of the quantized modules `block_32_modules` have blocks of
+    32 weights; `half_precision_modules` of the kept ones are kept for the sake of accuracy.
     """
 
     publisher: CardPublisher | None
@@ -112,15 +110,16 @@ class CardFacts:
     architecture: str
     parameters: int
     recipe: str
+    method_description: str
     calibration: CardCalibration | None
-    rungs: tuple[CardRung, ...]
+    attempts: tuple[CardAttempt, ...]
     bits: int
     quant_type: str
     double_quant: bool
     dtype: str
     quantized_modules: int
-    fine_modules: int
-    spared_modules: int
+    block_32_modules: int
+    half_precision_modules: int
     kept_modules: tuple[str, ...]
     source_bytes: int
     package_bytes: int
@@ -146,7 +145,7 @@ class CardFacts:
     same_top: Interval | None
     delta_p_rms: Interval | None
     controls: tuple[CardControl, ...]
-    conventions: tuple[CardConvention, ...]
+    standard_perplexities: tuple[CardStandardPerplexity, ...]
     ratio_limit: float | None
     kld_limit: float | None
     identical_at_16: float | None

@@ -66,8 +66,14 @@ def _results(facts: CardFacts) -> dict[str, Any]:
         ("perplexity_ratio", "perplexity ratio, this model to the original", facts.perplexity_ratio.value),
         ("kl_divergence", "mean KL divergence from the original (nats)", facts.kld.value),
         ("same_top_token", "share of positions with the same most likely token", facts.same_top.value),
-        *((one.name.replace(" ", "_"), f"{one.name} of the original", one.original) for one in facts.conventions),
-        *((one.name.replace(" ", "_"), f"{one.name} of this model", one.quantized) for one in facts.conventions),
+        *(
+            (one.name.replace(" ", "_"), f"{one.name} of the original", one.original)
+            for one in facts.standard_perplexities
+        ),
+        *(
+            (one.name.replace(" ", "_"), f"{one.name} of this model", one.quantized)
+            for one in facts.standard_perplexities
+        ),
     ]
     return {
         "task": {"type": "text-generation", "name": "Text Generation"},

@@ -82,7 +82,7 @@ def free_memory(device: str) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def room(device: str) -> int:
+def usable_memory(device: str) -> int:
     """Bytes that models may take on `device`: what is free, less what arithmetic needs and a reserve for others."""
     free = free_memory(device)
     return max(int(free * FEWEST_SHARE), int(free * LARGEST_SHARE) - WORKING_MEMORY)
@@ -120,7 +120,7 @@ def accelerators(device: str) -> dict[int | str, int]:
         return {}
     first = int(number or 0)
     numbers = [first, *(other for other in range(getattr(torch, kind).device_count()) if other != first)]
-    return {one: room(f"{kind}:{one}") for one in numbers}
+    return {one: usable_memory(f"{kind}:{one}") for one in numbers}
 
 
 def name(place: object) -> str:

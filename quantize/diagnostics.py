@@ -7,7 +7,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize import devices, hub, methods
+from quantize import devices, hub
+from quantize.formats.bitsandbytes import self_test
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Examination:
+class Diagnostics:
     """Devices as `--device auto` prefers them; disk sizes in bytes. The token itself is never told."""
 
     python: str
@@ -34,10 +35,10 @@ class Examination:
     folder_free: int
 
 
-def examine() -> Examination:
+def diagnose() -> Diagnostics:
     """Look at devices, versions, the Hub's settings and the disks, without any network."""
     names = list(dict.fromkeys([devices.choose("auto"), "cpu"]))
-    return Examination(
+    return Diagnostics(
         python=platform.python_version(),
         versions=devices.versions(),
         bitsandbytes_works=_try_quantizing(names[0]),
@@ -53,7 +54,7 @@ def examine() -> Examination:
 def _try_quantizing(device: str) -> str:
     """`yes`, or the reason why bitsandbytes cannot quantize on `device`."""
     try:
-        return "yes" if methods.works_on(device) else "no: what it quantizes comes back wrong"
+        return "yes" if self_test.works_on(device) else "no: what it quantizes comes back wrong"
     except (RuntimeError, ImportError, AttributeError) as error:
         return f"no: {(str(error) or type(error).__name__).splitlines()[0]}"
 

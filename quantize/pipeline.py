@@ -14,28 +14,25 @@ import model_card
 from model_card import CardFacts
 from quantize import __version__, devices, files, methods, package, search, source
 from quantize.errors import ConfigError, PackageError, UnsupportedModel, storage_errors
+from quantize.evidence import Evidence
+from quantize.grades import UNMEASURED
 from quantize.package import Package, card
 from quantize.parity import check_inputs, corpus_text, figures, measure, structure, unmeasured
 from quantize.progress import Progress, Silent
 from quantize.records import (
-    AUTO,
-    CALIBRATED,
-    STOCK,
-    UNMEASURED,
     Checkout,
-    Parity,
-    ParitySettings,
+    EvaluationSettings,
     Provenance,
     Publisher,
     Quantized,
     Recipe,
-    now,
     package_key,
 )
+from quantize.serialization import now
 
 TOOL = "quantize-bnb"
 STOCK_NF4 = "stock NF4"
-CONTROLS = {"int8": Recipe(name=STOCK, bits=8), STOCK_NF4: Recipe(name=STOCK)}
+CONTROLS = {"int8": Recipe(name="rtn", bits=8), STOCK_NF4: Recipe(name="rtn")}
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class RunRequest:
     revision: str | None = None
     output: Path | None = None
     recipe: Recipe = field(default_factory=Recipe)
-    settings: ParitySettings = field(default_factory=ParitySettings)
+    settings: EvaluationSettings = field(default_factory=EvaluationSettings)
     device: str = "auto"
     trust_remote_code: bool = False
     force: bool = False
@@ -73,10 +70,11 @@ class RunResult:
 
 def run(request: RunRequest, progress: Progress) -> RunResult:
     """Fetch, quantize, measure, document and seal; a refused package is kept under a name that shows it."""
+    request = dataclasses.replace(request, recipe=methods.normalized(request.recipe))
     output = request.output or default_output(request.model, request.recipe)
     package.require_replaceable(output)
     device = devices.choose(request.device)
-    with package.building_site(output) as site:
+    with package.staging_folder(output) as staging:
         progress.stage(f"source {request.model}")
         checkout = source.fetch(
             request.model,
@@ -88,17 +86,17 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
             done = package.finished(
                 output, checkout.source, request.recipe, request.settings, outdated=request.replace_outdated
             )
-            if done and (request.unverified or done.parity.verdict.grade != UNMEASURED):
+            if done and (request.unverified or done.evidence.verdict.grade != UNMEASURED):
                 return RunResult(done, created=False)
         _require_derivable(checkout, request.allow_no_derivatives)
         template = _read_template(request.card_template)
         check_inputs(checkout, request.settings)
         methods.check(checkout, request.recipe, corpus_text(request.settings))
-        files.require_space(site, source.weight_bytes(checkout.source), "the package")
+        files.require_space(staging, source.weight_bytes(checkout.source), "the package")
         resume = output.with_name(f"{output.name}{package.UNFINISHED}")
         judge = _judge(request, checkout, device, progress)
-        made = search.build(checkout, site, request.recipe, request.settings, device, progress, resume, judge)
-        parity = made.parity
+        made = search.build(checkout, staging, request.recipe, request.settings, device, progress, resume, judge)
+        evidence = made.evidence
         progress.stage("write card and provenance")
         provenance = Provenance(
             tool=TOOL,
@@ -108,31 +106,31 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
             recipe=made.recipe,
             quantized=made.quantized,
             settings=request.settings,
-            environment=parity.environment,
+            environment=evidence.environment,
             publisher=request.publisher,
             name=request.name or output.name,
             key=package_key(checkout.source.repo_id or checkout.source.name, checkout.source.pinned, request.recipe),
-            asked=None if made.recipe == request.recipe else request.recipe,
+            requested=None if made.recipe == request.recipe else request.recipe,
         )
-        package.write_evidence(site, parity)
-        figures.draw(parity, site / package.FIGURES)
-        facts = card.facts(provenance, parity, source.card_text(checkout), card.figure_names(site))
-        package.write_card(site, _rendered(facts, template, request.card_template))
-        provenance = package.seal(site, provenance)
-        sound = parity.verdict.passed or parity.verdict.grade == UNMEASURED
-        final = package.move_into_place(site, output, passed=sound)
-    return RunResult(Package(final, provenance, parity), created=True)
+        package.write_evidence(staging, evidence)
+        figures.draw(evidence, staging / package.FIGURES)
+        facts = card.facts(provenance, evidence, source.card_text(checkout), card.figure_names(staging))
+        package.write_card(staging, _rendered(facts, template, request.card_template))
+        provenance = package.seal(staging, provenance)
+        sound = evidence.verdict.passed or evidence.verdict.grade == UNMEASURED
+        final = package.move_into_place(staging, output, passed=sound)
+    return RunResult(Package(final, provenance, evidence), created=True)
 
 
 def verify(
     reference: str,
     against: str | None,
-    settings: ParitySettings,
+    settings: EvaluationSettings,
     device: str,
     progress: Progress,
     trust_remote_code: bool = False,
     reference_cache: Path | None = None,
-) -> Parity:
+) -> Evidence:
     """Measure a package against its pinned source, or any bitsandbytes checkpoint against the source named.
 
     `reference` is a folder or a Hub repo, somebody else's as well.
@@ -156,10 +154,10 @@ def verify(
         return measure(checkout, folder, settings, chosen, progress, promise, controls, reference_cache)
 
 
-def draw_figures(parity: Parity, folder: Path) -> None:
+def draw_figures(evidence: Evidence, folder: Path) -> None:
     """Write the figures of some evidence into a folder."""
     with storage_errors(folder):
-        figures.draw(parity, folder)
+        figures.draw(evidence, folder)
 
 
 def card_names(folder: Path, against: str | None, publisher: Publisher | None = None) -> dict[str, Any]:
@@ -183,7 +181,7 @@ def rewrite_card(
     text = rendered_card(made, against, card_template)
     with storage_errors(folder):
         package.write_card(folder, text)
-        return Package(folder, package.seal(folder, made.provenance), made.parity)
+        return Package(folder, package.seal(folder, made.provenance), made.evidence)
 
 
 def rendered_card(made: Package, against: str | None, card_template: Path | None) -> str:
@@ -199,11 +197,11 @@ def default_output(model: str, recipe: Recipe) -> Path:
 def _judge(request: RunRequest, checkout: Checkout, device: str, progress: Progress) -> search.Measure:
     """How a run measures what it made: a calibrated package always beside what stock would have given."""
 
-    def judge(folder: Path, recipe: Recipe, quantized: Quantized, settings: ParitySettings) -> Parity:
+    def judge(folder: Path, recipe: Recipe, quantized: Quantized, settings: EvaluationSettings) -> Evidence:
         if request.unverified:
             return unmeasured(checkout, folder, settings, device, _promise(recipe, quantized))
         wanted = CONTROLS if settings.controls else {}
-        if recipe.name == CALIBRATED and request.recipe.name != AUTO:
+        if methods.get(recipe.name).improves_on == "rtn" and request.recipe.name == recipe.name:
             wanted = {STOCK_NF4: CONTROLS[STOCK_NF4], **wanted}
         with _controls(checkout, wanted, device, progress) as controls:
             promise = _promise(recipe, quantized)
@@ -223,12 +221,12 @@ def _controls(
             progress.note(f"making the control {name}")
             folder.mkdir()
             with storage_errors(folder):
-                methods.quantize(checkout, folder, wanted[name], device, Silent())
+                methods.quantize(methods.Job(checkout, folder, wanted[name], device, Silent()))
         yield folders
 
 
 def _promise(recipe: Recipe, quantized: Quantized) -> structure.Expected:
-    skips = dataclasses.replace(recipe, skip_modules=(*recipe.skip_modules, *quantized.spared)).skips
+    skips = dataclasses.replace(recipe, skip_modules=(*recipe.skip_modules, *quantized.half_precision_modules)).skips
     return structure.Expected(recipe.bits, recipe.quant_type, recipe.double_quant, skips)
 
 
@@ -243,7 +241,7 @@ def _facts(made: Package, against: str | None) -> CardFacts:
     """What the card of a package is made from: its evidence, and its source's own card."""
     text = source.read_card(made.provenance.source, against)
     named = dataclasses.replace(made.provenance, name=made.provenance.name or made.folder.resolve().name)
-    return card.facts(named, made.parity, text, card.figure_names(made.folder))
+    return card.facts(named, made.evidence, text, card.figure_names(made.folder))
 
 
 def _require_derivable(checkout: Checkout, allowed: bool) -> None:

@@ -28,10 +28,12 @@ from safetensors.torch import load_file
 
 from quantize import devices, methods, source
 from quantize.formats.bitsandbytes.packing import Packed
+from quantize.methods import Job
 from quantize.methods.calibration import calibration_text, quantizer
+from quantize.methods.calibration.options import CalibratedOptions
 from quantize.methods.calibration.quantizer import Method
 from quantize.methods.rounding.gptq import Search
-from quantize.parity.models import load_tokenizer, widen
+from quantize.parity.models import load_tokenizer, upcast
 from quantize.progress import Silent
 from quantize.records import Checkout, Recipe
 
@@ -60,7 +62,7 @@ CALIBRATED = Recipe(name="calibrated")
 FULL = Method()
 THREE_SWEEPS = replace(FULL, search=Search(sweeps=3))
 VARIANTS = {
-    "stock": Variant(Recipe(name="stock")),
+    "stock": Variant(Recipe(name="rtn")),
     "compensated, scale = absmax": Variant(CALIBRATED, ABSMAX),
     "+ scales of either sign": Variant(CALIBRATED, SIGNED),
     "+ one sweep": Variant(CALIBRATED, PLAIN),
@@ -76,29 +78,29 @@ VARIANTS = {
     "calibrated, groups of 128": Variant(CALIBRATED, replace(FULL, search=Search(group=128))),
     "calibrated, groups of 1024": Variant(CALIBRATED, replace(FULL, search=Search(group=1024))),
     "calibrated, three sweeps": Variant(CALIBRATED, THREE_SWEEPS),
-    "calibrated, twice the text": Variant(replace(CALIBRATED, calibration_windows=256), FULL),
-    "calibrated, windows of 1024": Variant(replace(CALIBRATED, calibration_length=1024), FULL),
+    "calibrated, twice the text": Variant(methods.replace(CALIBRATED, calibration_windows=256), FULL),
+    "calibrated, windows of 1024": Variant(methods.replace(CALIBRATED, calibration_length=1024), FULL),
     "calibrated, blocks of 32": Variant(CALIBRATED, replace(FULL, search=Search(block=32))),
     "calibrated, distilled at 0.0001": Variant(CALIBRATED, FULL, 1e-4),
     "calibrated, distilled at 0.001": Variant(CALIBRATED, FULL, 1e-3),
-    "calibrated, rounding learned in 4 readings": Variant(replace(CALIBRATED, epochs=4), FULL),
-    "calibrated, rounding learned in 8 readings": Variant(replace(CALIBRATED, epochs=8), FULL),
-    "calibrated, rounding learned in 20 readings": Variant(replace(CALIBRATED, epochs=20), FULL),
+    "calibrated, rounding learned in 4 readings": Variant(methods.replace(CALIBRATED, epochs=4), FULL),
+    "calibrated, rounding learned in 8 readings": Variant(methods.replace(CALIBRATED, epochs=8), FULL),
+    "calibrated, rounding learned in 20 readings": Variant(methods.replace(CALIBRATED, epochs=20), FULL),
     "calibrated, rounding learned on divergence": Variant(CALIBRATED, FULL, learned=learned_rounding.on_divergence),
-    "twice the text, three sweeps": Variant(replace(CALIBRATED, calibration_windows=256), THREE_SWEEPS),
+    "twice the text, three sweeps": Variant(methods.replace(CALIBRATED, calibration_windows=256), THREE_SWEEPS),
     "twice the text, three sweeps, rounding learned in 4 readings": Variant(
-        replace(CALIBRATED, calibration_windows=256, epochs=4), THREE_SWEEPS
+        methods.replace(CALIBRATED, calibration_windows=256, epochs=4), THREE_SWEEPS
     ),
     "twice the text, three sweeps, rounding learned in 8 readings": Variant(
-        replace(CALIBRATED, calibration_windows=256, epochs=8), THREE_SWEEPS
+        methods.replace(CALIBRATED, calibration_windows=256, epochs=8), THREE_SWEEPS
     ),
     **{
-        f"calibrated, {budget:.2f} x the bytes": Variant(replace(CALIBRATED, size_budget=budget), FULL)
+        f"calibrated, {budget:.2f} x the bytes": Variant(methods.replace(CALIBRATED, size_budget=budget), FULL)
         for budget in (1.03, 1.06, 1.10, 1.20, 1.35)
     },
-    "stock, mlp.c_proj in half precision": Variant(Recipe(name="stock", skip_modules=("mlp.c_proj",))),
-    "stock, last two blocks in half precision": Variant(Recipe(name="stock", skip_modules=("h.4", "h.5"))),
-    "stock fp4": Variant(Recipe(name="stock", quant_type="fp4")),
+    "stock, mlp.c_proj in half precision": Variant(Recipe(name="rtn", skip_modules=("mlp.c_proj",))),
+    "stock, last two blocks in half precision": Variant(Recipe(name="rtn", skip_modules=("h.4", "h.5"))),
+    "stock fp4": Variant(Recipe(name="rtn", quant_type="fp4")),
     "calibrated fp4": Variant(replace(CALIBRATED, quant_type="fp4"), FULL),
 }
 
@@ -198,15 +200,16 @@ def measure(
         folder.mkdir()
         resume = Path(place) / "work"
         started = time.monotonic()
-        if variant.recipe.name == "calibrated":
-            quantizer.quantize(checkout, folder, variant.recipe, device, Silent(), "", resume, variant.method)
+        job = Job(checkout, folder, variant.recipe, device, Silent(), resume=resume)
+        if variant.method is None:
+            methods.quantize(job)
         else:
-            methods.quantize(checkout, folder, variant.recipe, device, Silent())
+            quantizer.quantize(job, CalibratedOptions(**variant.recipe.options), variant.method)  # type: ignore[arg-type]
         seconds = time.monotonic() - started
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         candidate = load(folder, device)
         if device == "cpu":
-            widen(candidate)
+            upcast(candidate)
         elif variant.distilled or variant.learned:
             candidate.dequantize(dtype=torch.float32)
             candidate.float()
@@ -289,7 +292,7 @@ def main(
     given = {name: Path(file).read_text("utf-8") for name, _, file in (one.partition("=") for one in corpus)}
     texts = {name: spread_windows(tokenizer, text, windows, length) for name, text in given.items()}
     texts["stdlib"] = spread_windows(tokenizer, stdlib_text(2_000_000), windows, length)
-    own = replace(CALIBRATED, calibration_windows=windows, calibration_seed=OWN_SEED)
+    own = CalibratedOptions(calibration_windows=windows, calibration_seed=OWN_SEED)
     texts["own"] = calibration_text.written(reference, own, length, device, False, Silent(), (1.0,))
     rows: list[dict[str, Any]] = []
     base: Measured | None = None
@@ -297,7 +300,7 @@ def main(
         if only and name not in (*only, "stock"):
             continue
         if calibration_windows:
-            changed = replace(variant.recipe, calibration_windows=calibration_windows)
+            changed = methods.replace(variant.recipe, calibration_windows=calibration_windows)
             variant = replace(variant, recipe=changed)
         one = measure(name, variant, checkout, texts, reference, device)
         base = base or one

@@ -33,7 +33,7 @@ import making
 from making import Cost, Task
 
 from quantize.progress import Silent
-from quantize.records import ParitySettings, Recipe
+from quantize.records import EvaluationSettings, Recipe
 
 QUIET = {"OMP_WAIT_POLICY": "passive", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
 GUIDE_STRIDE = 512
@@ -130,7 +130,7 @@ def ours(job: Job) -> Outcome:
         windows = windows_of(job, tokenizer)
         reference = scoring.LiveReference(pair.reference)
         if job.device == "cpu":
-            pair.widen()
+            pair.upcast()
         warm = scoring.score(reference, pair.candidate, windows[:2], job.device, lambda amount: None)
         statistics.summarize(warm, seed=0)
         with most_memory(job.device) as peak:
@@ -175,20 +175,20 @@ def verdict(job: Job) -> Outcome:
     from quantize.parity import measure
 
     checkout = source.fetch(job.source, revision=None, trust_remote_code=False, progress=Silent())
-    watch, settings = Stopwatch(), ParitySettings(corpus=job.corpus, window=job.window, max_windows=job.windows)
+    watch, settings = Stopwatch(), EvaluationSettings(corpus=job.corpus, window=job.window, max_windows=job.windows)
     with most_memory(job.device) as peak:
         started = time.perf_counter()
-        parity = measure(checkout, Path(job.candidate), settings, job.device, watch)
+        evidence = measure(checkout, Path(job.candidate), settings, job.device, watch)
         whole = time.perf_counter() - started
         begun, done, used = watch.begun["scoring"], watch.begun["generating"], peak()
-    assert parity.scores is not None and parity.corpus is not None
+    assert evidence.scores is not None and evidence.corpus is not None
     figures = {
-        "ratio": parity.scores.perplexity_ratio.value,
-        "kld": parity.scores.kld.mean.value,
-        "windows": parity.corpus.scored,
+        "ratio": evidence.scores.perplexity_ratio.value,
+        "kld": evidence.scores.kld.mean.value,
+        "windows": evidence.corpus.scored,
         "seconds with generation": whole,
     }
-    return Outcome(done - begun, begun - started, parity.corpus.scored * (parity.corpus.window - 1), used, figures)
+    return Outcome(done - begun, begun - started, evidence.corpus.scored * (evidence.corpus.window - 1), used, figures)
 
 
 OURS, VERDICT = "ours, all statistics", "ours, to the verdict"
@@ -205,7 +205,7 @@ def quantized(source_folder: Path, folder: Path, device: str) -> Path:
 
     checkout = source.fetch(str(source_folder), revision=None, trust_remote_code=False, progress=Silent())
     folder.mkdir()
-    methods.quantize(checkout, folder, Recipe(name="stock"), device, Silent())
+    methods.quantize(methods.Job(checkout, folder, Recipe(name="rtn"), device, Silent()))
     package.copy_carried(checkout, source.carried_files(checkout.source), folder)
     return folder
 
@@ -239,13 +239,13 @@ def contender(name: str, job: str) -> None:
 @benchmark.command()
 @click.argument("model", default=str(making.POCKET))
 @click.option("--shape", type=click.Choice(list(making.SHAPES)), help="Random weights of this shape instead of MODEL.")
-@click.option("--corpus", default=ParitySettings.corpus, show_default=True)
-@click.option("--window", default=ParitySettings.window, show_default=True, help="Tokens, at most the context.")
-@click.option("--windows", default=ParitySettings.max_windows, show_default=True, help="Windows at most.")
+@click.option("--corpus", default=EvaluationSettings.corpus, show_default=True)
+@click.option("--window", default=EvaluationSettings.window, show_default=True, help="Tokens, at most the context.")
+@click.option("--windows", default=EvaluationSettings.max_windows, show_default=True, help="Windows at most.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
-def parity(
+def evidence(
     model: str, shape: str | None, corpus: str, window: int, windows: int, device: str, rounds: int, as_json: bool
 ) -> None:
     """Scoring a pair of models, and the way to a verdict, against the Hugging Face guide's loop for each of them."""
@@ -330,7 +330,7 @@ def quantizing(
 
 @benchmark.command()
 @making_options
-@click.option("--corpus", default=ParitySettings.corpus, show_default=True)
+@click.option("--corpus", default=EvaluationSettings.corpus, show_default=True)
 def job(model: str | None, shape: str, device: str, rounds: int, json_file: Path | None, corpus: str) -> None:
     """The whole job: against from_pretrained in 4 bits, save_pretrained, and the guide's loop for both models."""
     compare_makers([making.OBVIOUS, making.OUR_JOB], model, shape, device, rounds, json_file, corpus=corpus)

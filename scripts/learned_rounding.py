@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from quantize.formats.bitsandbytes.modules import laid_out, matrix
 from quantize.formats.bitsandbytes.packing import Packed
-from quantize.methods.calibration.layers import laid_out, matrix
 from quantize.methods.rounding.learned_rounding import Choice
 
 BATCH = 8

@@ -103,7 +103,8 @@ def ours(task: Task) -> None:
     dtype = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[config["dtype"]]
     made_of = Source("made-up", None, None, None, files, "", config["model_type"], dtype, 0, False)
     Path(task.output).mkdir()
-    methods.quantize(Checkout(made_of, folder), Path(task.output), Recipe(name="stock"), task.device, Silent())
+    checkout = Checkout(made_of, folder)
+    methods.quantize(methods.Job(checkout, Path(task.output), Recipe(name="rtn"), task.device, Silent()))
 
 
 def obvious_job(task: Task) -> None:
@@ -124,11 +125,11 @@ def our_job(task: Task) -> None:
     """`quantize run --recipe stock`: hashes, structure, verdict, generation, figures and card included."""
     from quantize import pipeline
     from quantize.progress import Silent
-    from quantize.records import ParitySettings, Recipe
+    from quantize.records import EvaluationSettings, Recipe
 
-    settings = ParitySettings(corpus=task.corpus, require="degraded")
+    settings = EvaluationSettings(corpus=task.corpus, require="degraded")
     request = pipeline.RunRequest(
-        task.source, output=Path(task.output), recipe=Recipe(name="stock"), settings=settings, device=task.device
+        task.source, output=Path(task.output), recipe=Recipe(name="rtn"), settings=settings, device=task.device
     )
     pipeline.run(request, Silent())
 

@@ -80,7 +80,7 @@ PLAN = Plan()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 END = "<|endoftext|>"
 PROMPT = "Hello, I'm a language model,"
-LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+LEFT_OUT = {"staging-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 DEFAULT_FOLDER = Path("tests/models/pocket-gpt2")
 
 

@@ -17,12 +17,12 @@ import pytest
 
 from quantize import pipeline
 from quantize.progress import Silent
-from quantize.records import ParitySettings, Recipe
+from quantize.records import EvaluationSettings, Recipe
 from tests.publishing.workspace import QUICK_OPTIONS, Place, prepared
 
 POCKET = Path(__file__).parent / "models" / "pocket-gpt2"
-STOCK = Recipe(name="stock")
-QUICK = ParitySettings(max_windows=24, new_tokens=8, require="degraded")
+STOCK = Recipe(name="rtn")
+QUICK = EvaluationSettings(max_windows=24, new_tokens=8, require="degraded")
 __all__ = ["POCKET", "QUICK", "QUICK_OPTIONS", "Outcome"]
 
 
@@ -67,7 +67,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("packages") / "pocket-gpt2-bnb-4bit"
     request = pipeline.RunRequest(str(POCKET), output=output, recipe=STOCK, settings=QUICK, device="cpu")
     result = pipeline.run(request, Silent())
-    assert result.package.parity.verdict.passed, result.package.parity.verdict
+    assert result.package.evidence.verdict.passed, result.package.evidence.verdict
     return output
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -12,11 +11,11 @@ import huggingface_hub
 import pytest
 import torch
 
-from quantize import package, pipeline
+from quantize import methods, package, pipeline
 from quantize.formats.bitsandbytes.packing import table
 from quantize.methods.rounding import gptq
 from quantize.progress import Silent
-from quantize.records import ParitySettings, Recipe
+from quantize.records import EvaluationSettings, Recipe
 from tests.conftest import POCKET
 from tests.formats.test_writer import RECIPES, by_stock, fetched, require_equal, stream
 from tests.hub import LoopbackHub
@@ -26,20 +25,20 @@ from tests.package.test_card import run_snippets
 from tests.publishing.test_hub_run import MODEL, TARGET, quantize
 
 pytestmark = pytest.mark.gpu
-SETTINGS = ParitySettings(new_tokens=16, require="degraded")
+SETTINGS = EvaluationSettings(new_tokens=16, require="degraded")
 
 
 @pytest.fixture(scope="module")
 def on_gpu(tmp_path_factory: pytest.TempPathFactory) -> package.Package:
     output = tmp_path_factory.mktemp("gpu") / "pocket-gpt2-bnb-4bit"
-    request = pipeline.RunRequest(str(POCKET), output=output, recipe=Recipe(name="stock"), settings=SETTINGS)
+    request = pipeline.RunRequest(str(POCKET), output=output, recipe=Recipe(name="rtn"), settings=SETTINGS)
     return pipeline.run(request, Silent()).package
 
 
 def test_auto_takes_the_gpu_and_the_package_passes(on_gpu: package.Package) -> None:
     assert on_gpu.provenance.quantized.device.startswith("cuda")
-    assert on_gpu.parity.environment.device_name == torch.cuda.get_device_name()
-    assert on_gpu.parity.verdict.passed and on_gpu.parity.candidate_dtype == "float16"
+    assert on_gpu.evidence.environment.device_name == torch.cuda.get_device_name()
+    assert on_gpu.evidence.verdict.passed and on_gpu.evidence.candidate_dtype == "float16"
 
 
 def test_a_separate_process_loads_and_generates(on_gpu: package.Package) -> None:
@@ -68,24 +67,24 @@ def test_other_recipes(tmp_path: Path, recipe: dict[str, object]) -> None:
         settings=SETTINGS,
     )
     made = pipeline.run(request, Silent()).package
-    assert not [check for check in made.parity.checks if not check.passed]
+    assert not [check for check in made.evidence.checks if not check.passed]
 
 
 def test_a_package_made_on_the_gpu_verifies_on_the_cpu(on_gpu: package.Package) -> None:
-    parity = pipeline.verify(str(on_gpu.folder), str(POCKET), SETTINGS, "cpu", Silent())
-    assert parity.verdict.passed and parity.scores is not None and on_gpu.parity.scores is not None
-    assert parity.scores.kld.mean.value == pytest.approx(on_gpu.parity.scores.kld.mean.value, rel=0.05)
+    evidence = pipeline.verify(str(on_gpu.folder), str(POCKET), SETTINGS, "cpu", Silent())
+    assert evidence.verdict.passed and evidence.scores is not None and on_gpu.evidence.scores is not None
+    assert evidence.scores.kld.mean.value == pytest.approx(on_gpu.evidence.scores.kld.mean.value, rel=0.05)
 
 
 def test_what_does_not_fit_is_spread_over_gpu_and_cpu(
     on_gpu: package.Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    together = on_gpu.parity.scores
+    together = on_gpu.evidence.scores
     cached = pipeline.verify(str(on_gpu.folder), str(POCKET), SETTINGS, "cuda:0", Silent(), False, tmp_path / "kept")
     rooms = {"cuda:0": 3_000_000, "cpu": 100_000_000}
-    monkeypatch.setattr("quantize.devices.room", lambda device: rooms[device])
+    monkeypatch.setattr("quantize.devices.usable_memory", lambda device: rooms[device])
     spread = pipeline.verify(str(on_gpu.folder), str(POCKET), SETTINGS, "cuda:0", Silent())
-    assert spread.reference_dtype == "float16" and set(spread.reference_places) == {"cuda:0", "cpu"}
+    assert spread.reference_dtype == "float16" and set(spread.reference_devices) == {"cuda:0", "cpu"}
     for other in (cached.scores, spread.scores):
         assert together is not None and other is not None
         assert other.kld.mean.value == pytest.approx(together.kld.mean.value, rel=0.01)
@@ -139,11 +138,11 @@ def test_the_calibrated_recipe(tmp_path: Path) -> None:
     """Better than stock on the same windows, under a size budget still better; both write text and can be trained."""
     made = {}
     for budget in (1.0, 1.2):
-        recipe = dataclasses.replace(LITTLE, size_budget=budget)
+        recipe = methods.replace(LITTLE, size_budget=budget)
         request = pipeline.RunRequest(str(POCKET), output=tmp_path / f"{budget}", recipe=recipe, settings=SETTINGS)
         made[budget] = pipeline.run(request, Silent()).package
         require_pipeline_and_lora(made[budget].folder, "cuda")
-    plain, larger = (one.parity for one in made.values())
+    plain, larger = (one.evidence for one in made.values())
     assert all(check.passed for check in (*plain.checks, *larger.checks)) and plain.scores and larger.scores
     assert plain.scores.kld.mean.value < 0.7 * plain.controls[0].kld.value
     assert larger.scores.kld.mean.value < plain.scores.kld.mean.value
@@ -157,7 +156,7 @@ def test_the_calibrated_recipe(tmp_path: Path) -> None:
 def test_the_whole_job_over_http(tmp_path: Path) -> None:
     with LoopbackHub() as hub:
         seed_distilgpt2(hub, POCKET)
-        made = quantize(hub, tmp_path, "run", "--bits", "4", "--recipe", "stock", "--require", "degraded", "--json")
+        made = quantize(hub, tmp_path, "run", "--bits", "4", "--recipe", "rtn", "--require", "degraded", "--json")
         assert made.returncode == 0, made.stderr
         pushed = quantize(hub, tmp_path, "push", "distilgpt2-bnb-4bit", "--to", TARGET, "--json")
         assert pushed.returncode == 0, pushed.stderr

@@ -14,12 +14,13 @@ import click
 from quantize import __version__
 from quantize.cli.options import (
     FOLDER,
+    Command,
     Output,
     against_option,
     cache_option,
     device_option,
+    evaluation_options,
     output_options,
-    parity_options,
     publisher_options,
     recipe_options,
     repo_ids,
@@ -28,7 +29,11 @@ from quantize.cli.options import (
     trust_option,
 )
 from quantize.errors import ParityRefused, QuantizeError
-from quantize.records import DEFAULT_MODEL, UNMEASURED, ParitySettings, Recipe, Target, to_json
+from quantize.grades import UNMEASURED
+from quantize.options import DEFAULT_MODEL
+from quantize.publishing.records import Target
+from quantize.records import EvaluationSettings, Recipe
+from quantize.serialization import to_json
 
 if TYPE_CHECKING:
     from quantize.pipeline import RunRequest
@@ -57,7 +62,7 @@ def cli() -> None:
     """
 
 
-@cli.command()
+@cli.command(cls=Command)
 @click.argument("model", default=DEFAULT_MODEL)
 @click.option("--revision", help="Branch, tag or commit of a Hub model; resolved once to a commit.")
 @click.option("--output", "-o", "folder", type=FOLDER, help="The package; default: MODEL-bnb-4bit here.")
@@ -75,7 +80,7 @@ def cli() -> None:
 )
 @target_options("--push-to", required=False)
 @click.option("--refresh-card", is_flag=True, help="With --push-to: render a published card again, and push it alone.")
-@parity_options
+@evaluation_options
 @output_options
 @publisher_options
 def run(
@@ -95,7 +100,7 @@ def run(
     dry_run: bool,
     refresh_card: bool,
     publisher: Publisher | None,
-    settings: ParitySettings,
+    settings: EvaluationSettings,
     output: Output,
 ) -> None:
     """Quantize MODEL, prove it against the original, write its card, leave a finished package.
@@ -146,12 +151,12 @@ def _run(request: RunRequest, output: Output) -> None:
     if not result.created:
         output.progress.note(f"{made.folder} is already finished: nothing to do (--force makes it again)")
     output.show(
-        {"package": str(made.folder), "created": result.created, "parity": made.parity},
-        lambda terminal: console.show_parity(terminal, made.parity),
+        {"package": str(made.folder), "created": result.created, "parity": made.evidence},
+        lambda terminal: console.show_parity(terminal, made.evidence),
         lambda terminal: console.show_package(terminal, made),
     )
-    if not made.parity.verdict.passed and made.parity.verdict.grade != UNMEASURED:
-        reason = made.parity.verdict.reasons[0]
+    if not made.evidence.verdict.passed and made.evidence.verdict.grade != UNMEASURED:
+        reason = made.evidence.verdict.reasons[0]
         raise ParityRefused(f"{request.model} was refused: {reason}; the evidence is in {made.folder}")
 
 
@@ -163,14 +168,14 @@ def _deliver(wanted: Wanted, output: Output) -> None:
     output.show(done.summary(), lambda terminal: console.show_delivery(terminal, done))
 
 
-@cli.command()
+@cli.command(cls=Command)
 @click.argument("checkpoint")
 @against_option
 @click.option("--figures", type=FOLDER, help="Write the figures into this folder.")
 @device_option
 @trust_option
 @cache_option
-@parity_options
+@evaluation_options
 @output_options
 def verify(
     checkpoint: str,
@@ -179,7 +184,7 @@ def verify(
     device: str,
     trust_remote_code: bool,
     reference_cache: Path | None,
-    settings: ParitySettings,
+    settings: EvaluationSettings,
     output: Output,
 ) -> None:
     """Measure a package again, or any bitsandbytes checkpoint --against its original.
@@ -193,15 +198,17 @@ def verify(
     from quantize import pipeline
     from quantize.cli import console
 
-    parity = pipeline.verify(checkpoint, against, settings, device, output.progress, trust_remote_code, reference_cache)
+    evidence = pipeline.verify(
+        checkpoint, against, settings, device, output.progress, trust_remote_code, reference_cache
+    )
     if figures is not None:
-        pipeline.draw_figures(parity, figures)
-    output.show(parity, lambda terminal: console.show_parity(terminal, parity))
-    if not parity.verdict.passed:
-        raise ParityRefused(f"{checkpoint} was refused: {parity.verdict.reasons[0]}")
+        pipeline.draw_figures(evidence, figures)
+    output.show(evidence, lambda terminal: console.show_parity(terminal, evidence))
+    if not evidence.verdict.passed:
+        raise ParityRefused(f"{checkpoint} was refused: {evidence.verdict.reasons[0]}")
 
 
-@cli.command()
+@cli.command(cls=Command)
 @click.argument("folder", type=FOLDER)
 @against_option
 @template_option
@@ -241,7 +248,7 @@ def card(
     )
 
 
-@cli.command()
+@cli.command(cls=Command)
 @click.argument("folder", type=FOLDER)
 @target_options("--to", required=True)
 @output_options
@@ -266,7 +273,7 @@ def push(folder: Path, target: Target, verify_download: bool, dry_run: bool, out
     output.show(receipt, lambda terminal: console.show_receipt(terminal, receipt))
 
 
-@cli.command()
+@cli.command(cls=Command)
 @click.argument("catalogue", type=click.Path(path_type=Path, dir_okay=False))
 @click.option(
     "--output",
@@ -319,7 +326,7 @@ def sync(
     context.exit(report.exit_code)
 
 
-@cli.command()
+@cli.command(cls=Command)
 @output_options
 def doctor(output: Output) -> None:
     """Show what this machine has: devices, backends, versions, token, disk.
@@ -330,8 +337,8 @@ def doctor(output: Output) -> None:
     from quantize import diagnostics
     from quantize.cli import console
 
-    found = diagnostics.examine()
-    output.show(found, lambda terminal: console.show_examination(terminal, found))
+    found = diagnostics.diagnose()
+    output.show(found, lambda terminal: console.show_diagnostics(terminal, found))
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -14,13 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 from model_card import nats, split
-from quantize.diagnostics import Examination
+from quantize.diagnostics import Diagnostics
+from quantize.evidence import Estimate, Evidence
+from quantize.grades import LIMITS, UNMEASURED
 from quantize.package import CARD, Package
-from quantize.parity.verdict import LIMITS
 from quantize.progress import Advance
 from quantize.publishing.delivery import Delivery
+from quantize.publishing.records import Plan, Receipt
 from quantize.publishing.sync import Report
-from quantize.records import UNMEASURED, Estimate, Parity, Plan, Receipt
 
 PLAIN_WIDTH = 100
 
@@ -61,14 +62,14 @@ class Terminal:
             yield lambda amount: progress.advance(bar, amount)
 
 
-def show_parity(console: Console, parity: Parity) -> None:
+def show_parity(console: Console, evidence: Evidence) -> None:
     """The table of results and the verdict."""
-    failed = [check for check in parity.checks if not check.passed]
-    for check in parity.checks if failed else []:
+    failed = [check for check in evidence.checks if not check.passed]
+    for check in evidence.checks if failed else []:
         console.print(f"    {'ok  ' if check.passed else 'FAIL'} {check.name}: {check.detail}", soft_wrap=True)
-    if parity.scores is not None:
-        console.print(_scores_table(parity))
-    verdict = parity.verdict
+    if evidence.scores is not None:
+        console.print(_scores_table(evidence))
+    verdict = evidence.verdict
     if verdict.grade == UNMEASURED:
         console.print("not measured: only the files were checked", style="yellow", soft_wrap=True)
         return
@@ -83,7 +84,7 @@ def show_parity(console: Console, parity: Parity) -> None:
 
 def show_package(console: Console, package: Package) -> None:
     """What was made and where it lies."""
-    sizes, recipe = parity_sizes(package.parity), package.provenance.recipe
+    sizes, recipe = parity_sizes(package.evidence), package.provenance.recipe
     console.print(f"{package.provenance.source.name} in {recipe.bits} bits: {sizes}", soft_wrap=True)
     console.print(f"package: {package.folder}", soft_wrap=True)
 
@@ -127,7 +128,7 @@ def show_plan(console: Console, plan: Plan) -> None:
 def show_delivery(console: Console, delivery: Delivery) -> None:
     """What came of `run --push-to`."""
     if delivery.package and delivery.receipt and delivery.receipt.created_commit:
-        show_parity(console, delivery.package.parity)
+        show_parity(console, delivery.package.evidence)
         show_package(console, delivery.package)
     if delivery.receipt:
         show_receipt(console, delivery.receipt)
@@ -145,7 +146,7 @@ def show_report(console: Console, report: Report) -> None:
     console.print(table)
 
 
-def show_examination(console: Console, found: Examination) -> None:
+def show_diagnostics(console: Console, found: Diagnostics) -> None:
     table = Table(show_header=False, title="this machine", title_justify="left")
     table.add_row("python", found.python)
     for name, version in found.versions.items():
@@ -160,20 +161,20 @@ def show_examination(console: Console, found: Examination) -> None:
     console.print(table)
 
 
-def parity_sizes(parity: Parity) -> str:
+def parity_sizes(evidence: Evidence) -> str:
     """Sizes in one phrase."""
-    sizes = parity.sizes
+    sizes = evidence.sizes
     return (
         f"{sizes.source_bytes / 1e6:.1f} MB -> {sizes.package_bytes / 1e6:.1f} MB, "
         f"{sizes.bits_per_parameter:.2f} bits per parameter"
     )
 
 
-def _scores_table(parity: Parity) -> Table:
-    scores, generated, text = parity.scores, parity.generation, parity.corpus
+def _scores_table(evidence: Evidence) -> Table:
+    scores, generated, text = evidence.scores, evidence.generation, evidence.corpus
     assert scores is not None and text is not None
-    ratio_limit, kld_limit = LIMITS[parity.verdict.required]
-    enough = " decided" if text.scored < text.windows and parity.looks[-1].certain else ""
+    ratio_limit, kld_limit = LIMITS[evidence.verdict.required]
+    enough = " decided" if text.scored < text.windows and evidence.looks[-1].certain else ""
     caption = f"{text.scored} of {text.windows} windows of {text.window} tokens of {text.name}{enough}; 95 % intervals"
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
     for name in ("metric", "reference", "candidate", "interval", "limit", "pass"):
@@ -196,15 +197,15 @@ def _scores_table(parity: Parity) -> Table:
     table.add_row("mean KLD (nats)", "0", nats(kld.value), _range(kld), f"{kld_limit}", _mark(kld, kld_limit))
     table.add_row("same top token", "1", f"{top.value:.4f}", _range(top))
     table.add_row("RMS delta p", "0", f"{scores.delta_p_rms.value:.4f}", _range(scores.delta_p_rms))
-    for control in parity.controls:
+    for control in evidence.controls:
         table.add_row(
             f"  {control.name}: ratio", "1", f"{control.perplexity_ratio.value:.4f}", _range(control.perplexity_ratio)
         )
         table.add_row(f"  {control.name}: KLD", "0", nats(control.kld.value), _range(control.kld), control.grade)
-    for figure in parity.conventions:
+    for figure in evidence.standard_perplexities:
         table.add_row(figure.name, f"{figure.reference:.4f}", f"{figure.candidate:.4f}")
-    if parity.reference_cache is not None:
-        table.add_row("  reference cache: KLD", "0", nats(parity.reference_cache.mean_kld))
+    if evidence.reference_cache is not None:
+        table.add_row("  reference cache: KLD", "0", nats(evidence.reference_cache.mean_kld))
     if generated is not None:
         table.add_row("greedy equal at 16", "1", f"{generated.identical_at_16:.2f}")
         table.add_row("cached agreement", "1", f"{generated.cached_agreement:.4f}")

@@ -6,25 +6,18 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from quantize import methods
 from quantize.errors import ParityRefused, QuantizeError
-from quantize.records import (
-    COMPUTE_DTYPES,
-    GRADES,
-    HUB_ID,
-    QUANT_TYPES,
-    RECIPES,
-    ParitySettings,
-    Recipe,
-    Target,
-    to_json,
-)
+from quantize.options import HUB_ID, SETTINGS, Choice, Flag, Number, Option, Whole
+from quantize.publishing.records import Target
+from quantize.records import EvaluationSettings
+from quantize.serialization import to_json
 
 if TYPE_CHECKING:
     from quantize.progress import Progress
@@ -76,64 +69,103 @@ def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def parity_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options of ParitySettings, handed to the command as one `settings`."""
-    options = [
-        click.option(
-            "--corpus", default=ParitySettings.corpus, show_default=True, help="'builtin', 'wikitext-2' or a text file."
-        ),
-        click.option(
-            "--window",
-            type=click.IntRange(16),
-            default=ParitySettings.window,
-            show_default=True,
-            help="Tokens per window, at most the model's context.",
-        ),
-        click.option(
-            "--max-windows",
-            type=click.IntRange(8),
-            default=ParitySettings.max_windows,
-            show_default=True,
-            help="Score at most this many windows.",
-        ),
-        click.option(
-            "--new-tokens",
-            type=click.IntRange(1),
-            default=ParitySettings.new_tokens,
-            show_default=True,
-            help="Tokens generated per prompt.",
-        ),
-        click.option("--full", is_flag=True, help="Score every window, even when the verdict is certain before."),
-        click.option(
-            "--controls", is_flag=True, help="Measure the float16 source, int8 and stock NF4 in the same run."
-        ),
-        click.option(
-            "--conventions",
-            is_flag=True,
-            help="Also state both perplexities as papers do: sliding window, and lm-evaluation-harness.",
-        ),
-        click.option(
-            "--seed",
-            type=click.IntRange(0, 2**32 - 1),
-            default=ParitySettings.seed,
-            show_default=True,
-            help="For all randomness.",
-        ),
-        click.option(
-            "--require",
-            type=click.Choice(GRADES[:-1]),
-            default=ParitySettings.require,
-            show_default=True,
-            help="The grade that a package must reach.",
-        ),
-    ]
+class Command(click.Command):
+    """A command that takes the flags of earlier versions as well, and says what they are called now."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [self._current(argument) for argument in args])
+
+    def _current(self, argument: str) -> str:
+        flag, mark, value = argument.partition("=")
+        for parameter in self.params:
+            former = getattr(parameter, "former", ())
+            if flag in former:
+                click.echo(f"note: {flag} is called {parameter.opts[0]} now", err=True)
+                return f"{parameter.opts[0]}{mark}{value}"
+        return argument
+
+
+class TableOption(click.Option):
+    """click's form of a row of the table."""
+
+    def __init__(self, *flags: Any, former: tuple[str, ...] = (), **attributes: Any) -> None:
+        self.former = former
+        super().__init__(*flags, **attributes)
+
+
+class ChoiceOf(click.ParamType[Any]):
+    """One of a few values; those of earlier versions are taken as well, with a note."""
+
+    name = "choice"
+
+    def __init__(self, option: Option) -> None:
+        assert isinstance(option.kind, Choice)
+        self.values = option.kind.values
+        self.former = dict(option.former_values)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value in self.former:
+            click.echo(f"note: {value} is called {self.former[value]} now", err=True)
+            return self.former[value]
+        for allowed in self.values:
+            if str(allowed) == str(value):
+                return allowed
+        self.fail(f"{value!r} is not {Choice(self.values).words}", param, ctx)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return f"[{'|'.join(map(str, self.values))}]"
+
+
+def from_table(option: Option) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The decorator that adds one row of the table to a command."""
+    attributes: dict[str, Any] = {"help": option.help, "former": option.former, "cls": TableOption}
+    match option.kind:
+        case Flag():
+            attributes |= {"is_flag": True, "default": option.default}
+            if "/" in option.flag:
+                attributes["show_default"] = True
+        case _:
+            attributes |= {"type": _click_type(option), "default": option.default, "show_default": not option.repeated}
+            attributes |= {"metavar": getattr(option.kind, "metavar", None), "multiple": option.repeated}
+    return click.option(option.flag, option.field, **attributes)
+
+
+def _click_type(option: Option) -> Any:
+    match option.kind:
+        case Choice():
+            return ChoiceOf(option)
+        case Whole(low, high):
+            return click.IntRange(low, high)
+        case Number(low):
+            return click.FloatRange(low)
+        case _:
+            return str
+
+
+def _with(options: Sequence[Option], command: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.reduce(lambda inner, option: from_table(option)(inner), reversed(options), command)
+
+
+def evaluation_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options of EvaluationSettings, handed to the command as one `settings`."""
 
     @functools.wraps(command)
     def wrapped(**given: Any) -> Any:
-        names = ("corpus", "window", "max_windows", "new_tokens", "seed", "full", "controls", "conventions", "require")
-        return command(settings=ParitySettings(**{name: given.pop(name) for name in names}), **given)
+        settings = EvaluationSettings(**{option.field: given.pop(option.field) for option in SETTINGS})
+        return command(settings=settings, **given)
 
-    return functools.reduce(lambda inner, option: option(inner), reversed(options), wrapped)
+    return _with(SETTINGS, wrapped)
+
+
+def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options of Recipe and of all methods, handed to the command as one `recipe`."""
+    options = methods.recipe_options()
+
+    @functools.wraps(command)
+    def wrapped(**given: Any) -> Any:
+        return command(recipe=methods.recipe_of({option.field: given.pop(option.field) for option in options}), **given)
+
+    return _with(options, wrapped)
 
 
 device_option = click.option(
@@ -187,99 +219,6 @@ cache_option = click.option(
     metavar="FILE",
     help="Load the models one at a time and keep the original's answers in FILE, also for the next candidate.",
 )
-
-
-def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options of Recipe, handed to the command as one `recipe`."""
-
-    @click.option(
-        "--recipe",
-        "recipe_name",
-        type=click.Choice(RECIPES),
-        default=Recipe.name,
-        show_default=True,
-        help="stock rounds to nearest, calibrated changes outputs least, auto goes on until --target is reached.",
-    )
-    @click.option(
-        "--target",
-        "target_grade",
-        type=click.Choice(GRADES[:-1]),
-        default=Recipe.target_grade,
-        show_default=True,
-        help="The grade at which auto stops looking for a better recipe.",
-    )
-    @click.option("--bits", type=click.Choice(["4", "8"]), default=str(Recipe.bits), show_default=True)
-    @click.option("--quant-type", type=click.Choice(QUANT_TYPES), default=Recipe.quant_type, show_default=True)
-    @click.option(
-        "--double-quant/--no-double-quant",
-        default=Recipe.double_quant,
-        show_default=True,
-        help="Quantize scales again.",
-    )
-    @click.option(
-        "--compute-dtype",
-        type=click.Choice(COMPUTE_DTYPES),
-        default=Recipe.compute_dtype,
-        show_default=True,
-        help="Type of products and of what is not quantized; auto keeps the source's half precision.",
-    )
-    @click.option("--skip-modules", multiple=True, metavar="NAME", help="Leave this module as it is. May be repeated.")
-    @click.option(
-        "--size-budget",
-        type=click.FloatRange(1),
-        default=Recipe.size_budget,
-        show_default=True,
-        help="Times the bytes of plain 4-bit weights that calibrated may use for smaller blocks and half precision.",
-    )
-    @click.option(
-        "--sweeps",
-        type=click.IntRange(0),
-        default=Recipe.sweeps,
-        show_default=True,
-        help="How often calibrated goes over a matrix after the first pass.",
-    )
-    @click.option(
-        "--epochs",
-        type=click.IntRange(0),
-        default=Recipe.epochs,
-        show_default=True,
-        help="How often calibrated reads its text while it learns rounding, block by block.",
-    )
-    @click.option(
-        "--calibration",
-        metavar="TEXT",
-        default=Recipe.calibration,
-        show_default=True,
-        help="self: what the source writes itself; or a text file, or owner/name:path in a Hub data set.",
-    )
-    @click.option(
-        "--calibration-windows",
-        type=click.IntRange(8),
-        default=Recipe.calibration_windows,
-        show_default=True,
-        help="Windows of calibration text.",
-    )
-    @click.option(
-        "--calibration-length",
-        type=click.IntRange(16),
-        default=Recipe.calibration_length,
-        show_default=True,
-        help="Tokens in each, at most the model's context.",
-    )
-    @click.option(
-        "--calibration-seed",
-        type=click.IntRange(0, 2**32 - 1),
-        default=Recipe.calibration_seed,
-        show_default=True,
-        help="For calibration text and gradients.",
-    )
-    @functools.wraps(command)
-    def wrapped(bits: str, recipe_name: str, **given: Any) -> Any:
-        names = {item.name for item in fields(Recipe)} - {"name", "bits"}
-        details = {name: given.pop(name) for name in names}
-        return command(recipe=Recipe(name=recipe_name, bits=int(bits), **details), **given)
-
-    return wrapped
 
 
 def repo_ids(context: click.Context, parameter: click.Parameter, value: Any) -> Any:

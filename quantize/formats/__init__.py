@@ -1,0 +1,1 @@
+"""Files of weights: safetensors, and the checkpoints of quantization libraries in them."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantize.errors import AccessDenied, CorruptModel, PublishError, storage_errors
 from quantize.files import git_blob_id, hash_file
-from quantize.hub.retries import patiently, set_deadlines, translated
+from quantize.hub.retries import retried, set_deadlines, translated
 from quantize.progress import Advance, ignore
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def account() -> Account:
     if not token.isascii():
         raise AccessDenied("the token for the Hub has a letter that no token has: copy it once more")
 
-    @patiently
+    @retried
     def ask() -> dict[str, Any]:
         with translated("the account"):
             return dict(api().whoami())
@@ -96,14 +96,14 @@ def account() -> Account:
     return Account(str(found["name"]), frozenset({str(found["name"]), *groups}), role == READ_ONLY)
 
 
-@patiently
+@retried
 def require_write(repo_id: str) -> None:
     """Raise AccessDenied unless the token may write to this repo."""
     with translated(repo_id):
         api().auth_check(repo_id, write=True)
 
 
-@patiently
+@retried
 def resolve(repo_id: str, revision: str | None) -> tuple[str, tuple[RemoteFile, ...]]:
     """The commit that `revision` means now, and every file of it."""
     with translated(repo_id, revision):
@@ -111,14 +111,14 @@ def resolve(repo_id: str, revision: str | None) -> tuple[str, tuple[RemoteFile, 
     return str(info.sha), tuple(_remote_file(sibling) for sibling in info.siblings or ())
 
 
-@patiently
+@retried
 def head(repo_id: str, revision: str | None) -> str:
     """The commit that `revision` means now."""
     with translated(repo_id, revision):
         return str(api().model_info(repo_id, revision=revision).sha)
 
 
-@patiently
+@retried
 def refs(repo_id: str) -> tuple[dict[str, str], dict[str, str]]:
     """Branches and tags, each with its commit."""
     with translated(repo_id):
@@ -129,14 +129,14 @@ def refs(repo_id: str) -> tuple[dict[str, str], dict[str, str]]:
     )
 
 
-@patiently
+@retried
 def history(repo_id: str, revision: str | None) -> tuple[str, ...]:
     """Commits of a branch or a pull request, newest first."""
     with translated(repo_id, revision):
         return tuple(commit.commit_id for commit in api().list_repo_commits(repo_id, revision=revision))
 
 
-@patiently
+@retried
 def open_pull_request(repo_id: str, author: str, mark: str) -> int | None:
     """The number of the author's open pull request whose title ends with `mark`."""
     with translated(repo_id):
@@ -187,7 +187,7 @@ def _arrived(path: Path, expected: RemoteFile, advance: Advance) -> bool:
     return expected.blob_id in (None, git_blob_id(path))
 
 
-@patiently
+@retried
 def dataset_file(repo_id: str, path: str) -> tuple[str, Path]:
     """One file of a dataset at its present commit, and that commit."""
     with translated(repo_id), storage_errors(cache_folder()):
@@ -201,7 +201,7 @@ def is_cached(repo_id: str, commit: str, path: str) -> bool:
     return isinstance(try_to_load_from_cache(repo_id, path, revision=commit), str)
 
 
-@patiently
+@retried
 def download(repo_id: str, commit: str, paths: Sequence[str], cache: Path | None = None) -> Path:
     """The snapshot folder with exactly these files of the commit brought into the Hub's cache, or another one."""
     patterns = [glob.escape(path) for path in paths]
@@ -215,7 +215,7 @@ def forget(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-@patiently
+@retried
 def validate_card(repo_id: str, text: str) -> None:
     """Let the Hub check a card's metadata; raises PublishError."""
     from huggingface_hub import ModelCard
@@ -228,21 +228,21 @@ def validate_card(repo_id: str, text: str) -> None:
         raise PublishError(f"the Hub refuses the card: {' '.join(str(error).split())}") from error
 
 
-@patiently
+@retried
 def create_repo(repo_id: str, *, private: bool) -> None:
     """Make sure that a model repo of this name exists; an organization's own default may make it private, too."""
     with translated(repo_id):
         api().create_repo(repo_id, private=private or None, exist_ok=True)
 
 
-@patiently
+@retried
 def create_branch(repo_id: str, branch: str, start: str) -> None:
     """Make sure that a branch of this name exists; a new one starts at the commit `start`."""
     with translated(repo_id):
         api().create_branch(repo_id, branch=branch, revision=start, exist_ok=True)
 
 
-@patiently
+@retried
 def create_tag(repo_id: str, tag: str, commit: str) -> None:
     """Make sure that a tag of this name exists; a new one points to `commit`."""
     with translated(repo_id):
@@ -259,7 +259,7 @@ def operations(changes: Changes) -> list[Any]:
     ]
 
 
-@patiently
+@retried
 def upload(repo_id: str, changes: list[Any], *, revision: str | None, pull_request: bool) -> None:
     """Send the large files; nothing shows in the repo before the commit, and what arrived is not sent again."""
     additions = [change for change in changes if hasattr(change, "path_or_fileobj")]

@@ -60,7 +60,7 @@ def set_deadlines() -> None:
     set_client_factory(client)
 
 
-def patiently(question: Callable[Given, Answer]) -> Callable[Given, Answer]:
+def retried(question: Callable[Given, Answer]) -> Callable[Given, Answer]:
     """Ask again, with longer and longer waits, while the Hub is only unreachable; for what may be done twice."""
     return tenacity.retry(
         retry=tenacity.retry_if_exception(lambda error: isinstance(error, HubUnreachable) and error.passing),

@@ -1,75 +1,150 @@
-"""How weights become 4-bit: one module a recipe, and only here is bitsandbytes imported."""
+"""How codes and scales are chosen: one module a method, registered by being there.
+
+A module of this package that has a `METHOD` adds a method: its name becomes a value of `--recipe`, its options become
+options of `quantize run` and keys of a catalogue. Modules are imported for their options alone, so they import what is
+heavy (torch, transformers, bitsandbytes) inside of functions.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import importlib
+import pkgutil
 import shutil
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
 from quantize.errors import ConfigError
-from quantize.progress import Progress
-from quantize.records import AUTO, CALIBRATED, STOCK, Checkout, Quantized, Recipe
+from quantize.methods.method import Job, Method
+from quantize.options import RECIPE, Choice, Option
+from quantize.records import Checkout, Quantized, Recipe, Scalar
+
+__all__ = [
+    "AUTO",
+    "Job",
+    "Method",
+    "check",
+    "get",
+    "names",
+    "normalized",
+    "options",
+    "quantize",
+    "recipe_of",
+    "recipe_options",
+    "registered",
+    "replace",
+]
+
+AUTO = "auto"
+"""The recipe that tries one method after the other; see quantize/search.py."""
 
 
-def quantize(
-    checkout: Checkout,
-    output: Path,
-    recipe: Recipe,
-    device: str,
-    progress: Progress,
-    corpus: str = "",
-    resume: Path | None = None,
-) -> Quantized:
-    """Write quantized weights and their config of `checkout` into the folder `output`; stock where not calibrated.
+@functools.cache
+def registered() -> tuple[Method, ...]:
+    """All methods, the plainest first."""
+    modules = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
+    methods = [module.METHOD for module in modules if hasattr(module, "METHOD")]
+    return tuple(sorted(methods, key=lambda method: (method.order, method.name)))
 
-    A calibrated recipe never looks at `corpus`, the text that the result is judged by. Finished parts are kept in the
-    folder `resume` for a run that goes on there; without one they go away at the end. Raises CorruptModel (NaN,
-    damage), UnsupportedModel (nothing to quantize), CorpusError (the calibration text), DeviceError or StorageError.
+
+def names() -> tuple[str, ...]:
+    """What `--recipe` may be."""
+    return (AUTO, *(method.name for method in registered()))
+
+
+def former_names() -> dict[str, str]:
+    """What methods were called in earlier versions, and what they are called now."""
+    return {former: method.name for method in registered() for former in method.former_names}
+
+
+def get(name: str) -> Method:
+    """The method of that name; raises ConfigError."""
+    current = former_names().get(name, name)
+    for method in registered():
+        if method.name == current:
+            return method
+    raise ConfigError(f"there is no recipe {name!r}: choose one of {', '.join(names())}")
+
+
+def options(name: str = AUTO) -> tuple[Option, ...]:
+    """The options of a method, or for `auto` those of all, each once."""
+    of = registered() if name == AUTO else (get(name),)
+    return tuple(dict.fromkeys(option for method in of for option in method.options))
+
+
+def recipe_options() -> tuple[Option, ...]:
+    """All options that fill a recipe: which method, what every method has, what is a method's own."""
+    summaries = "; ".join(f"{method.name} {method.summary}" for method in registered())
+    which = Option(
+        "--recipe",
+        "name",
+        Choice(names()),
+        f"{summaries}; {AUTO} tries them until --target is reached.",
+        Recipe,
+        former_values=tuple(former_names().items()),
+        key="recipe",
+    )
+    return (which, *RECIPE, *options())
+
+
+def recipe_of(values: Mapping[str, Any]) -> Recipe:
+    """The recipe with these values of its fields and of methods' options; raises ConfigError."""
+    shared = {item.name for item in dataclasses.fields(Recipe)}
+    own = {name: value for name, value in values.items() if name not in shared}
+    return normalized(Recipe(**{name: value for name, value in values.items() if name in shared}, options=own))
+
+
+def replace(recipe: Recipe, **values: Any) -> Recipe:
+    """The recipe with other values of its fields and of methods' options; raises ConfigError."""
+    shared = {item.name: getattr(recipe, item.name) for item in dataclasses.fields(Recipe) if item.name != "options"}
+    return recipe_of({**shared, **recipe.options, **values})
+
+
+def normalized(recipe: Recipe) -> Recipe:
+    """The recipe with the present name of its method, and with only those of its options that change something.
+
+    `auto` may have the options of all methods. Raises ConfigError for a value or an option that the method does not
+    have.
     """
-    kept = resume or output.with_name(f"{output.name}.unfinished")
-    made = _make(checkout, output, recipe, device, progress, corpus, kept)
-    if resume is None:
-        shutil.rmtree(kept, ignore_errors=True)
-    return made
-
-
-def _make(
-    checkout: Checkout, output: Path, recipe: Recipe, device: str, progress: Progress, corpus: str, kept: Path
-) -> Quantized:
-    if recipe.name == CALIBRATED:
-        from quantize.methods.calibration import quantizer
-
-        return quantizer.quantize(checkout, output, recipe, device, progress, corpus, kept)
-    from quantize.formats.bitsandbytes import checkpoint
-
-    return checkpoint.quantize(checkout, output, recipe, device, progress, kept)
+    name = recipe.name if recipe.name == AUTO else get(recipe.name).name
+    own = {option.field: option for option in (options(name))}
+    every = {option.field: option for option in options()}
+    changed: dict[str, Scalar] = {}
+    for field, value in sorted(recipe.options.items()):
+        option = every.get(field)
+        if option is None:
+            raise ConfigError(f"no recipe has an option {field!r}: it may be one of {', '.join(sorted(every))}")
+        if not option.kind.accepts(value):
+            raise ConfigError(f"{field} is {option.kind.words}, not {value!r}")
+        if value == option.default:
+            continue
+        if field not in own:
+            raise ConfigError(f"the recipe {name} has no {option.flag}: leave it out, or choose another --recipe")
+        changed[field] = type(option.default)(value)
+    return dataclasses.replace(recipe, name=name, options=changed)
 
 
 def check(checkout: Checkout, recipe: Recipe, corpus: str) -> None:
-    """Raise ConfigError or CorpusError now, rather than after other recipes, where one that is asked for cannot work.
+    """Raise ConfigError or CorpusError now, rather than after other attempts, where the recipe cannot work.
 
     `corpus` is the text that the package will be judged by.
     """
-    if recipe.name == CALIBRATED and recipe.bits != 4:
-        raise ConfigError("the calibrated recipe makes 4-bit weights: leave it out with 8 bits")
-    if recipe.size_budget > 1 and (recipe.name == STOCK or recipe.bits != 4):
-        raise ConfigError(
-            "a size budget is for 4-bit weights by the recipes calibrated and auto: leave one of them out"
-        )
-    from transformers import AutoConfig, AutoTokenizer
-
-    from quantize.methods.calibration import calibration_text
-
-    if recipe.name in (CALIBRATED, AUTO) and recipe.bits == 4 and recipe.calibration != calibration_text.SELF:
-        options = {"local_files_only": True, "trust_remote_code": checkout.source.remote_code}
-        config = AutoConfig.from_pretrained(checkout.folder, **options)
-        calibration_text.given(recipe, config, AutoTokenizer.from_pretrained(checkout.folder, **options), corpus)
+    for method in registered():
+        if recipe.name in (method.name, AUTO):
+            method.check(checkout, recipe, corpus)
 
 
-def works_on(device: str) -> bool:
-    """Whether bitsandbytes quantizes to 4 bits on `device` and gets nearly the same values back."""
-    import torch
-    from bitsandbytes import functional
+def quantize(job: Job) -> Quantized:
+    """Write quantized weights and their config into the folder `job.output`, by the method that the recipe names.
 
-    weights = torch.randn(64, 64, device=device)
-    restored = functional.dequantize_4bit(*functional.quantize_4bit(weights, quant_type="nf4"))
-    return bool((restored - weights).norm() < 0.2 * weights.norm())
+    Finished parts are kept in the folder `job.resume` for a run that goes on there; without one they go away at the
+    end. Raises CorruptModel (NaN, damage), UnsupportedModel (nothing to quantize), CorpusError (the calibration text),
+    DeviceError or StorageError.
+    """
+    if job.resume is not None:
+        return get(job.recipe.name).quantize(job)
+    temporary = job.output.with_name(f"{job.output.name}.unfinished")
+    quantized = get(job.recipe.name).quantize(dataclasses.replace(job, resume=temporary))
+    shutil.rmtree(temporary, ignore_errors=True)
+    return quantized

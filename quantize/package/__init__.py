@@ -11,18 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantize.errors import PackageError, storage_errors
+from quantize.evidence import Evidence
 from quantize.files import hash_file, locked, records_of
-from quantize.records import (
-    Checkout,
-    FileRecord,
-    Parity,
-    ParitySettings,
-    Provenance,
-    Recipe,
-    Source,
-    read_record,
-    to_json,
-)
+from quantize.records import Checkout, EvaluationSettings, FileRecord, Provenance, Recipe, Source
+from quantize.serialization import read_record, to_json
 
 PROVENANCE, PARITY, CARD, FIGURES = "provenance.json", "parity.json", "README.md", "figures"
 RECEIPT = "receipt.json"
@@ -36,30 +28,30 @@ class Package:
 
     folder: Path
     provenance: Provenance
-    parity: Parity
+    evidence: Evidence
 
 
 @contextmanager
-def building_site(output: Path) -> Iterator[Path]:
+def staging_folder(output: Path) -> Iterator[Path]:
     """An empty folder beside `output` to build in, for this process alone; gone afterwards, whatever happens.
 
     What a killed run left there is removed first. Raises PackageError when another run builds the same package.
     """
-    site = output.with_name(f"{output.name}{BUILDING}")
+    staging = output.with_name(f"{output.name}{BUILDING}")
     busy = PackageError(f"another run is building {output}: wait for it, or name another --output")
-    with storage_errors(site), locked(output, busy):
+    with storage_errors(staging), locked(output, busy):
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
             _restore(output)
-            shutil.rmtree(site, ignore_errors=True)
-            site.mkdir()
-            yield site
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir()
+            yield staging
         finally:
-            shutil.rmtree(site, ignore_errors=True)
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def finished(
-    output: Path, source: Source, recipe: Recipe, settings: ParitySettings, *, outdated: bool = False
+    output: Path, source: Source, recipe: Recipe, settings: EvaluationSettings, *, outdated: bool = False
 ) -> Package | None:
     """The package that already stands at `output`, when it was made from this source in this way.
 
@@ -70,8 +62,8 @@ def finished(
         return None
     package = open_package(output)
     made_from = package.provenance
-    same = made_from.source.fingerprint() == source.fingerprint() and made_from.wanted == recipe
-    ours = made_from.source.repo_id == source.repo_id is not None and made_from.wanted == recipe
+    same = made_from.source.fingerprint() == source.fingerprint() and made_from.requested_recipe == recipe
+    ours = made_from.source.repo_id == source.repo_id is not None and made_from.requested_recipe == recipe
     if outdated and ours and (made_from.source.commit, made_from.settings) != (source.commit, settings):
         require_unchanged(package)
         return None
@@ -85,49 +77,49 @@ def finished(
     return package
 
 
-def copy_carried(checkout: Checkout, names: tuple[str, ...], site: Path) -> None:
+def copy_carried(checkout: Checkout, names: tuple[str, ...], staging: Path) -> None:
     """Copy tokenizer, template and legal files from the source byte for byte."""
     for name in names:
-        target = site / name
+        target = staging / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkout.folder / name, target)
 
 
-def write_evidence(site: Path, parity: Parity) -> None:
-    (site / PARITY).write_text(to_json(parity), "utf-8")
+def write_evidence(staging: Path, evidence: Evidence) -> None:
+    (staging / PARITY).write_text(to_json(evidence), "utf-8")
 
 
-def write_card(site: Path, card: str) -> None:
-    (site / CARD).write_text(card, "utf-8", newline="\n")
+def write_card(staging: Path, card: str) -> None:
+    (staging / CARD).write_text(card, "utf-8", newline="\n")
 
 
-def seal(site: Path, provenance: Provenance) -> Provenance:
+def seal(staging: Path, provenance: Provenance) -> Provenance:
     """Write provenance.json with the hashes of everything else in the folder."""
-    for path in site.glob("*.safetensors"):
-        shutil.copymode(site / "config.json", path)  # safetensors makes files that only their owner may read
-    sealed = dataclasses.replace(provenance, files=records_of(site, without=(PROVENANCE, RECEIPT)))
-    (site / PROVENANCE).write_text(to_json(sealed), "utf-8")
+    for path in staging.glob("*.safetensors"):
+        shutil.copymode(staging / "config.json", path)  # safetensors makes files that only their owner may read
+    sealed = dataclasses.replace(provenance, files=records_of(staging, without=(PROVENANCE, RECEIPT)))
+    (staging / PROVENANCE).write_text(to_json(sealed), "utf-8")
     return sealed
 
 
-def reseal_card(site: Path, provenance: Provenance) -> Provenance:
+def reseal_card(staging: Path, provenance: Provenance) -> Provenance:
     """Write provenance.json again for a new card beside files that are not all here."""
-    new = FileRecord(CARD, *hash_file(site / CARD))
+    new = FileRecord(CARD, *hash_file(staging / CARD))
     listed = tuple(new if file.path == CARD else file for file in provenance.files)
     sealed = dataclasses.replace(provenance, files=listed)
-    (site / PROVENANCE).write_text(to_json(sealed), "utf-8")
+    (staging / PROVENANCE).write_text(to_json(sealed), "utf-8")
     return sealed
 
 
-def move_into_place(site: Path, output: Path, *, passed: bool) -> Path:
+def move_into_place(staging: Path, output: Path, *, passed: bool) -> Path:
     """Give a sealed folder its final name in one rename; a refused one gets a name that shows it."""
     final = output if passed else output.with_name(f"{output.name}{REFUSED}")
-    _flush(site)
+    _flush(staging)
     outdated = _outdated(final)
     shutil.rmtree(outdated, ignore_errors=True)
     if final.exists():
         final.rename(outdated)
-    site.rename(final)
+    staging.rename(final)
     shutil.rmtree(outdated, ignore_errors=True)
     return final
 
@@ -143,7 +135,7 @@ def open_package(folder: Path) -> Package:
     """Read a package's records; raises PackageError when it is none."""
     if not folder.is_dir():
         raise PackageError(f"no such package: {folder}")
-    return Package(folder, read_record(Provenance, folder / PROVENANCE), read_record(Parity, folder / PARITY))
+    return Package(folder, read_record(Provenance, folder / PROVENANCE), read_record(Evidence, folder / PARITY))
 
 
 def require_unchanged(package: Package, *, but: str = "") -> None:

@@ -4,50 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from model_card import (
+    CardAttempt,
     CardCalibration,
     CardControl,
-    CardConvention,
     CardDataset,
     CardFacts,
     CardPublisher,
-    CardRung,
     CardSample,
+    CardStandardPerplexity,
     Interval,
 )
-from quantize import hub
-from quantize.parity.verdict import LIMITS
-from quantize.records import (
-    CALIBRATED,
-    UNMEASURED,
-    Calibrated,
-    Estimate,
-    Parity,
-    ParitySettings,
-    Provenance,
-    Recipe,
-    Rung,
-    Source,
-)
-
-CALIBRATED_OPTIONS = (
-    *("size_budget", "sweeps", "epochs"),
-    *("calibration", "calibration_windows", "calibration_length", "calibration_seed"),
-)
+from quantize import hub, methods
+from quantize.evidence import Attempt, Estimate, Evidence
+from quantize.grades import LIMITS, UNMEASURED
+from quantize.options import SETTINGS, Option
+from quantize.records import CalibrationText, EvaluationSettings, Provenance, Recipe, Source
 
 
 def facts(
     provenance: Provenance,
-    parity: Parity,
+    evidence: Evidence,
     source_card: str | None,
     figures: tuple[str, ...],
 ) -> CardFacts:
     """What the card of a package may say, from its evidence and its source's own card."""
     source, quantized, recipe = provenance.source, provenance.quantized, provenance.recipe
-    scores, generated, text = parity.scores, parity.generation, parity.corpus
-    ratio_limit, kld_limit = LIMITS[parity.verdict.required]
+    scores, generated, text = evidence.scores, evidence.generation, evidence.corpus
+    ratio_limit, kld_limit = LIMITS[evidence.verdict.required]
     samples = generated.samples if generated else ()
     publisher, dataset = provenance.publisher, text.dataset if text else None
     return CardFacts(
@@ -60,25 +48,26 @@ def facts(
         source_card=source_card,
         hub=hub.endpoint(),
         architecture=source.architecture,
-        parameters=parity.sizes.parameters,
+        parameters=evidence.sizes.parameters,
         recipe=recipe.name,
-        calibration=_calibration(quantized.calibrated, recipe.epochs),
-        rungs=tuple(_rung(one) for one in parity.rungs),
+        method_description=methods.get(recipe.name).describe(recipe, quantized),
+        calibration=_calibration(quantized.calibration_text),
+        attempts=tuple(_attempt(one) for one in evidence.attempts),
         bits=recipe.bits,
         quant_type=recipe.quant_type,
         double_quant=recipe.double_quant,
         dtype=quantized.dtype,
         quantized_modules=len(quantized.modules),
-        fine_modules=len(quantized.fine),
-        spared_modules=len(quantized.spared),
+        block_32_modules=len(quantized.block_32_modules),
+        half_precision_modules=len(quantized.half_precision_modules),
         kept_modules=quantized.kept_modules,
-        source_bytes=parity.sizes.source_bytes,
-        package_bytes=parity.sizes.package_bytes,
-        bits_per_parameter=parity.sizes.bits_per_parameter,
-        grade=parity.verdict.grade,
-        required_grade=parity.verdict.required,
-        passed=parity.verdict.passed,
-        reasons=parity.verdict.reasons,
+        source_bytes=evidence.sizes.source_bytes,
+        package_bytes=evidence.sizes.package_bytes,
+        bits_per_parameter=evidence.sizes.bits_per_parameter,
+        grade=evidence.verdict.grade,
+        required_grade=evidence.verdict.required,
+        passed=evidence.verdict.passed,
+        reasons=evidence.verdict.reasons,
         corpus=text.name if text else None,
         corpus_dataset=CardDataset(**dataclasses.asdict(dataset)) if dataset else None,
         corpus_sha256=text.sha256 if text else None,
@@ -86,7 +75,7 @@ def facts(
         window=text.window if text else 0,
         windows=text.scored if text else 0,
         corpus_windows=text.windows if text else 0,
-        reference_dtype=parity.reference_dtype,
+        reference_dtype=evidence.reference_dtype,
         reference_perplexity=_interval(scores.reference_perplexity) if scores else None,
         candidate_perplexity=_interval(scores.candidate_perplexity) if scores else None,
         perplexity_ratio=_interval(scores.perplexity_ratio) if scores else None,
@@ -104,10 +93,11 @@ def facts(
                 _interval(one.same_top),
                 one.grade,
             )
-            for one in parity.controls
+            for one in evidence.controls
         ),
-        conventions=tuple(
-            CardConvention(one.name, one.method, one.reference, one.candidate) for one in parity.conventions
+        standard_perplexities=tuple(
+            CardStandardPerplexity(one.name, one.method, one.reference, one.candidate)
+            for one in evidence.standard_perplexities
         ),
         ratio_limit=ratio_limit,
         kld_limit=kld_limit,
@@ -124,16 +114,16 @@ def facts(
             CardSample(one.prompt, one.reference_sampled, one.candidate_sampled, None) for one in samples
         ),
         figures=figures,
-        device_name=parity.environment.device_name,
-        versions=parity.environment.versions,
+        device_name=evidence.environment.device_name,
+        versions=evidence.environment.versions,
         remote_code=source.remote_code,
         tool_version=provenance.tool_version,
         created=provenance.created,
-        command=command(source, recipe, provenance.settings, measured=parity.verdict.grade != UNMEASURED),
+        command=command(source, recipe, provenance.settings, measured=evidence.verdict.grade != UNMEASURED),
     )
 
 
-def command(source: Source, recipe: Recipe, settings: ParitySettings, *, measured: bool = True) -> str:
+def command(source: Source, recipe: Recipe, settings: EvaluationSettings, *, measured: bool = True) -> str:
     """The one command that makes this package again: every option that differs from its default."""
     words = ["quantize", "run", source.repo_id or f"./{source.name}"]
     if source.commit:
@@ -141,18 +131,9 @@ def command(source: Source, recipe: Recipe, settings: ParitySettings, *, measure
     words += ["--bits", str(recipe.bits)]
     if recipe.bits == 4:
         words += ["--recipe", recipe.name]
-    if recipe.name == CALIBRATED:
-        words += _changed(recipe, CALIBRATED_OPTIONS)
-    if recipe.bits == 4 and recipe.quant_type != Recipe.quant_type:
-        words += ["--quant-type", recipe.quant_type]
-    if recipe.bits == 4 and not recipe.double_quant:
-        words += ["--no-double-quant"]
-    if recipe.compute_dtype != Recipe.compute_dtype:
-        words += ["--compute-dtype", recipe.compute_dtype]
-    for module in recipe.skip_modules:
-        words += ["--skip-modules", module]
-    words += [f"--{name}" for name in ("full", "controls", "conventions") if getattr(settings, name)]
-    words += _changed(settings, ("corpus", "window", "max_windows", "new_tokens", "seed", "require"))
+    values = {item.name: getattr(recipe, item.name) for item in dataclasses.fields(recipe)} | dict(recipe.options)
+    words += _changed([one for one in methods.recipe_options() if one.field not in ("name", "bits")], values)
+    words += _changed(SETTINGS, dataclasses.asdict(settings))
     if source.remote_code:
         words += ["--trust-remote-code"]
     if not measured:
@@ -160,25 +141,23 @@ def command(source: Source, recipe: Recipe, settings: ParitySettings, *, measure
     return shlex.join(words)
 
 
-def _changed(record: Recipe | ParitySettings, names: tuple[str, ...]) -> list[str]:
-    """Options for the fields that differ from their defaults."""
-    given = {name: getattr(record, name) for name in names if getattr(record, name) != getattr(type(record), name)}
-    return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+def _changed(options: Iterable[Option], values: Mapping[str, Any]) -> list[str]:
+    """The words of the reproducible options whose values are not their defaults."""
+    return [
+        word
+        for option in options
+        if option.reproduced and values.get(option.field, option.default) != option.default
+        for word in option.words(values[option.field])
+    ]
 
 
-def _calibration(text: Calibrated | None, epochs: int) -> CardCalibration | None:
-    return CardCalibration(text.source, text.windows, text.length, text.seed, text.sha256, epochs) if text else None
+def _calibration(text: CalibrationText | None) -> CardCalibration | None:
+    return CardCalibration(text.source, text.windows, text.length, text.seed, text.sha256) if text else None
 
 
-def _rung(one: Rung) -> CardRung:
-    name, usual = one.recipe.name, Recipe()
-    if one.recipe.sweeps != usual.sweeps:
-        name = f"{name}, {one.recipe.calibration_windows} windows of text, {one.recipe.sweeps} sweeps"
-    if one.recipe.epochs != usual.epochs:
-        name = f"{name}, rounding learned in {one.recipe.epochs} epochs"
-    if one.recipe.size_budget != usual.size_budget:
-        name = f"{name}, at most {one.recipe.size_budget:g} times the bytes"
-    return CardRung(
+def _attempt(one: Attempt) -> CardAttempt:
+    name = shlex.join([one.recipe.name, *_changed(methods.options(), one.recipe.options)])
+    return CardAttempt(
         name=name,
         size=one.weight_bytes,
         perplexity_ratio=_interval(one.perplexity_ratio) if one.perplexity_ratio else None,

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from quantize import hub
 from quantize.errors import CorpusError
-from quantize.records import CorpusRecord, DatasetRecord, ParitySettings
+from quantize.evidence import CorpusRecord, DatasetRecord
+from quantize.records import EvaluationSettings
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +91,7 @@ def load(name: str) -> Corpus:
         raise CorpusError(f"{path} is not UTF-8 text (byte {error.start})") from error
 
 
-def corpus_text(settings: ParitySettings) -> str:
+def corpus_text(settings: EvaluationSettings) -> str:
     """What a package is judged by: nothing that it is made from may repeat it."""
     return load(settings.corpus).text
 

@@ -6,8 +6,8 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantize.parity.verdict import IMPLAUSIBLE_RATIO, LIMITS
-from quantize.records import Parity, Scores
+from quantize.evidence import Evidence, Scores
+from quantize.grades import IMPLAUSIBLE_RATIO, LIMITS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,16 +18,16 @@ INK, ACCENT = "#1f2933", "#2b6cb0"
 GRADE_COLOURS = {"lossless": "#2f855a", "parity": "#68a357", "good": "#b7b04a", "degraded": "#d08c3f"}
 
 
-def draw(parity: Parity, folder: Path) -> tuple[str, ...]:
+def draw(evidence: Evidence, folder: Path) -> tuple[str, ...]:
     """Write the figures as PNG files into `folder`; their names, or none where nothing was scored."""
-    if parity.scores is None:
+    if evidence.scores is None:
         return ()
     folder.mkdir(parents=True, exist_ok=True)
     drawings = {
-        "perplexity-ratio.png": _ratio(parity.scores),
-        "kld-distribution.png": _kld_distribution(parity.scores),
-        "kld-by-position.png": _kld_by_position(parity),
-        "weight-errors.png": _weight_errors(parity.weight_errors),
+        "perplexity-ratio.png": _ratio(evidence.scores),
+        "kld-distribution.png": _kld_distribution(evidence.scores),
+        "kld-by-position.png": _kld_by_position(evidence),
+        "weight-errors.png": _weight_errors(evidence.weight_errors),
     }
     for name, figure in drawings.items():
         figure.savefig(folder / name, dpi=DPI, metadata={"Software": None})
@@ -77,14 +77,14 @@ def _kld_distribution(scores: Scores) -> Figure:
     return figure
 
 
-def _kld_by_position(parity: Parity) -> Figure:
+def _kld_by_position(evidence: Evidence) -> Figure:
     """Whether the models drift apart as the context grows."""
     figure, axes = _canvas("Divergence by position in the window")
-    assert parity.scores is not None and parity.corpus is not None
-    values, window = parity.scores.kld_by_position, parity.corpus.window
+    assert evidence.scores is not None and evidence.corpus is not None
+    values, window = evidence.scores.kld_by_position, evidence.corpus.window
     edges = [1 + (window - 1) * index / len(values) for index in range(len(values) + 1)]
     axes.stairs(values, edges, fill=True, color=ACCENT, alpha=0.75)
-    axes.axhline(parity.scores.kld.mean.value, color=INK, lw=1.4, label=f"mean {parity.scores.kld.mean.value:.2g}")
+    axes.axhline(evidence.scores.kld.mean.value, color=INK, lw=1.4, label=f"mean {evidence.scores.kld.mean.value:.2g}")
     axes.legend(loc="upper right", frameon=False)
     axes.set(xlim=(1, window), ylim=(0, max(values) * 1.35), xlabel="tokens read before", ylabel="mean KLD (nats)")
     return figure

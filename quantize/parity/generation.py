@@ -8,8 +8,8 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from quantize import devices
+from quantize.evidence import Generation, Sample
 from quantize.parity.models import Pair
-from quantize.records import Generation, Sample
 
 if TYPE_CHECKING:
     import torch

@@ -11,24 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 from quantize import devices
 from quantize.errors import CorruptModel, DeviceError
+from quantize.evidence import (
+    CacheRecord,
+    Check,
+    Control,
+    CorpusRecord,
+    Evidence,
+    Generation,
+    Look,
+    Scores,
+    Sizes,
+    StandardPerplexity,
+)
+from quantize.grades import grade_of
 from quantize.parity import corpus, generation, scoring, sequential, standard_perplexity, statistics, structure, verdict
 from quantize.parity.models import Pair, load_tokenizer, weight_bytes
 from quantize.parity.reference_cache import ReferenceCache, contents_of
 from quantize.progress import Progress
-from quantize.records import (
-    CacheRecord,
-    Check,
-    Checkout,
-    Control,
-    Convention,
-    CorpusRecord,
-    Generation,
-    Look,
-    Parity,
-    ParitySettings,
-    Scores,
-    Sizes,
-)
+from quantize.records import Checkout, EvaluationSettings
 
 if TYPE_CHECKING:
     import torch
@@ -56,11 +56,11 @@ class _Measured:
     looks: tuple[Look, ...] = ()
     reference_cache: CacheRecord | None = None
     controls: tuple[Control, ...] = ()
-    conventions: tuple[Convention, ...] = ()
+    standard_perplexities: tuple[StandardPerplexity, ...] = ()
     generation: Generation | None = None
 
 
-def check_inputs(checkout: Checkout, settings: ParitySettings) -> None:
+def check_inputs(checkout: Checkout, settings: EvaluationSettings) -> None:
     """Raise CorpusError or CorruptModel now, rather than after hours, when nothing could be measured with these."""
     corpus.load(settings.corpus)
     source_tokenizer(checkout)
@@ -77,13 +77,13 @@ def source_tokenizer(checkout: Checkout) -> Any:
 def measure(
     checkout: Checkout,
     candidate: Path,
-    settings: ParitySettings,
+    settings: EvaluationSettings,
     device: str,
     progress: Progress,
     promised: structure.Expected | None = None,
     controls: Mapping[str, Path] = MappingProxyType({}),
     reference_cache: Path | None = None,
-) -> Parity:
+) -> Evidence:
     """Compare the checkpoint in `candidate` with its source, both loaded from disk onto `device`.
 
     `promised` is what the recipe meant; without it the checkpoint's own config is taken at its word. `controls` are
@@ -104,9 +104,9 @@ def measure(
         if all(check.passed for check in examined.checks):
             measured = _compare(pair, text, settings, controls, reference_cache, progress)
     checks = (*examined.checks, *measured.checks)
-    return Parity(
+    return Evidence(
         reference_dtype=pair.reference_dtype,
-        reference_places=pair.reference_places,
+        reference_devices=pair.reference_devices,
         candidate_dtype=pair.candidate_dtype,
         corpus=measured.corpus,
         checks=checks,
@@ -115,7 +115,7 @@ def measure(
         looks=measured.looks,
         reference_cache=measured.reference_cache,
         controls=measured.controls,
-        conventions=measured.conventions,
+        standard_perplexities=measured.standard_perplexities,
         generation=measured.generation,
         verdict=verdict.judge(checks, measured.scores, settings.require),
         sizes=_sizes(checkout, candidate, examined.parameters),
@@ -125,16 +125,16 @@ def measure(
 
 
 def unmeasured(
-    checkout: Checkout, candidate: Path, settings: ParitySettings, device: str, promised: structure.Expected
-) -> Parity:
+    checkout: Checkout, candidate: Path, settings: EvaluationSettings, device: str, promised: structure.Expected
+) -> Evidence:
     """What can be said about the checkpoint in `candidate` without loading it or its source: files and tokenizer."""
     started = time.monotonic()
     checks = structure.check_files(candidate, promised)
     trust = checkout.source.remote_code and structure.same_code(checkout.folder, candidate)
     checks.append(structure.tokenizer_check(source_tokenizer(checkout), candidate, trust))
-    return Parity(
+    return Evidence(
         reference_dtype="none",
-        reference_places=(),
+        reference_devices=(),
         candidate_dtype="none",
         corpus=None,
         checks=tuple(checks),
@@ -143,7 +143,7 @@ def unmeasured(
         looks=(),
         reference_cache=None,
         controls=(),
-        conventions=(),
+        standard_perplexities=(),
         generation=None,
         verdict=verdict.unmeasured(checks, settings.require),
         sizes=_sizes(checkout, candidate, checkout.source.parameters),
@@ -181,7 +181,7 @@ def _loads_check(pair: Pair) -> Check:
 def _compare(
     pair: Pair,
     text: corpus.Corpus,
-    settings: ParitySettings,
+    settings: EvaluationSettings,
     controls: Mapping[str, Path],
     reference_cache: Path | None,
     progress: Progress,
@@ -203,7 +203,7 @@ def _compare(
         looks,
         reference_cache=kept.record(len(scored)) if kept else None,
         generation=_generate(pair, settings, progress),
-        conventions=_conventions(pair, text, progress) if settings.conventions else (),
+        standard_perplexities=_standard_perplexities(pair, text, progress) if settings.standard_perplexities else (),
         controls=_controls(pair, kept, controls, scored, settings, progress),
     )
 
@@ -213,7 +213,7 @@ def _arithmetic_check(pair: Pair, windows: torch.Tensor) -> Check:
     few, one = windows[:ARITHMETIC_WINDOWS, :ARITHMETIC_TOKENS], windows[:1, :CACHED_TOKENS]
     at_once = scoring.KeptLogits.of(pair.candidate, few, pair.device)
     one_by_one = scoring.KeptLogits.one_by_one(pair.candidate, one, pair.device)
-    pair.widen()
+    pair.upcast()
     shifts = [
         scoring.score(before, pair.candidate, tokens, pair.device, lambda amount: None).kld.mean()
         for before, tokens in ((at_once, few), (one_by_one, one))
@@ -227,13 +227,13 @@ def _numbers_check(scores: Scores | None) -> Check:
     return Check("outputs", True, "all outputs are finite")
 
 
-def _opened(path: Path, pair: Pair, record: CorpusRecord, settings: ParitySettings) -> ReferenceCache:
+def _opened(path: Path, pair: Pair, record: CorpusRecord, settings: EvaluationSettings) -> ReferenceCache:
     contents = contents_of(pair.checkout.source, record, settings.seed, pair.vocabulary)
     return ReferenceCache(path, contents, lambda: pair.placed_reference.dtype)
 
 
 def _score(
-    pair: Pair, kept: ReferenceCache | None, windows: torch.Tensor, settings: ParitySettings, progress: Progress
+    pair: Pair, kept: ReferenceCache | None, windows: torch.Tensor, settings: EvaluationSettings, progress: Progress
 ) -> tuple[Scores | None, tuple[Look, ...]]:
     """Score windows until the verdict is certain, or all of them; no scores where a model answers NaN."""
     count, window = windows.shape
@@ -268,7 +268,7 @@ def _controls(
     kept: ReferenceCache | None,
     versions: Mapping[str, Path],
     windows: torch.Tensor,
-    settings: ParitySettings,
+    settings: EvaluationSettings,
     progress: Progress,
 ) -> tuple[Control, ...]:
     """Score other versions of the source on the same windows; only float16 is computed in its own type on a CPU."""
@@ -281,25 +281,25 @@ def _controls(
             tokens = scoring.score(reference, model, windows, pair.device, advance)
         scores = statistics.summarize(tokens, settings.seed)
         ratio, kld = scores.perplexity_ratio, scores.kld.mean
-        grade = verdict.grade_of(ratio.low, ratio.high, kld.high)
+        grade = grade_of(ratio.low, ratio.high, kld.high)
         found.append(Control(name, weight_bytes(folder), ratio, kld, scores.same_top, grade))
     return tuple(found)
 
 
-def _conventions(pair: Pair, text: corpus.Corpus, progress: Progress) -> tuple[Convention, ...]:
+def _standard_perplexities(pair: Pair, text: corpus.Corpus, progress: Progress) -> tuple[StandardPerplexity, ...]:
     readings = standard_perplexity.readings(text, pair.tokenizer, pair.context)
     segments = sum(len(reading.segments) for reading in readings)
-    with progress.task("published perplexity conventions", 2 * segments, "segments") as advance:
+    with progress.task("published perplexity standard_perplexities", 2 * segments, "segments") as advance:
         reference = standard_perplexity.figures(pair.reference, readings, pair.device, advance)
         candidate = standard_perplexity.figures(pair.candidate, readings, pair.device, advance)
     names = ((name, reading.method) for reading in readings for name in reading.names)
     return tuple(
-        Convention(name, method, one, other)
+        StandardPerplexity(name, method, one, other)
         for (name, method), one, other in zip(names, reference, candidate, strict=True)
     )
 
 
-def _generate(pair: Pair, settings: ParitySettings, progress: Progress) -> Generation:
+def _generate(pair: Pair, settings: EvaluationSettings, progress: Progress) -> Generation:
     with progress.task("generating side by side", 2 * len(generation.prompts()), "prompts") as advance:
         return generation.compare(pair, settings.new_tokens, settings.seed, advance)
 

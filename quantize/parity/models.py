@@ -41,8 +41,8 @@ class Pair:
         self.checkout, self.folder, self.device, self.trust = checkout, candidate, device, trust
         self.tokenizer, self.alone = tokenizer, alone
         self.reference_dtype, self.candidate_dtype = "none", "none"
-        self.reference_places: tuple[str, ...] = ()
-        self._wide = False
+        self.reference_devices: tuple[str, ...] = ()
+        self._upcast = False
         self._seats: dict[str, Placed] = {}
         self._offload = TemporaryDirectory(prefix="quantize-offload-")
 
@@ -98,13 +98,13 @@ class Pair:
         if self.alone:
             self._clear()
         placed = load_candidate(folder, self.device, self.checkout.source.remote_code, dtype)
-        if self._wide and dtype is None:
-            widen(placed.model)
+        if self._upcast and dtype is None:
+            upcast(placed.model)
         return placed.model
 
-    def widen(self) -> None:
+    def upcast(self) -> None:
         """Load the candidate again to compute in float32 from now on, and others in its place as well."""
-        self._wide = True
+        self._upcast = True
         self._seats.pop("candidate", None)
 
     def _seat(self, name: str, load: Callable[[], Placed]) -> Placed:
@@ -124,14 +124,14 @@ class Pair:
 
     def _load_reference(self, beside: int) -> Placed:
         placed = load_reference(self.checkout, self.device, beside, Path(self._offload.name))
-        self.reference_dtype, self.reference_places = placed.dtype, placed.places
+        self.reference_dtype, self.reference_devices = placed.dtype, placed.places
         return placed
 
     def _load_candidate(self) -> Placed:
         placed = load_candidate(self.folder, self.device, self.trust)
         self.candidate_dtype = placed.dtype
-        if self._wide:
-            widen(placed.model)
+        if self._upcast:
+            upcast(placed.model)
             self.candidate_dtype = "float32"
         return placed
 
@@ -142,12 +142,12 @@ def load_reference(checkout: Checkout, device: str, beside: int, offload: Path) 
     `beside` bytes are left free on `device` for another model. Spread means accelerate's device map: further
     accelerators, the CPU's memory, and at last the folder `offload` on disk.
     """
-    source, room = checkout.source, devices.room(device) - beside
+    source, room = checkout.source, devices.usable_memory(device) - beside
     half = HALF.get(source.dtype, "float16")
     for dtype, width in (("float32", 4), (half, 2)):
         if source.parameters * width <= room:
             return _load(checkout.folder, source.remote_code, {"": device}, dtype=dtype)
-    memory = {**devices.accelerators(device), "cpu": devices.room("cpu")}
+    memory = {**devices.accelerators(device), "cpu": devices.usable_memory("cpu")}
     first = next(iter(memory))
     memory[first] = max(0, memory[first] - beside)
     return _load(
@@ -162,13 +162,14 @@ def load_candidate(folder: Path, device: str, trust_remote_code: bool, dtype: st
     """
     options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     needed = weight_bytes(folder)
-    if needed <= devices.room(device):
+    if needed <= devices.usable_memory(device):
         return _load(folder, trust_remote_code, {"": device}, **options)
     memory = devices.accelerators(device)
     if needed > sum(memory.values()):
         raise DeviceError(
-            f"{folder.name} needs {needed / 1e9:.2f} GB on {device}, where {devices.room(device) / 1e9:.2f} GB can be "
-            f"used: try --reference-cache FILE, which loads one model at a time, or another --device"
+            f"{folder.name} needs {needed / 1e9:.2f} GB on {device}, where "
+            f"{devices.usable_memory(device) / 1e9:.2f} GB can be used: try --reference-cache FILE, which "
+            f"loads one model at a time, or another --device"
         )
     return _load(folder, trust_remote_code, "auto", max_memory=memory, **options)
 
@@ -177,7 +178,7 @@ def weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def widen(model: Any) -> None:
+def upcast(model: Any) -> None:
     """Let a model that was just loaded onto the CPU compute in float32, over exactly the weights that it stores.
 
     Kernels of bitsandbytes for CPUs unpack a matrix anew for every call, and some round activations and scales to
@@ -186,7 +187,7 @@ def widen(model: Any) -> None:
     """
     import torch
 
-    if getattr(model, "is_loaded_in_4bit", False) and 4 * model.num_parameters() <= devices.room("cpu"):
+    if getattr(model, "is_loaded_in_4bit", False) and 4 * model.num_parameters() <= devices.usable_memory("cpu"):
         model.dequantize(dtype=torch.float32)
     for module in model.modules():
         for parameter in module.parameters(recurse=False):

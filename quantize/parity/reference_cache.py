@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quantize.errors import CorpusError, storage_errors
+from quantize.evidence import CacheRecord, CorpusRecord
 from quantize.files import locked, require_space
 from quantize.parity import scoring
 from quantize.parity.models import Placed
-from quantize.records import CacheRecord, CorpusRecord, Source
+from quantize.records import Source
 
 if TYPE_CHECKING:
     import torch

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from quantize.evidence import Estimate, Look
+from quantize.grades import IMPLAUSIBLE_RATIO, LIMITS
 from quantize.parity.scoring import TokenScores
 from quantize.parity.statistics import exponential
-from quantize.parity.verdict import IMPLAUSIBLE_RATIO, LIMITS
-from quantize.records import Estimate, Look
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

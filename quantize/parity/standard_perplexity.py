@@ -39,7 +39,7 @@ class Reading:
 
 
 def readings(corpus: Corpus, tokenizer: Any, context: int) -> tuple[Reading, ...]:
-    """Both conventions for a model that reads `context` tokens."""
+    """Both standard_perplexities for a model that reads `context` tokens."""
     return sliding_window(corpus, tokenizer, context, min(STRIDE, context // 2)), harness(corpus, tokenizer, context)
 
 

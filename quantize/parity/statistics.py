@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from quantize.evidence import Distribution, Estimate, Histogram, Look, Scores
 from quantize.parity.scoring import TokenScores
-from quantize.records import Distribution, Estimate, Histogram, Look, Scores
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

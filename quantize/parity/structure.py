@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize.errors import CorruptModel
+from quantize.evidence import Check
 from quantize.formats import safetensors
 from quantize.parity.models import load_tokenizer, weight_bytes
-from quantize.records import Check
 
 if TYPE_CHECKING:
     import torch

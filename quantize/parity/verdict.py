@@ -4,23 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quantize.records import GRADES, UNMEASURED, Check, Scores, Verdict, grade_at_least
-
-LIMITS = {"lossless": (1.005, 0.006), "parity": (1.01, 0.02), "good": (1.03, 0.06), "degraded": (1.05, 0.10)}
-"""Per grade the largest perplexity ratio and the largest mean KLD (nats)."""
-IMPLAUSIBLE_RATIO = 0.97
-"""A candidate whose ratio may lie below it is not a better copy but another model."""
-CHANGED = "changed"
-
-
-def grade_of(ratio_low: float, ratio_high: float, kld_high: float) -> str:
-    """The best grade whose limits both unfavourable bounds keep; `changed` when the ratio is too good."""
-    if ratio_low < IMPLAUSIBLE_RATIO:
-        return CHANGED
-    for grade, (ratio_limit, kld_limit) in LIMITS.items():
-        if ratio_high <= ratio_limit and kld_high <= kld_limit:
-            return grade
-    return GRADES[-1]
+from quantize.evidence import Check, Scores, Verdict
+from quantize.grades import CHANGED, GRADES, IMPLAUSIBLE_RATIO, LIMITS, UNMEASURED, grade_at_least, grade_of
 
 
 def unmeasured(checks: Sequence[Check], required: str) -> Verdict:

@@ -7,13 +7,15 @@ import math
 import re
 import textwrap
 import tomllib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantize import methods
 from quantize.errors import ConfigError
-from quantize.records import COMPUTE_DTYPES, GRADES, HUB_ID, QUANT_TYPES, RECIPES, ParitySettings, Recipe
+from quantize.options import HUB_ID, SETTINGS, Flag, Kind, Text
+from quantize.records import EvaluationSettings, Recipe
 
 Problem = tuple[int, str]
 """The line that it stands in, and what is wrong there."""
@@ -30,7 +32,7 @@ class Entry:
     target: str
     revision: str | None = None
     recipe: Recipe = field(default_factory=Recipe)
-    settings: ParitySettings = field(default_factory=ParitySettings)
+    settings: EvaluationSettings = field(default_factory=EvaluationSettings)
     private: bool = False
     allow_no_derivatives: bool = False
     max_source_gb: float | None = None
@@ -51,76 +53,63 @@ def read(path: Path) -> tuple[Entry, ...]:
         lines = [f"{path}:{line}: {words}" for line, words in sorted(problems)]
         summary = [f"{path} has {len(lines)} problems:"] if len(lines) > 1 else []
         raise ConfigError("\n".join(summary + lines))
-    return tuple(_entry(content.get("defaults", {}) | model, line) for line, model in models)
+    return tuple(_entry(content.get("defaults", {}), model, line) for line, model in models)
 
 
 # What a key may hold
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What a value has to be, in words and as a test."""
-
-    words: str
-    accepts: Callable[[Any], bool]
-
-
-def _one_of(*values: object) -> Rule:
-    allowed = [(type(value), value) for value in values]  # the type as well: 4.0 is not 4
-    return Rule(f"one of {', '.join(map(str, values))}", lambda value: (type(value), value) in allowed)
-
-
-def _whole(low: int, high: int | None = None) -> Rule:
-    words = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
-    return Rule(words, lambda value: type(value) is int and low <= value and (high is None or value <= high))
-
-
-def _is_line(value: object) -> bool:
-    return isinstance(value, str) and value.strip() != "" and "\n" not in value
 
 
 def _is_hub_id(value: object) -> bool:
     return isinstance(value, str) and HUB_ID.fullmatch(value) is not None
 
 
-FLAG = Rule("true or false", lambda value: isinstance(value, bool))
-LINE = Rule("one line of text", _is_line)
-LINES = Rule("a list of names", lambda value: isinstance(value, list) and all(map(_is_line, value)))
-POSITIVE = Rule("a number above 0", lambda value: type(value) in (int, float) and 0 < value < math.inf)
-BUDGET = Rule("a number from 1 on", lambda value: type(value) in (int, float) and 1 <= value < math.inf)
+@dataclass(frozen=True)
+class HubId:
+    """The id of a repo on the Hub."""
 
-SPECIAL = {
-    "recipe": _one_of(*RECIPES),
-    "bits": _one_of(4, 8),
-    "quant_type": _one_of(*QUANT_TYPES),
-    "compute_dtype": _one_of(*COMPUTE_DTYPES),
-    "target_grade": _one_of(*GRADES[:-1]),
-    "size_budget": BUDGET,
-    "sweeps": _whole(0),
-    "epochs": _whole(0),
-    "calibration_windows": _whole(8),
-    "calibration_length": _whole(16),
-    "calibration_seed": _whole(0, 2**32 - 1),
-    "window": _whole(16),
-    "max_windows": _whole(8),
-    "new_tokens": _whole(1),
-    "seed": _whole(0, 2**32 - 1),
-    "require": _one_of(*GRADES[:-1]),
-}
-BY_TYPE = {bool: FLAG, str: LINE, tuple: LINES}
-"""For a field that needs nothing special: what its default says."""
+    words: str
+    with_owner: bool = False
 
-RECIPE = {"recipe" if item.name == "name" else item.name: item for item in fields(Recipe)}
-SETTINGS = {item.name: item for item in fields(ParitySettings)}
-REQUIRED = {
-    "source": Rule("a Hub id such as distilbert/distilgpt2, never a folder", _is_hub_id),
-    "target": Rule(
-        "a Hub id with its owner, such as you/distilgpt2-bnb-4bit", lambda value: _is_hub_id(value) and "/" in value
-    ),
+    def accepts(self, value: object) -> bool:
+        return _is_hub_id(value) and ("/" in str(value) or not self.with_owner)
+
+
+@dataclass(frozen=True)
+class Names:
+    """A list of lines."""
+
+    words: str = "a list of names"
+
+    def accepts(self, value: object) -> bool:
+        return isinstance(value, list) and all(map(Text().accepts, value))
+
+
+@dataclass(frozen=True)
+class Positive:
+    """A number above 0."""
+
+    words: str = "a number above 0"
+
+    def accepts(self, value: object) -> bool:
+        return type(value) in (int, float) and 0 < value < math.inf  # type: ignore[operator]
+
+
+Rule = Kind | HubId | Names | Positive
+"""What a value has to be, in words and as a test."""
+SHARED = {option.catalogue_key: option for option in (*methods.recipe_options(), *SETTINGS)}
+"""What the command line offers as well."""
+REQUIRED: dict[str, Rule] = {
+    "source": HubId("a Hub id such as distilbert/distilgpt2, never a folder"),
+    "target": HubId("a Hub id with its owner, such as you/distilgpt2-bnb-4bit", with_owner=True),
 }
-OWN = {"revision": LINE, "private": FLAG, "allow_no_derivatives": FLAG, "max_source_gb": POSITIVE}
-OPTIONAL = {
-    **{key: SPECIAL.get(key) or BY_TYPE[type(item.default)] for key, item in (RECIPE | SETTINGS).items()},
+OWN: dict[str, Rule] = {
+    "revision": Text(),
+    "private": Flag(),
+    "allow_no_derivatives": Flag(),
+    "max_source_gb": Positive(),
+}
+OPTIONAL: dict[str, Rule] = {
+    **{key: Names() if option.repeated else option.kind for key, option in SHARED.items()},
     **OWN,
 }
 TABLES = {"defaults": "[defaults]", "model": "[[model]]"}
@@ -217,13 +206,21 @@ def _clashes(models: list[dict[str, Any]], places: list[Table]) -> Iterator[Prob
         seen.setdefault(target, line)
 
 
-def _entry(given: dict[str, Any], line: int) -> Entry:
+def _entry(defaults: dict[str, Any], model: dict[str, Any], line: int) -> Entry:
+    """A model, with the defaults for what it does not say, but for options that its recipe does not have."""
+    recipe_name = (defaults | model).get("recipe", Recipe.name)
+    foreign = {option.field for option in methods.options()} - {option.field for option in methods.options(recipe_name)}
+    given = {key: value for key, value in defaults.items() if key not in foreign} | model
     frozen: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-    if "size_budget" in frozen:
-        frozen["size_budget"] = float(frozen["size_budget"])
+    recipe = {
+        option.field: frozen[option.catalogue_key]
+        for option in methods.recipe_options()
+        if option.catalogue_key in frozen
+    }
+    settings = {option.field: frozen[option.catalogue_key] for option in SETTINGS if option.catalogue_key in frozen}
     return Entry(
         line=line,
-        recipe=Recipe(**{item.name: frozen[key] for key, item in RECIPE.items() if key in frozen}),
-        settings=ParitySettings(**{key: frozen[key] for key in SETTINGS if key in frozen}),
+        recipe=methods.recipe_of(recipe),
+        settings=EvaluationSettings(**settings),
         **{key: frozen[key] for key in REQUIRED | OWN if key in frozen},
     )

@@ -11,25 +11,16 @@ from pathlib import Path
 
 from quantize import __version__, devices, files, hub, package, pipeline, source
 from quantize.errors import ParityRefused, PublishError, UnsupportedModel, storage_errors
+from quantize.evidence import Evidence
+from quantize.grades import grade_at_least
 from quantize.package import Package
 from quantize.parity import sample_loss
 from quantize.pipeline import RunRequest
 from quantize.progress import Progress
 from quantize.publishing import upload
-from quantize.records import (
-    Downloaded,
-    FileRecord,
-    Parity,
-    Plan,
-    Provenance,
-    Receipt,
-    Target,
-    grade_at_least,
-    now,
-    package_key,
-    read_record,
-    to_json,
-)
+from quantize.publishing.records import Downloaded, Plan, Receipt, Target
+from quantize.records import FileRecord, Provenance, package_key
+from quantize.serialization import now, read_record, to_json
 
 SAME_LOSS = 1e-3
 """Nats a token by which the model from the Hub may differ from the local one: noise of the kernels."""
@@ -123,9 +114,9 @@ def deliver(wanted: Wanted, progress: Progress) -> Delivery:
         ),
         progress,
     ).package
-    if not made.parity.verdict.passed:
+    if not made.evidence.verdict.passed:
         raise ParityRefused(
-            f"{request.model} was refused: {made.parity.verdict.reasons[0]}; the evidence is in {made.folder}"
+            f"{request.model} was refused: {made.evidence.verdict.reasons[0]}; the evidence is in {made.folder}"
         )
     receipt = push(made.folder, target, progress, verify_download=wanted.verify_download)
     return dataclasses.replace(outcome, state="published", commit=receipt.commit, package=made, receipt=receipt)
@@ -159,17 +150,18 @@ def _require_not_refused(wanted: Wanted, key: str) -> None:
         return
     earlier = package.open_package(folder)
     made_by = (earlier.provenance.key, earlier.provenance.settings, earlier.provenance.tool_version)
-    if made_by == (key, wanted.run.settings, __version__) and not earlier.parity.verdict.passed:
+    if made_by == (key, wanted.run.settings, __version__) and not earlier.evidence.verdict.passed:
         raise ParityRefused(
-            f"{wanted.run.model} was refused before: {earlier.parity.verdict.reasons[0]}; delete {folder} to try again"
+            f"{wanted.run.model} was refused before: {earlier.evidence.verdict.reasons[0]}; "
+            f"delete {folder} to try again"
         )
 
 
 def _publishable(folder: Path) -> Package:
     made = package.open_package(folder)
     package.require_unchanged(made)
-    if not made.parity.verdict.passed:
-        raise ParityRefused(f"{folder} did not pass parity ({made.parity.verdict.grade}): it is not published")
+    if not made.evidence.verdict.passed:
+        raise ParityRefused(f"{folder} did not pass parity ({made.evidence.verdict.grade}): it is not published")
     return made
 
 
@@ -269,7 +261,7 @@ def _proved_by_download(
             fetched = folder / file.path
             if not fetched.is_file() or files.hash_file(fetched) != (file.size, file.sha256):
                 raise PublishError(f"{file.path} comes back from {repo_id} with other content: push again with --force")
-        generated = read_record(Parity, folder / package.PARITY).generation
+        generated = read_record(Evidence, folder / package.PARITY).generation
         texts = [sample.prompt + sample.reference_greedy for sample in generated.samples] if generated else []
         tokens, loss = sample_loss(folder, texts, device, trust)
     expected = sample_loss(local, texts, device, trust)[1] if local else None

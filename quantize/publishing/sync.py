@@ -17,7 +17,9 @@ from quantize.progress import Progress
 from quantize.publishing import catalogue
 from quantize.publishing.catalogue import Entry
 from quantize.publishing.delivery import Delivery, Wanted, deliver
-from quantize.records import Publisher, Target, now
+from quantize.publishing.records import Target
+from quantize.records import Publisher
+from quantize.serialization import now
 from quantize.source import is_local
 
 PACKAGES, EVIDENCE = "packages", "evidence"
@@ -184,7 +186,7 @@ def _folder_name(entry: Entry) -> str:
 
 def _drop_outdated(made: Path, entry: Entry) -> None:
     """Remove an unpublished package of another recipe: the catalogue has changed since it was made."""
-    if (made / PROVENANCE).is_file() and open_package(made).provenance.wanted != entry.recipe:
+    if (made / PROVENANCE).is_file() and open_package(made).provenance.requested_recipe != entry.recipe:
         shutil.rmtree(made)
 
 

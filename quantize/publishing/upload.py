@@ -18,9 +18,11 @@ from quantize.errors import (
     SourceNotFound,
 )
 from quantize.files import git_blob_id
-from quantize.hub.retries import patiently
+from quantize.hub.retries import retried
 from quantize.progress import Progress
-from quantize.records import Change, FileRecord, Plan, Provenance, Receipt, Target, from_json
+from quantize.publishing.records import Change, Plan, Receipt, Target
+from quantize.records import FileRecord, Provenance
+from quantize.serialization import from_json
 
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", "adapter_config.json")
 PROVENANCE, CARD = "provenance.json", "README.md"
@@ -242,7 +244,7 @@ def _publish(folder: Path, files: Sequence[FileRecord], target: Target, planned:
             return landed
 
     # A second commit on the same parent is harmless, since only one can win; a second pull request is not.
-    return commit() if opens else patiently(commit)()
+    return commit() if opens else retried(commit)()
 
 
 def _made(target: Target) -> str:

@@ -102,7 +102,7 @@ def test_errors_are_json_too(command: Callable[..., Outcome]) -> None:
 def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     from quantize.cli import main
 
-    monkeypatch.setattr("quantize.diagnostics.examine", lambda: 1 / 0)
+    monkeypatch.setattr("quantize.diagnostics.diagnose", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["doctor"])
 

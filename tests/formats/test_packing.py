@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from quantize.formats.bitsandbytes import packing
 from quantize.formats.bitsandbytes.packing import Packed, ScaleGrid
 from quantize.methods.rounding.gptq import output_change
+from quantize.methods.rounding.stored import compensated
 
 QUANT_TYPES = st.sampled_from(["nf4", "fp4"])
 BLOCKS = st.sampled_from([32, 64])
@@ -76,7 +77,7 @@ def test_compensated_packing_beats_nearest_at_no_more_bytes(quant_type: str, dou
     inputs = torch.randn(500, 192, generator=generator) @ torch.randn(192, 192, generator=generator)
     weight, moments = torch.randn(96, 192, generator=generator) / 20, inputs.T @ inputs / 500
     stock = packing.nearest(weight, quant_type, double_quant)
-    found = packing.compensated(weight, moments, quant_type, double_quant, torch.float32)
+    found = compensated(weight, moments, quant_type, double_quant, torch.float32)
     stock_change, change = (output_change(weight - one.weight(), moments).sum() for one in (stock, found))
     assert change < 0.5 * stock_change
     assert bool((found.scales < 0).any()) == (quant_type == "nf4")
@@ -86,7 +87,7 @@ def test_compensated_packing_beats_nearest_at_no_more_bytes(quant_type: str, dou
 
 def test_blocks_that_run_across_rows_are_rounded_to_nearest() -> None:
     weight = torch.randn(6, 96, generator=torch.Generator().manual_seed(0))
-    found = packing.compensated(weight, torch.eye(96), "nf4", True, torch.float16)
+    found = compensated(weight, torch.eye(96), "nf4", True, torch.float16)
     stock = packing.nearest(weight.half(), "nf4", True)
     assert torch.equal(found.codes, stock.codes) and torch.equal(found.stored_scales, stock.stored_scales)
 

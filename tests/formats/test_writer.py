@@ -47,11 +47,11 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_key_value_heads": 2, "num_experts": 4, "moe_intermediate_size": 96, "head_dim": 16},
 }
 RECIPES = [
-    Recipe(name="stock"),
-    Recipe(name="stock", double_quant=False),
-    Recipe(name="stock", quant_type="fp4"),
-    Recipe(name="stock", quant_type="fp4", double_quant=False),
-    Recipe(name="stock", bits=8),
+    Recipe(name="rtn"),
+    Recipe(name="rtn", double_quant=False),
+    Recipe(name="rtn", quant_type="fp4"),
+    Recipe(name="rtn", quant_type="fp4", double_quant=False),
+    Recipe(name="rtn", bits=8),
 ]
 
 
@@ -103,7 +103,7 @@ def stream(
     """What the engine noted; `output` is a new folder."""
     output.mkdir()
     notes = Notes()
-    methods.quantize(checkout, output, recipe, device, notes, "", resume)
+    methods.quantize(methods.Job(checkout, output, recipe, device, notes, "", resume))
     return notes.texts
 
 
@@ -202,7 +202,7 @@ def test_weights_that_are_no_numbers(sources: Any, tmp_path: Path, name: str, bi
     named[name].view(-1)[7] = float("inf")
     save_file(named, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(CorruptModel, match=f"{name} in model.safetensors holds NaN or infinity"):
-        stream(fetched(folder), tmp_path / "mine", Recipe(name="stock", bits=bits))
+        stream(fetched(folder), tmp_path / "mine", Recipe(name="rtn", bits=bits))
 
 
 @pytest.fixture
@@ -257,7 +257,7 @@ def test_a_killed_run_goes_on_at_its_first_unfinished_file(tmp_path: Path, monke
         stream(fetched(POCKET), tmp_path / "killed", resume=tmp_path / "work")
     stream(fetched(POCKET), tmp_path / "mine", resume=tmp_path / "work")
     assert written[:4] == ["00001", "00002", "00003", "00003"] and "00001" not in written[3:]
-    stream(fetched(POCKET), tmp_path / "other", Recipe(name="stock", double_quant=False), tmp_path / "work")
+    stream(fetched(POCKET), tmp_path / "other", Recipe(name="rtn", double_quant=False), tmp_path / "work")
     assert "00001" in written[4:]  # work of another recipe is not mixed in
     stream(fetched(POCKET), tmp_path / "fresh")
     require_equal(tmp_path / "mine", tmp_path / "fresh")
@@ -279,9 +279,9 @@ torch.randn(2000, 2000) @ torch.randn(2000, 2000)
 held = int(re.search(r"VmData:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 resource.setrlimit(resource.RLIMIT_DATA, (held + spare, held + spare))
 if way == "stream":
-    methods.quantize(checkout, output, Recipe(name="stock"), "cpu", Silent())
+    methods.quantize(methods.Job(checkout, output, Recipe(name="rtn"), "cpu", Silent()))
 else:
-    model = checkpoint.load_quantized(checkout, Recipe(name="stock"), "bfloat16", "cpu")
+    model = checkpoint.load_quantized(checkout, Recipe(name="rtn"), "bfloat16", "cpu")
     checkpoint.save(model, checkout, output)
 """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from quantize.formats.bitsandbytes.packing import BLOCK
 from quantize.methods.calibration import allocation
 from quantize.methods.calibration.allocation import FINE, HALF, Form
 from quantize.progress import Silent
-from quantize.records import Recipe
 from tests.conftest import POCKET
 from tests.methods.test_calibrated import LITTLE, SETTINGS
 
@@ -55,35 +53,45 @@ def test_the_package_is_better_within_its_bytes_and_says_how(tmp_path: Path) -> 
     """Stock transformers loads matrices of both block sizes and of half precision; the same budget gives the same."""
     made = {}
     for share in (1.0, 1.3):
-        recipe = dataclasses.replace(LITTLE, size_budget=share)
+        recipe = methods.replace(LITTLE, size_budget=share)
         output = tmp_path / f"package-{share}"
         request = pipeline.RunRequest(str(POCKET), output=output, recipe=recipe, settings=SETTINGS, device="cpu")
         made[share] = pipeline.run(request, Silent()).package
     plain, larger = made[1.0], made[1.3]
     quantized = larger.provenance.quantized
-    assert quantized.fine and quantized.spared and not plain.provenance.quantized.fine
-    assert set(quantized.fine) <= set(quantized.modules) and set(quantized.spared) <= set(quantized.kept_modules)
-    assert all(check.passed for check in larger.parity.checks)
-    assert larger.parity.scores and plain.parity.scores
-    assert larger.parity.scores.kld.mean.value < 0.9 * plain.parity.scores.kld.mean.value
-    assert 1.15 < larger.parity.sizes.package_bytes / plain.parity.sizes.package_bytes <= 1.3
+    assert (
+        quantized.block_32_modules
+        and quantized.half_precision_modules
+        and not plain.provenance.quantized.block_32_modules
+    )
+    assert set(quantized.block_32_modules) <= set(quantized.modules) and set(quantized.half_precision_modules) <= set(
+        quantized.kept_modules
+    )
+    assert all(check.passed for check in larger.evidence.checks)
+    assert larger.evidence.scores and plain.evidence.scores
+    assert larger.evidence.scores.kld.mean.value < 0.9 * plain.evidence.scores.kld.mean.value
+    assert 1.15 < larger.evidence.sizes.package_bytes / plain.evidence.sizes.package_bytes <= 1.3
     card = (larger.folder / "README.md").read_text()
-    assert f"(per 32 in {len(quantized.fine)} of {len(quantized.modules)} matrices" in card
-    assert f"{len(quantized.spared)} sensitive matrices in float16" in card and "--size-budget 1.3" in card
+    assert f"(per 32 in {len(quantized.block_32_modules)} of {len(quantized.modules)} matrices" in card
+    assert (
+        f"{len(quantized.half_precision_modules)} sensitive matrices in float16" in card and "--size-budget 1.3" in card
+    )
     verified = pipeline.verify(str(larger.folder), str(POCKET), SETTINGS, "cpu", Silent())
-    assert verified.verdict.passed and verified.checks == larger.parity.checks
+    assert verified.verdict.passed and verified.checks == larger.evidence.checks
 
 
 def test_auto_spends_its_budget_last() -> None:
-    rungs = search.rungs(Recipe(size_budget=1.2))
-    assert [(one.name, one.sweeps, one.epochs, one.size_budget) for one in rungs] == [
-        *(("stock", 1, 0, 1.0), ("calibrated", 1, 0, 1.0)),
-        *(("calibrated", 3, 8, 1.0), ("calibrated", 3, 8, 1.2)),
+    refined = {"calibration_windows": 256, "epochs": 8, "passes": 3}
+    attempts = search.attempts(methods.recipe_of({"size_budget": 1.2}))
+    assert [(one.name, one.options) for one in attempts] == [
+        *(("rtn", {}), ("calibrated", {}), ("calibrated", refined), ("calibrated", refined | {"size_budget": 1.2})),
     ]
 
 
-@pytest.mark.parametrize("recipe", [Recipe(name="stock", size_budget=1.1), Recipe(bits=8, size_budget=1.1)])
-def test_a_budget_that_nothing_could_spend(recipe: Recipe) -> None:
+def test_a_budget_that_nothing_could_spend() -> None:
+    with pytest.raises(ConfigError, match="the recipe rtn has no --size-budget"):
+        methods.recipe_of({"name": "rtn", "size_budget": 1.1})
+    recipe = methods.recipe_of({"bits": 8, "size_budget": 1.1})
     checkout = source.fetch(str(POCKET), revision=None, trust_remote_code=False, progress=Silent())
     with pytest.raises(ConfigError, match="a size budget is for 4-bit weights"):
         methods.check(checkout, recipe, "")

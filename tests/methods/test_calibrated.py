@@ -15,19 +15,21 @@ import model_card
 from quantize import methods, pipeline, search, source
 from quantize.errors import CorpusError
 from quantize.formats.bitsandbytes import checkpoint
+from quantize.methods import calibrated
 from quantize.methods.calibration import calibration_text, quantizer, static_cache
+from quantize.methods.calibration.options import CalibratedOptions
 from quantize.methods.calibration.quantizer import Seen
-from quantize.methods.resume import Work
 from quantize.package import Package
 from quantize.package.card import facts
 from quantize.parity import corpus_text
 from quantize.progress import Silent
-from quantize.records import Calibrated, Checkout, ParitySettings, Recipe
+from quantize.records import CalibrationText, Checkout, EvaluationSettings, Recipe
+from quantize.resume import ResumeFolder
 from tests.conftest import POCKET
 from tests.hub import Fault, LoopbackHub
 
-LITTLE = Recipe(name="calibrated", calibration_windows=16, calibration_length=128)
-SETTINGS = ParitySettings(max_windows=24, new_tokens=8, require="degraded")
+LITTLE = methods.recipe_of({"name": "calibrated", "calibration_windows": 16, "calibration_length": 128})
+SETTINGS = EvaluationSettings(max_windows=24, new_tokens=8, require="degraded")
 TINY: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2, "tie_word_embeddings": False},
     "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
@@ -41,7 +43,8 @@ def made(output: Path, recipe: Recipe, model: Path = POCKET) -> tuple[Checkout, 
     """A checkpoint of `model` in the new folder `output`, and its tensors."""
     output.mkdir()
     checkout = source.fetch(str(model), revision=None, trust_remote_code=False, progress=Silent())
-    methods.quantize(checkout, output, recipe, "cpu", Silent(), "", output.with_name(f"{output.name}-work"))
+    resume = output.with_name(f"{output.name}-work")
+    methods.quantize(methods.Job(checkout, output, methods.normalized(recipe), "cpu", Silent(), "", resume))
     return checkout, load_file(output / "model.safetensors")
 
 
@@ -54,24 +57,24 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
 
 def test_it_diverges_much_less_than_stock_and_says_so(package: Package) -> None:
     """Even on a little text; the run measures stock on the same windows, and the card names both."""
-    parity = package.parity
-    (control,) = parity.controls
-    assert parity.scores and parity.verdict.passed and all(check.passed for check in parity.checks)
-    assert parity.scores.kld.mean.value < 0.7 * control.kld.value and control.name == "stock NF4"
-    assert package.provenance.quantized.calibrated == Calibrated(
+    evidence = package.evidence
+    (control,) = evidence.controls
+    assert evidence.scores and evidence.verdict.passed and all(check.passed for check in evidence.checks)
+    assert evidence.scores.kld.mean.value < 0.7 * control.kld.value and control.name == "stock NF4"
+    assert package.provenance.quantized.calibration_text == CalibrationText(
         "self",
         0,
         16,
         128,
         0,
-        package.provenance.quantized.calibrated.sha256,  # type: ignore[union-attr]
+        package.provenance.quantized.calibration_text.sha256,  # type: ignore[union-attr]
     )
     card = (package.folder / "README.md").read_text()
     assert "on 16 windows of 128 tokens that the original wrote itself" in card and "| stock NF4 |" in card
     assert "--recipe calibrated --calibration-windows 16 --calibration-length 128" in card
     assert not list(package.folder.parent.glob("*.unfinished"))
-    learned = dataclasses.replace(package.provenance, recipe=dataclasses.replace(LITTLE, epochs=3))
-    card = model_card.render(facts(learned, parity, None, ()))
+    learned = dataclasses.replace(package.provenance, recipe=methods.replace(LITTLE, epochs=3))
+    card = model_card.render(facts(learned, evidence, None, ()))
     assert "and rounding was then learned in 3 epochs on that text" in card and "--epochs 3" in card
 
 
@@ -113,9 +116,9 @@ def test_a_killed_run_goes_on_at_its_first_unfinished_block(
 
 def test_work_of_another_recipe_is_not_taken_up(tmp_path: Path) -> None:
     checkout = source.fetch(str(POCKET), revision=None, trust_remote_code=False, progress=Silent())
-    for recipe in (LITTLE, dataclasses.replace(LITTLE, calibration_seed=1)):
-        work = Work.begin(tmp_path / "work", {"source": checkout.source.fingerprint(), "recipe": recipe})
-        assert [path.name for path in work.folder.iterdir()] == ["made-of"]
+    for recipe in (LITTLE, methods.replace(LITTLE, calibration_seed=1)):
+        work = ResumeFolder.begin(tmp_path / "work", {"source": checkout.source.fingerprint(), "recipe": recipe})
+        assert [path.name for path in work.folder.iterdir()] == ["fingerprint"]
         (work.folder / "block-0.safetensors").touch()
 
 
@@ -144,9 +147,9 @@ def test_other_architectures(kind: str, tmp_path: Path) -> None:
     folder = tmp_path / kind
     model = tiny(kind, folder)
     errors = {}
-    tried: dict[str, dict[str, Any]] = {"stock": {"name": "stock"}, "calibrated": {}, "learned": {"epochs": 2}}
+    tried: dict[str, dict[str, Any]] = {"rtn": {"name": "rtn"}, "calibrated": {}, "learned": {"epochs": 2}}
     for name, recipe in tried.items():
-        checkout, _ = made(tmp_path / name, dataclasses.replace(LITTLE, **recipe), folder)
+        checkout, _ = made(tmp_path / name, methods.replace(LITTLE, **recipe), folder)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name, local_files_only=True)
         linear = [module for module in loaded.modules() if type(module).__name__ == "Linear4bit"]
         assert len(linear) == len(checkpoint.quantized_names(checkout, LITTLE)) > 0
@@ -155,7 +158,7 @@ def test_other_architectures(kind: str, tmp_path: Path) -> None:
         with torch.no_grad():
             truth, guess = model.float()(tokens).logits.log_softmax(-1), loaded.float()(tokens).logits.log_softmax(-1)
         errors[name] = float((truth.exp() * (truth - guess)).sum(-1).mean())
-    assert errors["calibrated"] < errors["stock"] and errors["learned"] < errors["stock"]
+    assert errors["calibrated"] < errors["rtn"] and errors["learned"] < errors["rtn"]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
@@ -173,7 +176,7 @@ def test_a_cache_with_room_holds_what_a_growing_one_does(
     texts = []
     for make_room in (watched, lambda cache, room: cache):
         monkeypatch.setattr(calibration_text, "make_room", make_room)
-        texts.append(calibration_text.written(model, LITTLE, 48, "cpu", False, Silent(), (1.0, 1.4)))
+        texts.append(calibration_text.written(model, asked(LITTLE), 48, "cpu", False, Silent(), (1.0, 1.4)))
     assert torch.equal(*texts) and texts[0].shape == (16, 48)
     held = {type(layer).__name__: layer.keys.shape[-2] for layer in layers}
     assert held["RoomyLayer"] == 47 and set(held) <= {"RoomyLayer", "DynamicSlidingWindowLayer"}
@@ -190,7 +193,7 @@ def test_inputs_that_64_does_not_divide_are_rounded_to_nearest(tmp_path: Path) -
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(POCKET / name, tmp_path / "odd")
     _, mine = made(tmp_path / "mine", LITTLE, tmp_path / "odd")
-    _, plain = made(tmp_path / "stock", dataclasses.replace(LITTLE, name="stock"), tmp_path / "odd")
+    _, plain = made(tmp_path / "rtn", dataclasses.replace(LITTLE, name="rtn"), tmp_path / "odd")
     assert all(torch.equal(mine[name], plain[name]) for name in plain)
 
 
@@ -198,23 +201,25 @@ def test_auto_stops_at_the_first_rung_that_is_good_enough(tmp_path: Path) -> Non
     recipe = dataclasses.replace(LITTLE, name="auto", target_grade="good")
     easy = pipeline.RunRequest(str(POCKET), output=tmp_path / "easy", recipe=recipe, settings=SETTINGS, device="cpu")
     made = pipeline.run(easy, Silent()).package
-    assert [(one.recipe.name, one.chosen) for one in made.parity.rungs] == [("stock", True)]
-    assert made.provenance.recipe.name == "stock" and made.provenance.asked == recipe
-    assert made.parity.verdict.required == "degraded" and made.parity.verdict.passed
+    assert [(one.recipe.name, one.chosen) for one in made.evidence.attempts] == [("rtn", True)]
+    assert made.provenance.recipe.name == "rtn" and made.provenance.requested == recipe
+    assert made.evidence.verdict.required == "degraded" and made.evidence.verdict.passed
     assert not pipeline.run(easy, Silent()).created
 
 
 def test_auto_climbs_and_keeps_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "SWEEPS", 2)
-    monkeypatch.setattr(search, "EPOCHS", 1)
-    recipe = dataclasses.replace(LITTLE, name="auto", target_grade="lossless", calibration_windows=8)
+    monkeypatch.setattr(calibrated, "REFINED_PASSES", 2)
+    monkeypatch.setattr(calibrated, "REFINED_EPOCHS", 1)
+    recipe = methods.replace(LITTLE, name="auto", target_grade="lossless", calibration_windows=8)
     hard = pipeline.RunRequest(str(POCKET), output=tmp_path / "hard", recipe=recipe, settings=SETTINGS, device="cpu")
     made = pipeline.run(hard, Silent()).package
-    tried = made.parity.rungs
-    assert [one.recipe.name for one in tried] == ["stock", "calibrated", "calibrated"] and tried[2].recipe.epochs == 1
+    tried = made.evidence.attempts
+    assert [one.recipe.name for one in tried] == ["rtn", "calibrated", "calibrated"] and tried[2].recipe.options[
+        "epochs"
+    ] == 1
     (chosen,) = [one for one in tried if one.chosen]
     assert chosen.kld and all(one.kld and chosen.kld.value <= one.kld.value for one in tried)
-    assert made.provenance.recipe == chosen.recipe and made.parity.verdict.passed
+    assert made.provenance.recipe == chosen.recipe and made.evidence.verdict.passed
     assert {path.name for path in made.folder.iterdir()} == {
         *("README.md", "config.json", "figures", "generation_config.json", "model.safetensors", "parity.json"),
         *("provenance.json", "tokenizer.json", "tokenizer_config.json"),
@@ -223,25 +228,29 @@ def test_auto_climbs_and_keeps_the_best(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_eight_bits_have_one_rung() -> None:
-    assert [one.name for one in search.rungs(Recipe(bits=8))] == ["stock"]
+    assert [one.name for one in search.attempts(Recipe(bits=8))] == ["rtn"]
 
 
-def prepared(recipe: Recipe, corpus: str) -> tuple[torch.Tensor, Calibrated]:
+def asked(recipe: Recipe) -> CalibratedOptions:
+    return CalibratedOptions(**recipe.options)  # type: ignore[arg-type]
+
+
+def prepared(recipe: Recipe, corpus: str) -> tuple[torch.Tensor, CalibrationText]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = (kind.from_pretrained(POCKET) for kind in (AutoModelForCausalLM, AutoTokenizer))
-    return calibration_text.prepare(recipe, model.float(), tokenizer, corpus, "cpu", False, Silent(), (1.0,))
+    return calibration_text.prepare(asked(recipe), model.float(), tokenizer, corpus, "cpu", False, Silent(), (1.0,))
 
 
 def test_calibration_never_sees_the_corpus(tmp_path: Path) -> None:
-    corpus = corpus_text(ParitySettings())
+    corpus = corpus_text(EvaluationSettings())
     (tmp_path / "copied.txt").write_text(corpus)
-    recipe = dataclasses.replace(LITTLE, calibration=str(tmp_path / "copied.txt"))
+    recipe = methods.replace(LITTLE, calibration=str(tmp_path / "copied.txt"))
     with pytest.raises(CorpusError, match="is in the corpus that the package is judged by"):
         prepared(recipe, corpus)
     tokens, record = prepared(recipe, "something else")
     assert tokens.shape == (16, 128) and record.source == "copied.txt" and record.left_out == 0
-    again, _ = prepared(dataclasses.replace(recipe, calibration_seed=5), "something else")
+    again, _ = prepared(methods.replace(recipe, calibration_seed=5), "something else")
     assert not torch.equal(tokens, again)
 
 
@@ -265,7 +274,7 @@ def test_calibration_text_that_cannot_be_used(tmp_path: Path, text: str | None, 
     if text is not None:
         file.write_text(text)
     with pytest.raises(CorpusError, match=message):
-        prepared(dataclasses.replace(LITTLE, calibration=str(file)), "")
+        prepared(methods.replace(LITTLE, calibration=str(file)), "")
 
 
 def test_auto_refuses_a_calibration_text_before_anything_is_made(tmp_path: Path) -> None:
@@ -274,7 +283,7 @@ def test_auto_refuses_a_calibration_text_before_anything_is_made(tmp_path: Path)
             begun.append(title)
 
     begun: list[str] = []
-    recipe = dataclasses.replace(LITTLE, name="auto", calibration="nowhere.txt")
+    recipe = methods.replace(LITTLE, name="auto", calibration="nowhere.txt")
     request = pipeline.RunRequest(str(POCKET), output=tmp_path / "out", recipe=recipe, settings=SETTINGS, device="cpu")
     with pytest.raises(CorpusError, match="no calibration text"):
         pipeline.run(request, Stages())
@@ -282,13 +291,13 @@ def test_auto_refuses_a_calibration_text_before_anything_is_made(tmp_path: Path)
 
 
 def test_calibration_text_of_a_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = corpus_text(ParitySettings())
+    text = corpus_text(EvaluationSettings())
     with LoopbackHub() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
         hub.create_repo("org/texts", repo_type="dataset")
         hub.commit("org/texts", {"part/a.txt": text.encode()}, repo_type="dataset")
         hub.inject(Fault("GET", "part/a.txt", status=503))
-        recipe = dataclasses.replace(LITTLE, calibration="org/texts:part/a.txt")
+        recipe = methods.replace(LITTLE, calibration="org/texts:part/a.txt")
         tokens, record = prepared(recipe, "")
     assert tokens.shape == (16, 128) and record.source == "a.txt"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantize import methods
 from quantize.formats.bitsandbytes import packing
+from quantize.formats.bitsandbytes.modules import laid_out, matrix
 from quantize.formats.bitsandbytes.packing import Packed, ScaleGrid
 from quantize.methods.calibration import quantizer
 from quantize.methods.calibration.gradients import Gradient
-from quantize.methods.calibration.layers import Blocks, Stream, laid_out, matrix
+from quantize.methods.calibration.layers import Blocks, Stream
 from quantize.methods.calibration.quantizer import Method
-from quantize.methods.resume import Chosen
+from quantize.methods.calibration.resume import QuantizedLayer
 from quantize.methods.rounding import learned_rounding
 from quantize.methods.rounding.gptq import Levels
 from quantize.methods.rounding.learned_rounding import Choice
@@ -28,7 +29,7 @@ from tests.conftest import POCKET
 from tests.methods.test_calibrated import LITTLE, made, tiny
 
 INSIDE = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-LEARNING = dataclasses.replace(LITTLE, epochs=8)
+LEARNING = methods.replace(LITTLE, epochs=8)
 
 
 def matrix_and_packed(seed: int, shape: tuple[int, int], quant_type: str) -> tuple[torch.Tensor, Packed]:
@@ -106,7 +107,7 @@ def test_a_block_comes_nearer_to_the_source_and_never_goes_away_from_it(pocket: 
     half = torch.randn(256, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
     slope = Gradient(torch.ones(1), half.T @ half / 256) if felt else None
 
-    def error(chosen: dict[str, Chosen]) -> float:
+    def error(chosen: dict[str, QuantizedLayer]) -> float:
         values = {
             f"{name}.weight": laid_out(layer.get_submodule(name), one.packed.weight()) for name, one in chosen.items()
         }

@@ -22,9 +22,11 @@ from hypothesis import strategies as st
 import model_card
 from model_card import CardFacts, CardPublisher, metadata, source_card
 from quantize import package
+from quantize.evidence import DatasetRecord, Evidence
 from quantize.package import card as cards
 from quantize.package.card import command as reproduction
-from quantize.records import DatasetRecord, Parity, ParitySettings, Provenance, Publisher, Recipe, Source, read_record
+from quantize.records import EvaluationSettings, Provenance, Publisher, Recipe, Source
+from quantize.serialization import read_record
 from tests.conftest import POCKET, Outcome
 
 DATA = Path(__file__).parents[1] / "data"
@@ -35,21 +37,21 @@ LINKS = {"Website": "https://example.org/herons", "Mail": "mailto:herons@example
 COMMIT, DATA_COMMIT = "0123456789abcdef0123456789abcdef01234567", "89abcdef0123456789abcdef0123456789abcdef"
 
 
-def recorded() -> tuple[Provenance, Parity]:
-    """The records of a real run on the pocket model, with controls and conventions."""
-    return read_record(Provenance, EVIDENCE / "provenance.json"), read_record(Parity, EVIDENCE / "parity.json")
+def recorded() -> tuple[Provenance, Evidence]:
+    """The records of a real run on the pocket model, with controls and standard_perplexities."""
+    return read_record(Provenance, EVIDENCE / "provenance.json"), read_record(Evidence, EVIDENCE / "parity.json")
 
 
 def pocket_facts() -> CardFacts:
-    provenance, parity = recorded()
+    provenance, evidence = recorded()
     text = (POCKET / "README.md").read_text("utf-8")
-    return cards.facts(dataclasses.replace(provenance, name="pocket-gpt2-bnb-4bit"), parity, text, FIGURES)
+    return cards.facts(dataclasses.replace(provenance, name="pocket-gpt2-bnb-4bit"), evidence, text, FIGURES)
 
 
 def full_facts() -> CardFacts:
     """Everything that a card can have at once: a Hub source, a publisher, a Hub data set, a card full of traps."""
-    provenance, parity = recorded()
-    assert parity.corpus is not None
+    provenance, evidence = recorded()
+    assert evidence.corpus is not None
     dataset = DatasetRecord("Salesforce/wikitext", "wikitext-2-raw-v1", "test", DATA_COMMIT)
     source = dataclasses.replace(provenance.source, name="heron", repo_id="heron/heron", commit=COMMIT)
     provenance = dataclasses.replace(
@@ -59,8 +61,8 @@ def full_facts() -> CardFacts:
         name="rookery/heron-bnb-4bit",
         key="5eed" * 16,
     )
-    parity = dataclasses.replace(parity, corpus=dataclasses.replace(parity.corpus, dataset=dataset))
-    return cards.facts(provenance, parity, SOURCE_CARD, FIGURES)
+    evidence = dataclasses.replace(evidence, corpus=dataclasses.replace(evidence.corpus, dataset=dataset))
+    return cards.facts(provenance, evidence, SOURCE_CARD, FIGURES)
 
 
 @pytest.mark.parametrize(("name", "facts"), [("pocket.md", pocket_facts), ("full.md", full_facts)])
@@ -89,9 +91,9 @@ def test_metadata_of_the_full_card(tmp_path: Path) -> None:
     ours = results["perplexity of this model"]
     assert (ours.dataset_type, ours.dataset_split) == ("Salesforce/wikitext", "test")
     assert ours.dataset_revision == DATA_COMMIT
-    _, parity = recorded()
-    assert parity.scores is not None
-    assert ours.metric_value == pytest.approx(parity.scores.candidate_perplexity.value, abs=1e-6)
+    _, evidence = recorded()
+    assert evidence.scores is not None
+    assert ours.metric_value == pytest.approx(evidence.scores.candidate_perplexity.value, abs=1e-6)
 
 
 plain = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=30)
@@ -143,8 +145,8 @@ def cells(card: str, begin: str) -> list[str]:
 
 
 def test_every_measured_number_on_the_card_is_the_evidence(finished: Path) -> None:
-    card, parity = (finished / "README.md").read_text(), json.loads((finished / "parity.json").read_text())
-    scores, sizes = parity["scores"], parity["sizes"]
+    card, evidence = (finished / "README.md").read_text(), json.loads((finished / "parity.json").read_text())
+    scores, sizes = evidence["scores"], evidence["sizes"]
 
     def interval(estimate: dict[str, float], digits: int = 4) -> str:
         return f"{estimate['low']:.{digits}f} to {estimate['high']:.{digits}f}"
@@ -164,7 +166,7 @@ def test_every_measured_number_on_the_card_is_the_evidence(finished: Path) -> No
         f"{sizes['package_bytes'] / 1e6:.1f} MB",
     ]
     assert cells(card, "bits per parameter")[2] == f"{sizes['bits_per_parameter']:.2f}"
-    corpus = parity["corpus"]
+    corpus = evidence["corpus"]
     assert f"Measured on {corpus['scored'] * (corpus['window'] - 1):,} tokens" in card
     assert f"{sizes['parameters']:,} parameters" in card and "times the original's, and it diverges" in card
     assert yaml.safe_load(card.split("---\n")[1])["model-index"][0]["results"][0]["metrics"][1]["value"] == round(
@@ -174,9 +176,9 @@ def test_every_measured_number_on_the_card_is_the_evidence(finished: Path) -> No
 
 def test_comparisons_and_origin_on_the_card_are_the_records() -> None:
     card = model_card.render(full_facts())
-    parity = json.loads((EVIDENCE / "parity.json").read_text())
+    evidence = json.loads((EVIDENCE / "parity.json").read_text())
     provenance = json.loads((EVIDENCE / "provenance.json").read_text())
-    for one in parity["controls"]:
+    for one in evidence["controls"]:
         kld = one["kld"]["value"]
         assert cells(card, f"{one['name']} |")[1:] == [
             f"{one['weight_bytes'] / 1e6:.1f} MB",
@@ -185,16 +187,16 @@ def test_comparisons_and_origin_on_the_card_are_the_records() -> None:
             f"{100 * one['same_top']['value']:.2f} %",
             one["grade"],
         ]
-    for one in parity["conventions"]:
+    for one in evidence["standard_perplexities"]:
         assert cells(card, f"{one['name']} |")[1:3] == [f"{one['reference']:.4f}", f"{one['candidate']:.4f}"]
         assert one["method"] in card
     for name, version in provenance["environment"]["versions"].items():
         assert f"{name} {version}" in card
     assert f"Made {provenance['created']} by `quantize` {provenance['tool_version']}" in card
     assert f"{len(provenance['quantized']['modules'])} linear modules hold" in card
-    for sample in parity["generation"]["samples"][:3]:
+    for sample in evidence["generation"]["samples"][:3]:
         assert sample["reference_sampled"] in card and sample["candidate_sampled"] in card
-    shares = parity["generation"]
+    shares = evidence["generation"]
     for name in ("prefill_agreement", "cached_agreement"):
         assert f"{100 * shares[name]:.1f} %" in card
 
@@ -287,7 +289,7 @@ def test_an_open_fence_in_the_source_is_closed() -> None:
 def test_the_reproduction_command_names_what_differs_from_the_defaults() -> None:
     source = Source("m", "org/m", "main", "c0ffee", (), "A", "a", "F16", 1, False)
     recipe = Recipe(quant_type="fp4", double_quant=False, skip_modules=("h.0",))
-    assert reproduction(source, recipe, ParitySettings(require="parity", corpus="my text.txt")) == (
+    assert reproduction(source, recipe, EvaluationSettings(require="parity", corpus="my text.txt")) == (
         "quantize run org/m --revision c0ffee --bits 4 --recipe auto --quant-type fp4 --no-double-quant "
         "--skip-modules h.0 --corpus 'my text.txt' --require parity"
     )
@@ -298,7 +300,7 @@ def test_an_unknown_license_is_shown(tmp_path: Path, package_copy: Path, pocket_
     from quantize.package.card import facts
 
     made = package.open_package(package_copy)
-    text = render(facts(made.provenance, made.parity, "no front matter here", ()))
+    text = render(facts(made.provenance, made.evidence, "no front matter here", ()))
     assert yaml.safe_load(text.split("---\n")[1])["license"] == "other"
     assert "**License unknown.**" in text
 

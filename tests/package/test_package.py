@@ -18,11 +18,11 @@ from tests.conftest import Outcome
 
 def test_the_site_is_gone_after_success_failure_and_interruption(tmp_path: Path) -> None:
     output = tmp_path / "deep" / "model-bnb-4bit"
-    with package.building_site(output) as site:
-        assert site.is_dir() and site.parent == output.parent
+    with package.staging_folder(output) as staging:
+        assert staging.is_dir() and staging.parent == output.parent
     for error in (RuntimeError, KeyboardInterrupt, SystemExit):
-        with pytest.raises(error), package.building_site(output) as site:
-            (site / "half").write_text("x")
+        with pytest.raises(error), package.staging_folder(output) as staging:
+            (staging / "half").write_text("x")
             raise error
         assert list(output.parent.iterdir()) == []
 
@@ -32,25 +32,25 @@ def test_what_a_killed_run_left_is_removed_first(tmp_path: Path) -> None:
     left = output.with_name(f"{output.name}{package.BUILDING}")
     left.mkdir()
     (left / "half").write_text("x")
-    with package.building_site(output) as site:
-        assert list(site.iterdir()) == []
+    with package.staging_folder(output) as staging:
+        assert list(staging.iterdir()) == []
 
 
 def test_two_runs_do_not_build_the_same_package(tmp_path: Path) -> None:
     waiter = (
         "from pathlib import Path; from quantize import package; import sys\n"
-        "with package.building_site(Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
+        "with package.staging_folder(Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
     )
     output = str(tmp_path / "model-bnb-4bit")
     with subprocess.Popen(
         [sys.executable, "-c", waiter, output], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout is not None and other.stdout.readline() == "in\n"
-        with pytest.raises(PackageError, match="another run is building"), package.building_site(Path(output)):
+        with pytest.raises(PackageError, match="another run is building"), package.staging_folder(Path(output)):
             pass
         other.kill()
-    with package.building_site(Path(output)) as site:
-        assert site.is_dir()
+    with package.staging_folder(Path(output)) as staging:
+        assert staging.is_dir()
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_no_write_permission_is_one_line(tmp_path: Path, command: Callable[..., 
         "import os, sys, filelock; from pathlib import Path; from quantize import package, cli\n"
         "if os.geteuid() == 0: os.seteuid(65534)\n"
         "from quantize.errors import StorageError\n"
-        "try:\n  with package.building_site(Path(sys.argv[1])): pass\n"
+        "try:\n  with package.staging_folder(Path(sys.argv[1])): pass\n"
         "except StorageError as error: print(error)"
     )
     for folder in (tmp_path, *tmp_path.parents):

@@ -9,17 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantize.errors import PackageError
-from quantize.records import (
-    FileRecord,
-    Parity,
-    Provenance,
-    Recipe,
-    Source,
-    from_json,
-    grade_at_least,
-    read_record,
-    to_json,
-)
+from quantize.evidence import Evidence
+from quantize.grades import grade_at_least
+from quantize.records import FileRecord, Provenance, Recipe, Source
+from quantize.serialization import from_json, read_record, to_json
 
 text = st.text(max_size=20)
 sources = st.builds(
@@ -48,15 +41,15 @@ def test_recipes_round_trip(recipe: Recipe) -> None:
 
 
 def test_evidence_of_a_real_package_round_trips(finished: Path) -> None:
-    for kind, name in ((Parity, "parity.json"), (Provenance, "provenance.json")):
+    for kind, name in ((Evidence, "parity.json"), (Provenance, "provenance.json")):
         text = (finished / name).read_text("utf-8")
         assert to_json(from_json(kind, text, name)) == text
 
 
 def test_unreadable_records_are_named(tmp_path: Path) -> None:
     (tmp_path / "parity.json").write_text('{"scores": 3}')
-    with pytest.raises(PackageError, match=r"parity\.json is not readable as Parity"):
-        read_record(Parity, tmp_path / "parity.json")
+    with pytest.raises(PackageError, match=r"parity\.json is not readable as Evidence"):
+        read_record(Evidence, tmp_path / "parity.json")
     with pytest.raises(PackageError, match=r"is not a package: provenance\.json is missing"):
         read_record(Provenance, tmp_path / "provenance.json")
 

@@ -16,13 +16,14 @@ from hypothesis.extra import numpy as arrays
 
 from quantize import files, pipeline
 from quantize.errors import CorpusError
+from quantize.evidence import Evidence
 from quantize.parity.models import Placed
 from quantize.parity.reference_cache import Contents, ReferenceCache
 from quantize.progress import Silent
-from quantize.records import Parity, ParitySettings
+from quantize.records import EvaluationSettings
 from tests.conftest import POCKET, Outcome
 
-SETTINGS = ParitySettings(max_windows=24, new_tokens=4, require="degraded")
+SETTINGS = EvaluationSettings(max_windows=24, new_tokens=4, require="degraded")
 CONTENTS = Contents(source="s", corpus="c", window=6, seed=0, vocabulary=11)
 
 
@@ -115,9 +116,9 @@ def test_one_at_a_time_says_what_side_by_side_says(
 def test_what_does_not_fit_is_spread_and_said(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With little memory the reference is halved and lies partly on disk; the candidate has to fit."""
     together = pipeline.verify(str(finished), str(POCKET), SETTINGS, "cpu", Silent())
-    monkeypatch.setattr("quantize.devices.room", lambda device: 3_000_000)
+    monkeypatch.setattr("quantize.devices.usable_memory", lambda device: 3_000_000)
     spread = pipeline.verify(str(finished), str(POCKET), SETTINGS, "cpu", Silent())
-    assert together.reference_places == ("cpu",) and spread.reference_places == ("cpu", "disk")
+    assert together.reference_devices == ("cpu",) and spread.reference_devices == ("cpu", "disk")
     assert (together.reference_dtype, spread.reference_dtype) == ("float32", "float16")
     assert spread.weight_errors == pytest.approx(together.weight_errors, rel=1e-5)
     assert spread.sizes == together.sizes
@@ -127,12 +128,12 @@ def test_what_does_not_fit_is_spread_and_said(finished: Path, monkeypatch: pytes
 def test_a_candidate_that_does_not_fit_is_one_line(
     finished: Path, command: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quantize.devices.room", lambda device: 1_000_000)
+    monkeypatch.setattr("quantize.devices.usable_memory", lambda device: 1_000_000)
     outcome = command("verify", finished, "--against", POCKET, "--device", "cpu", "--quiet")
     assert outcome.code == 1 and "needs 0.00 GB on cpu" in outcome.err and outcome.err.count("\n") == 1
 
 
-def _expect_same(found: Parity, expected: Parity) -> None:
+def _expect_same(found: Evidence, expected: Evidence) -> None:
     assert found.scores is not None and expected.scores is not None
     assert found.scores.kld.mean.value == pytest.approx(expected.scores.kld.mean.value, rel=1e-3)
     ratio = expected.scores.perplexity_ratio

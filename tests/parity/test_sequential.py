@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quantize.evidence import Estimate
 from quantize.parity import sequential
-from quantize.records import Estimate
 
 
 @given(st.integers(8, 5000))

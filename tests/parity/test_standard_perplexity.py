@@ -15,7 +15,7 @@ from quantize import pipeline
 from quantize.parity import standard_perplexity
 from quantize.parity.corpus import Corpus, detokenized, pages_of
 from quantize.progress import Silent
-from quantize.records import ParitySettings
+from quantize.records import EvaluationSettings
 from tests.conftest import POCKET
 
 DATA = Path(__file__).parents[1] / "data"
@@ -78,9 +78,9 @@ def test_wikitext_is_cut_into_pages_and_spelled_out() -> None:
 
 
 def test_both_models_are_stated_on_request(finished: Path) -> None:
-    settings = ParitySettings(max_windows=8, new_tokens=2, require="degraded", conventions=True)
-    parity = pipeline.verify(str(finished), str(POCKET), settings, "cpu", Silent())
-    stated = {figure.name: figure for figure in parity.conventions}
+    settings = EvaluationSettings(max_windows=8, new_tokens=2, require="degraded", standard_perplexities=True)
+    evidence = pipeline.verify(str(finished), str(POCKET), settings, "cpu", Silent())
+    stated = {figure.name: figure for figure in evidence.standard_perplexities}
     assert list(stated) == ["sliding window perplexity", "word perplexity", "byte perplexity", "bits per byte"]
     assert all(1.0 < figure.candidate / figure.reference < 1.05 for figure in stated.values())
     assert stated["sliding window perplexity"].method == "sliding window of 256 tokens, stride 128"

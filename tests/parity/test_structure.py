@@ -12,24 +12,26 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantize import pipeline, source
+from quantize.evidence import Evidence
 from quantize.parity import measure, structure
 from quantize.progress import Silent
-from quantize.records import Parity, ParitySettings, Recipe, to_json
+from quantize.records import EvaluationSettings, Recipe
+from quantize.serialization import to_json
 from tests.conftest import POCKET
 
-SETTINGS = ParitySettings(max_windows=16, new_tokens=2, require="degraded")
+SETTINGS = EvaluationSettings(max_windows=16, new_tokens=2, require="degraded")
 PROMISED = structure.Expected(4, "nf4", True, Recipe().skips)
 Tensors = dict[str, torch.Tensor]
 
 
-def judged(folder: Path, promised: structure.Expected | None = PROMISED) -> Parity:
+def judged(folder: Path, promised: structure.Expected | None = PROMISED) -> Evidence:
     checkout = source.fetch(str(POCKET), revision=None, trust_remote_code=False, progress=Silent())
     return measure(checkout, folder, SETTINGS, "cpu", Silent(), promised)
 
 
-def failures(parity: Parity) -> dict[str, str]:
-    assert not parity.verdict.passed and parity.verdict.grade == "failed"
-    return {check.name: check.detail for check in parity.checks if not check.passed}
+def failures(evidence: Evidence) -> dict[str, str]:
+    assert not evidence.verdict.passed and evidence.verdict.grade == "failed"
+    return {check.name: check.detail for check in evidence.checks if not check.passed}
 
 
 def change_tensors(folder: Path, change: Callable[[Tensors], Tensors]) -> None:
@@ -49,10 +51,10 @@ def without(tensors: Tensors, module: str) -> Tensors:
 
 
 def test_the_good_package_passes(package_copy: Path) -> None:
-    parity = judged(package_copy)
-    assert parity.verdict.passed
-    assert set(parity.weight_errors) == {f"transformer.h.{block}.{part}" for block in range(4) for part in PARTS}
-    assert all(0.05 < error < 0.15 for error in parity.weight_errors.values())
+    evidence = judged(package_copy)
+    assert evidence.verdict.passed
+    assert set(evidence.weight_errors) == {f"transformer.h.{block}.{part}" for block in range(4) for part in PARTS}
+    assert all(0.05 < error < 0.15 for error in evidence.weight_errors.values())
 
 
 PARTS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -60,12 +62,12 @@ PARTS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 def test_controls_show_the_noise_floor_and_the_alternatives(finished: Path) -> None:
     settings = dataclasses.replace(SETTINGS, controls=True)
-    parity = pipeline.verify(str(finished), str(POCKET), settings, "cpu", Silent())
-    half, int8, stock = parity.controls
+    evidence = pipeline.verify(str(finished), str(POCKET), settings, "cpu", Silent())
+    half, int8, stock = evidence.controls
     assert [half.name, int8.name, stock.name] == ["float16 source", "int8", "stock NF4"]
     assert (half.grade, int8.grade) == ("lossless", "lossless") and stock.grade in ("good", "degraded")
     assert 0 < half.kld.value < int8.kld.value < stock.kld.value
-    assert parity.scores is not None and stock.kld.value == pytest.approx(parity.scores.kld.mean.value)
+    assert evidence.scores is not None and stock.kld.value == pytest.approx(evidence.scores.kld.mean.value)
     assert stock.weight_bytes < int8.weight_bytes < half.weight_bytes
 
 
@@ -171,9 +173,9 @@ def test_overflowing_outputs_are_a_verdict(package_copy: Path) -> None:
         return tensors
 
     change_tensors(package_copy, inflate)
-    parity = judged(package_copy)
-    assert "arithmetic" in failures(parity)
-    assert to_json(parity)
+    evidence = judged(package_copy)
+    assert "arithmetic" in failures(evidence)
+    assert to_json(evidence)
 
 
 def test_code_that_the_source_does_not_have_is_not_trusted(tmp_path: Path, package_copy: Path) -> None:

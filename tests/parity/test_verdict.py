@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from quantize.parity.verdict import LIMITS, grade_of, judge
-from quantize.records import Check, Estimate, Parity, Scores, read_record
+from quantize.evidence import Check, Estimate, Evidence, Scores
+from quantize.grades import LIMITS, grade_of
+from quantize.parity.verdict import judge
+from quantize.serialization import read_record
 
 
 @pytest.mark.parametrize(("grade", "limits"), LIMITS.items())
@@ -31,7 +33,7 @@ def test_implausibly_better_is_another_model() -> None:
 
 @pytest.fixture
 def scores(finished: Path) -> Scores:
-    found = read_record(Parity, finished / "parity.json").scores
+    found = read_record(Evidence, finished / "parity.json").scores
     assert found is not None
     return dataclasses.replace(
         found,

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 
 from quantize import package, pipeline
 from quantize.progress import Silent
-from quantize.records import ParitySettings, Recipe
+from quantize.records import EvaluationSettings, Recipe
 from tests.conftest import POCKET, QUICK, QUICK_OPTIONS, Outcome
 from tests.publishing.workspace import MEASURING
 
-SMALL = ParitySettings(max_windows=16, new_tokens=2, require="degraded")
+SMALL = EvaluationSettings(max_windows=16, new_tokens=2, require="degraded")
 
 
 def small_run(output: Path, model: Path = POCKET, **recipe: Any) -> package.Package:
@@ -67,8 +67,8 @@ def test_conv1d_becomes_4bit_ties_stay_and_the_head_stays(finished: Path) -> Non
     assert tensors["transformer.h.0.attn.c_attn.weight"].dtype == torch.uint8
     assert tensors["transformer.wte.weight"].dtype == torch.float16
     assert "lm_head.weight" not in tensors
-    assert all(check.passed for check in made.parity.checks)
-    assert {check.name for check in made.parity.checks} == {
+    assert all(check.passed for check in made.evidence.checks)
+    assert {check.name for check in made.evidence.checks} == {
         *("config", "quant_state", "finite", "loads", "modules", "ties", "size", "tokenizer", "weights"),
         *("arithmetic", "outputs"),
     }
@@ -105,7 +105,7 @@ def test_a_stricter_requirement_is_not_answered_by_an_older_package(
 
 def test_a_package_that_was_being_replaced_gets_its_name_back(package_copy: Path) -> None:
     package_copy.rename(package_copy.with_name(f"{package_copy.name}.building-old"))
-    with package.building_site(package_copy):
+    with package.staging_folder(package_copy):
         package.require_unchanged(package.open_package(package_copy))
 
 
@@ -114,7 +114,7 @@ def test_generation_settings_that_saving_would_refuse_are_copied(tmp_path: Path,
     (pocket_copy / "generation_config.json").write_text(own)
     made = small_run(tmp_path / "out", pocket_copy)
     assert (made.folder / "generation_config.json").read_text() == own
-    assert made.parity.generation is not None
+    assert made.evidence.generation is not None
 
 
 def test_stacked_experts_are_refused(tmp_path: Path, command: Callable[..., Outcome]) -> None:
@@ -144,7 +144,7 @@ def test_another_recipe_does_not_take_a_finished_name(finished: Path, command: C
 
 def test_force_replaces_and_leaves_nothing_behind(package_copy: Path) -> None:
     request = pipeline.RunRequest(
-        str(POCKET), output=package_copy, recipe=Recipe(name="stock"), settings=SMALL, device="cpu", force=True
+        str(POCKET), output=package_copy, recipe=Recipe(name="rtn"), settings=SMALL, device="cpu", force=True
     )
     before = package.open_package(package_copy)
     result = pipeline.run(request, Silent())
@@ -161,7 +161,7 @@ def test_a_refused_package_keeps_its_evidence_under_a_name_that_shows_it(
 ) -> None:
     output = tmp_path / "pocket"
     outcome = command(
-        *("run", POCKET, "-o", output, "--recipe", "stock", "--quant-type", "fp4"),
+        *("run", POCKET, "-o", output, "--recipe", "rtn", "--quant-type", "fp4"),
         *("--require", "lossless", "--device", "cpu"),
         *("--max-windows", "8", "--new-tokens", "2", "--json"),
     )
@@ -169,7 +169,7 @@ def test_a_refused_package_keeps_its_evidence_under_a_name_that_shows_it(
     assert outcome.err.splitlines()[-1].startswith("error: ") and "was refused" in outcome.err
     assert [path.name for path in tmp_path.iterdir()] == ["pocket-refused"]
     refused = package.open_package(tmp_path / "pocket-refused")
-    assert not refused.parity.verdict.passed and refused.parity.scores is not None
+    assert not refused.evidence.verdict.passed and refused.evidence.scores is not None
     assert "**Refused.**" in (refused.folder / "README.md").read_text()
     assert json.loads(outcome.out)["parity"]["verdict"]["passed"] is False
     pushed = command("push", refused.folder, "--to", "someone/pocket")
@@ -188,12 +188,12 @@ def test_a_refused_package_keeps_its_evidence_under_a_name_that_shows_it(
 )
 def test_other_recipes(tmp_path: Path, recipe: dict[str, Any]) -> None:
     made = small_run(tmp_path / "out", **recipe)
-    failed = [check for check in made.parity.checks if not check.passed]
-    assert not failed and made.parity.scores is not None
+    failed = [check for check in made.evidence.checks if not check.passed]
+    assert not failed and made.evidence.scores is not None
     config = json.loads((made.folder / "config.json").read_text())["quantization_config"]
     assert config["load_in_8bit"] is (made.provenance.recipe.bits == 8)
     if recipe == {"bits": 8}:
-        assert made.parity.scores.kld.mean.value < 0.01
+        assert made.evidence.scores.kld.mean.value < 0.01
     if "skip_modules" in recipe:
         assert len(made.provenance.quantized.modules) == 16 - 2 - 4
         assert "lm_head" in made.provenance.quantized.kept_modules
@@ -206,7 +206,7 @@ def test_unknown_modules_to_skip_are_named(tmp_path: Path, command: Callable[...
 
 def test_untied_llama_with_grouped_heads(tmp_path: Path, llama: Path) -> None:
     made = small_run(tmp_path / "out", llama)
-    assert not [check for check in made.parity.checks if not check.passed]
+    assert not [check for check in made.evidence.checks if not check.passed]
     assert len(made.provenance.quantized.modules) == 2 * 7
     assert made.provenance.quantized.dtype == "bfloat16"
 
@@ -262,9 +262,9 @@ def test_verify_judges_an_8bit_checkpoint_made_by_stock_transformers(
     AutoModelForCausalLM.from_pretrained(POCKET, quantization_config=config, device_map=place).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(POCKET).save_pretrained(tmp_path)
     outcome = command("verify", tmp_path, "--against", POCKET, "--device", "cpu", *MEASURING, "--json")
-    parity = json.loads(outcome.out)
-    assert outcome.code == 0 and parity["verdict"]["grade"] == "lossless"
-    assert parity["checks"][0]["detail"] == "config.json says 8-bit, so do the files"
+    evidence = json.loads(outcome.out)
+    assert outcome.code == 0 and evidence["verdict"]["grade"] == "lossless"
+    assert evidence["checks"][0]["detail"] == "config.json says 8-bit, so do the files"
 
 
 def test_verify_of_a_local_source_asks_where_it_is(finished: Path, command: Callable[..., Outcome]) -> None:
@@ -285,18 +285,18 @@ def test_the_wheel_does_the_same_job_outside_the_checkout(tmp_path: Path) -> Non
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(root)]
     subprocess.run(build, **quiet)  # type: ignore[call-overload]
     (wheel,) = tmp_path.glob("*.whl")
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site")]
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "staging")]
     subprocess.run([*install, str(wheel)], **quiet)  # type: ignore[call-overload]
     outcome = subprocess.run(
         [sys.executable, "-m", "quantize", "run", str(POCKET), "--device", "cpu", "--json", *QUICK_OPTIONS],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "staging")},
         capture_output=True,
         text=True,
     )
     assert outcome.returncode == 0, outcome.stderr
     where = [sys.executable, "-c", "import quantize, model_card; print(quantize.__file__, model_card.__file__)"]
-    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "staging")}
     found = subprocess.run(where, cwd=tmp_path, env=env, **quiet).stdout.split()  # type: ignore[call-overload]
-    assert all(path.startswith(str(tmp_path / "site")) for path in found)
+    assert all(path.startswith(str(tmp_path / "staging")) for path in found)
     assert package.open_package(tmp_path / "pocket-gpt2-bnb-4bit").provenance.settings == QUICK

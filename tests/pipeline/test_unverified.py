@@ -28,9 +28,9 @@ def test_the_card_and_the_evidence_say_that_nothing_was_measured(folder: Path) -
     assert "**Not measured.**" in card and "Nothing was scored." in card and "--unverified" in card.split("```sh")[-1]
     assert "perplexity ratio" not in card and "passed" not in card
     made = package.open_package(folder / "out")
-    assert made.parity.verdict.grade == "unmeasured" and not made.parity.verdict.passed
-    assert [check.name for check in made.parity.checks] == ["config", "quant_state", "finite", "tokenizer"]
-    assert [(one.recipe.name, one.grade) for one in made.parity.rungs] == [("stock", "unmeasured")]
+    assert made.evidence.verdict.grade == "unmeasured" and not made.evidence.verdict.passed
+    assert [check.name for check in made.evidence.checks] == ["config", "quant_state", "finite", "tokenizer"]
+    assert [(one.recipe.name, one.grade) for one in made.evidence.attempts] == [("stock", "unmeasured")]
 
 
 def test_it_is_never_published(folder: Path, place: Place) -> None:
@@ -52,9 +52,9 @@ def test_the_same_again_does_nothing_and_without_the_option_it_is_measured(folde
 def test_a_measured_package_takes_its_place(tmp_path: Path) -> None:
     from tests.pipeline.test_run import SMALL
 
-    recipe = Recipe(name="stock")
+    recipe = Recipe(name="rtn")
     request = pipeline.RunRequest(str(POCKET), output=tmp_path / "out", recipe=recipe, settings=SMALL, device="cpu")
     for unverified, grade in ((True, "unmeasured"), (False, "good")):
         result = pipeline.run(dataclasses.replace(request, unverified=unverified), Silent())
-        assert result.created and result.package.parity.verdict.grade == grade
+        assert result.created and result.package.evidence.verdict.grade == grade
     assert not pipeline.run(dataclasses.replace(request, unverified=True), Silent()).created

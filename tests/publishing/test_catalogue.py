@@ -8,15 +8,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantize.cli.commands import cli
+from quantize import methods
 from quantize.errors import ConfigError
+from quantize.grades import GRADES
+from quantize.options import COMPUTE_DTYPES, QUANT_TYPES
 from quantize.publishing import catalogue
-from quantize.records import COMPUTE_DTYPES, GRADES, QUANT_TYPES, RECIPES, ParitySettings, Recipe
+from quantize.records import EvaluationSettings, Recipe
 
 Keys = dict[str, Any]
 
@@ -25,7 +26,7 @@ MODEL = '[[model]]\nsource = "gpt2"\ntarget = "you/gpt2-bnb-4bit"\n'
 
 lines_of_text = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=12)
 VALUES: dict[str, st.SearchStrategy[Any]] = {
-    "recipe": st.sampled_from(RECIPES),
+    "recipe": st.sampled_from(methods.names()),
     "target_grade": st.sampled_from(GRADES[:-1]),
     "size_budget": st.integers(1, 9) | st.floats(1, 9),
     "sweeps": st.integers(0, 9),
@@ -46,7 +47,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "seed": st.integers(0, 2**32 - 1),
     "full": st.booleans(),
     "controls": st.booleans(),
-    "conventions": st.booleans(),
+    "standard_perplexities": st.booleans(),
     "require": st.sampled_from(GRADES[:-1]),
     "revision": lines_of_text,
     "private": st.booleans(),
@@ -317,7 +318,7 @@ def test_windows_line_ends_change_nothing(shelf: Path) -> None:
 def test_every_field_of_a_recipe_and_of_the_settings_has_a_key() -> None:
     mine = {"source", "target", *VALUES}
     assert mine == catalogue.REQUIRED.keys() | catalogue.OPTIONAL.keys()
-    of_records = {field.name for record in (Recipe, ParitySettings) for field in dataclasses.fields(record)}
+    of_records = {field.name for record in (Recipe, EvaluationSettings) for field in dataclasses.fields(record)}
     assert of_records - {"name"} <= mine
 
 
@@ -325,26 +326,6 @@ def test_a_field_without_a_rule_of_its_own_accepts_its_default() -> None:
     for key, rule in catalogue.OPTIONAL.items():
         default = said(catalogue.Entry(0, "", ""), key)
         assert rule.accepts(default) or key in ("revision", "max_source_gb"), key
-
-
-def test_the_catalogue_and_the_command_line_allow_the_same() -> None:
-    compared = set()
-    for option in cli.commands["run"].params:
-        rule, kind = catalogue.OPTIONAL.get(option.name or ""), option.type
-        if rule is None:
-            continue
-        if isinstance(kind, click.IntRange):
-            assert kind.min is not None and rule.accepts(kind.min) and not rule.accepts(kind.min - 1)
-            assert kind.max is None or (rule.accepts(kind.max) and not rule.accepts(kind.max + 1))
-            compared.add(option.name)
-        elif isinstance(kind, click.FloatRange):
-            assert kind.min is not None and rule.accepts(kind.min) and not rule.accepts(kind.min - 0.01)
-            compared.add(option.name)
-        elif isinstance(kind, click.Choice):
-            allowed = [int(choice) if option.name == "bits" else choice for choice in kind.choices]
-            assert all(map(rule.accepts, allowed)) and rule.words == f"one of {', '.join(kind.choices)}"
-            compared.add(option.name)
-    assert compared >= catalogue.SPECIAL.keys() - {"recipe"}
 
 
 def test_the_example_can_be_used() -> None:

@@ -16,7 +16,7 @@ from tests.hub.distilgpt2 import seed_distilgpt2
 from tests.publishing.warm_process import Child, Ended, Warm, warm_process
 
 MEASURING = ("--max-windows", "24", "--new-tokens", "8", "--require", "degraded")
-QUICK_OPTIONS = ("--recipe", "stock", *MEASURING)
+QUICK_OPTIONS = ("--recipe", "rtn", *MEASURING)
 EXPIRED_TOKEN = "hf_loopback_expired"
 MODEL, TARGET = "distilbert/distilgpt2", "tester/distilgpt2-bnb-4bit"
 NAME = "distilgpt2-bnb-4bit"

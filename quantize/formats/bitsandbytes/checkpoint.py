@@ -1,40 +1,39 @@
-"""Nearest rounding as stock transformers and bitsandbytes do it, and the files that they write."""
+"""A quantized checkpoint as stock transformers and bitsandbytes write it: which modules, which config, which files."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from quantize.errors import CorruptModel, DeviceError, UnsupportedModel, storage_errors
 from quantize.formats import safetensors
 from quantize.formats.bitsandbytes import tensor_plan, writer
+from quantize.formats.bitsandbytes.modules import matrix
 from quantize.formats.bitsandbytes.tensor_plan import NotKnown
-from quantize.methods.resume import BIAS, CODES, Work
+from quantize.formats.bitsandbytes.writer import MatrixRounding
 from quantize.progress import Progress
-from quantize.records import Checkout, Quantized, Recipe
+from quantize.records import Checkout, Recipe
 
 MAX_SHARD = 5_000_000_000
 QUANTIZED_CLASSES = ("Linear4bit", "Linear8bitLt")
 MOST_STACKED = 0.1
 LINEAR_CLASSES = ("Linear", "Conv1D")
-Given = Mapping[str, Mapping[str, Any]]
+PrecomputedTensors = Mapping[str, Mapping[str, Any]]
 """Tensors by the names of the modules that have them, and by what they are called there."""
+CODES, BIAS = "weight", "bias"
+"""Of what is precomputed for a module."""
 HALF_TYPES = {"F16": "float16", "BF16": "bfloat16"}
 
 
-def quantize(
-    checkout: Checkout, output: Path, recipe: Recipe, device: str, progress: Progress, resume: Path
-) -> Quantized:
-    """Write what `from_pretrained` with `BitsAndBytesConfig` and `save_pretrained` would write into `output`.
+@dataclass(frozen=True)
+class Written:
+    """What a checkpoint holds: names of the modules that are quantized, and of linear ones that are not."""
 
-    Finished files are kept in the folder `resume` for a run that goes on there.
-    """
-    started = time.monotonic()
-    dtype = _half_type(checkout, recipe) or choose_dtype(checkout, recipe, progress)
-    modules, kept = write(checkout, output, recipe, dtype, device, progress, resume, {})
-    return Quantized(modules, kept, dtype, device, round(time.monotonic() - started, 3))
+    modules: tuple[str, ...]
+    kept_modules: tuple[str, ...]
 
 
 def write(
@@ -45,12 +44,14 @@ def write(
     device: str,
     progress: Progress,
     resume: Path,
-    given: Given,
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The package's weights and config; the names of the modules that are quantized, and of linear ones that are not.
+    precomputed: PrecomputedTensors = MappingProxyType({}),
+    rounding: MatrixRounding | None = None,
+) -> Written:
+    """Write the package's weights and config into `output`.
 
-    Modules are rounded to nearest, but for those whose tensors are `given`. Tensors are streamed, so that the model
-    need not fit into memory; where the architecture asks for more than that, the model is loaded and saved.
+    Matrices become what `rounding` makes of them, nearest codes where none is given; modules whose tensors are
+    `precomputed` get those. Tensors are streamed, so that the model need not fit into memory; where the architecture
+    asks for more than that, the model is loaded and saved. Finished files are kept in the folder `resume`.
     """
     import torch
 
@@ -59,31 +60,55 @@ def write(
     _require_some(modules, checkout)
     _require_mostly_linear(model, checkout.source.name)
     try:
-        planned = tensor_plan.plan(checkout, model, modules, getattr(torch, dtype), given)
+        planned = tensor_plan.plan(checkout, model, modules, getattr(torch, dtype), precomputed)
     except NotKnown as reason:
         progress.note(f"{reason}: the model is loaded as a whole")
-        return _load_and_save(checkout, output, recipe, dtype, device, progress, given)
-    made_of = {"source": checkout.source.fingerprint(), "recipe": recipe, "dtype": dtype, "device": device}
-    work = Work.begin(resume, {**made_of, "given": sorted(given)})
-    writer.write(planned, output, work.folder, recipe, device, MAX_SHARD, progress)
+        if rounding is not None:
+            precomputed = _rounded_whole(checkout, recipe, dtype, device, rounding)
+        return _load_and_save(checkout, output, recipe, dtype, device, progress, precomputed)
+    writer.write(planned, output, resume, recipe, device, MAX_SHARD, progress, rounding)
     model.config.quantization_config = _bitsandbytes_config(checkout, recipe, dtype)
     model.config.dtype, model.config.architectures = dtype, [type(model).__name__]
     with storage_errors(output):
         model.config.save_pretrained(output)
         if model.can_generate():
             _generation_config(model, checkout).save_pretrained(output)
-    return modules, tuple(name for name in kept_modules(model) if name not in modules)
+    return Written(modules, tuple(name for name in kept_modules(model) if name not in modules))
+
+
+def _rounded_whole(
+    checkout: Checkout, recipe: Recipe, dtype: str, device: str, rounding: MatrixRounding
+) -> PrecomputedTensors:
+    """What `rounding` makes of every matrix of a source that is loaded as a whole."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        checkout.folder,
+        dtype=getattr(torch, dtype),
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=checkout.source.remote_code,
+    )
+    modules = {name: model.get_submodule(name) for name in _becoming(checkout, model, recipe)}
+    return {name: rounding(matrix(module).to(device)) for name, module in modules.items()}
 
 
 def _load_and_save(
-    checkout: Checkout, output: Path, recipe: Recipe, dtype: str, device: str, progress: Progress, given: Given
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    checkout: Checkout,
+    output: Path,
+    recipe: Recipe,
+    dtype: str,
+    device: str,
+    progress: Progress,
+    precomputed: PrecomputedTensors,
+) -> Written:
     if _half_type(checkout, recipe):  # the weights were not looked at before
         choose_dtype(checkout, recipe, progress)
     model = load_quantized(checkout, recipe, dtype, device)
-    for name, parts in given.items():
+    for name, parts in precomputed.items():
         _put(model.get_submodule(name), parts, device)
-    return save(model, checkout, output), kept_modules(model)
+    return Written(save(model, checkout, output), kept_modules(model))
 
 
 def _put(module: Any, parts: Mapping[str, Any], device: str) -> None:
@@ -94,6 +119,11 @@ def _put(module: Any, parts: Mapping[str, Any], device: str) -> None:
     module.weight = Params4bit.from_prequantized(parts[CODES], stats, device=device, module=module)
     if BIAS in parts:
         module.bias.data = parts[BIAS].to(module.bias)
+
+
+def half_precision(checkout: Checkout, recipe: Recipe, progress: Progress) -> str:
+    """The type of what stays in half precision; looks at every weight where that depends on them."""
+    return _half_type(checkout, recipe) or choose_dtype(checkout, recipe, progress)
 
 
 def _half_type(checkout: Checkout, recipe: Recipe) -> str | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -19,7 +19,6 @@ from bitsandbytes.functional import QuantState
 
 from quantize.formats.bitsandbytes import cpu_kernel
 from quantize.formats.safetensors import Slot
-from quantize.methods.rounding.gptq import Levels, Search, keep, round_compensated
 
 BLOCK = 64
 STATE = ".quant_state.bitsandbytes__"
@@ -217,33 +216,6 @@ def slots(name: str, rows: int, inputs: int, quant_type: str, double_quant: bool
         *(nested if double_quant else []),
         Slot(f"{name}{STATE}{quant_type}", torch.uint8, None),
     ]
-
-
-def compensated(
-    weight: torch.Tensor,
-    moments: torch.Tensor,
-    quant_type: str,
-    double_quant: bool,
-    dtype: torch.dtype,
-    search: Search | None = None,
-    output_moments: torch.Tensor | None = None,
-) -> Packed:
-    """`weight` [rows, inputs] rounded by `rounding.round_compensated` onto scales that can be stored.
-
-    Where blocks would run across rows it is rounded to nearest: a scale that belongs to two rows cannot be chosen with
-    the codes of one. FP4's table is symmetric, so that its scales stay positive and their grid finer.
-    """
-    search = search or Search()
-    if weight.shape[1] % search.block:
-        return nearest(weight.to(dtype), quant_type, double_quant, search.block)
-    levels, grid = Levels.of(table(quant_type, weight.device)), None
-    search = replace(search, signed=search.signed and quant_type == "nf4")
-    if double_quant:
-        largest = weight.float().reshape(-1, search.block).abs().amax(1)
-        reach = torch.stack([largest * min(search.factors), largest * max(search.factors)])
-        grid = ScaleGrid.around(reach, 0.0 if search.signed else None)
-    rounded = round_compensated(weight, moments, levels, grid.snap if grid else keep, search, output_moments)
-    return Packed.build(rounded.codes, rounded.scales, grid, quant_type, dtype, search.block)
 
 
 def expand_scales(scales: torch.Tensor, shape: tuple[int, ...] | torch.Size, block: int = BLOCK) -> torch.Tensor:

@@ -14,8 +14,8 @@ import torch
 
 from quantize.formats import safetensors
 from quantize.formats.bitsandbytes import packing
+from quantize.formats.bitsandbytes.modules import is_transposed
 from quantize.formats.safetensors import Entry, Slot
-from quantize.methods.calibration.layers import is_transposed
 from quantize.records import Checkout, Recipe
 
 

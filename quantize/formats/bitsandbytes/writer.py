@@ -7,6 +7,7 @@ that is not known here, `pieces.plan` raises NotKnown, and nothing is done.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections import deque
@@ -31,6 +32,8 @@ AHEAD, AHEAD_ELSEWHERE = {"cpu": 32 << 20}, 512 << 20
 """Bytes that are read before they are needed, and that wait for being written; or one tensor, where that is larger. A
 GPU is done before files are."""
 READERS = WRITERS = 4
+MatrixRounding = Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
+"""A matrix [outputs, inputs] in half precision -> its tensors, by the names after the module's own."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,18 @@ class Step:
 
 
 def write(
-    pieces: list[Piece], output: Path, resume: Path, recipe: Recipe, device: str, largest: int, progress: Progress
+    pieces: list[Piece],
+    output: Path,
+    resume: Path,
+    recipe: Recipe,
+    device: str,
+    largest: int,
+    progress: Progress,
+    rounding: MatrixRounding | None = None,
 ) -> None:
     """Write the pieces into safetensors files of at most about `largest` bytes in `output`, with an index of several.
 
+    Matrices become what `rounding` makes of them, nearest codes where none is given.
     Files that are finished in the folder `resume` are taken over. Raises CorruptModel at the first NaN or infinity.
     """
     groups = safetensors.in_files(pieces, lambda piece: sum(slot.size for slot in piece.slots(recipe)), largest)
@@ -62,14 +73,22 @@ def write(
                 advance(sum(piece.entry.numel for piece in group))
             else:
                 with storage_errors(resume):
-                    _write_shard(file, group, recipe, device, advance)
+                    _write_shard(file, group, recipe, device, advance, rounding)
             _place(file, output / name)
     if len(groups) > 1:
         with storage_errors(output):
             safetensors.write_index(output, names)
 
 
-def _write_shard(file: Path, group: list[Piece], recipe: Recipe, device: str, advance: Callable[[int], None]) -> None:
+def _write_shard(
+    file: Path,
+    group: list[Piece],
+    recipe: Recipe,
+    device: str,
+    advance: Callable[[int], None],
+    rounding: MatrixRounding | None,
+) -> None:
+    rounding = rounding or functools.partial(_nearest, recipe=recipe)
     kind = torch.device(device).type
     pinned, ahead = kind == "cuda", AHEAD.get(kind, AHEAD_ELSEWHERE)
     slots = [slot for piece in group for slot in piece.slots(recipe)]
@@ -79,7 +98,7 @@ def _write_shard(file: Path, group: list[Piece], recipe: Recipe, device: str, ad
         _Behind(WRITERS, ahead) as writers,
     ):
         for step, values in _ahead(readers, _steps(group), ahead, pinned):
-            found = _results(step, values, recipe, device)
+            found = _results(step, values, device, rounding)
             writers.submit(sum(one.nbytes for one in found.values()), _put, shard, found, step.first)
             advance(step.piece.entry.numel if step.piece.given else step.count)
 
@@ -89,7 +108,7 @@ def _put(shard: Shard, found: Mapping[str, torch.Tensor], first: int) -> None:
         shard.write(name, values, first)
 
 
-def _results(step: Step, values: torch.Tensor, recipe: Recipe, device: str) -> dict[str, torch.Tensor]:
+def _results(step: Step, values: torch.Tensor, device: str, rounding: MatrixRounding) -> dict[str, torch.Tensor]:
     """What `values` become, on the CPU."""
     piece = step.piece
     if piece.given:
@@ -98,7 +117,7 @@ def _results(step: Step, values: torch.Tensor, recipe: Recipe, device: str) -> d
         if not piece.rounded:
             return {piece.name: _finite(values).to(piece.dtype)}
         matrix = values.view(piece.entry.shape).to(device, non_blocking=True).to(piece.dtype)
-        parts = _codes(matrix.T if piece.transposed else matrix, recipe)
+        parts = rounding(matrix.T if piece.transposed else matrix)
     except packing.NotFinite as error:
         place = piece.entry.file.name
         raise CorruptModel(f"{piece.name} in {place} holds NaN or infinity: the source is damaged") from error
@@ -111,7 +130,7 @@ def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _codes(matrix: torch.Tensor, recipe: Recipe) -> dict[str, torch.Tensor]:
+def _nearest(matrix: torch.Tensor, recipe: Recipe) -> dict[str, torch.Tensor]:
     if recipe.bits == 4:
         return packing.nearest_tensors(matrix, recipe.quant_type, recipe.double_quant)
     codes, scales, _ = functional.int8_vectorwise_quant(_finite(matrix).contiguous().to(torch.float16))
@@ -157,7 +176,7 @@ def _ahead(
 
 
 class _Behind:
-    """Work that others do, with no more than `most` bytes of it waiting; what fails there is raised here."""
+    """ResumeFolder that others do, with no more than `most` bytes of it waiting; what fails there is raised here."""
 
     def __init__(self, workers: int, most: int) -> None:
         self.pool, self.most = ThreadPoolExecutor(workers), most

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from quantize.formats.bitsandbytes import packing
+from quantize.formats.bitsandbytes.modules import laid_out, matrix
 from quantize.formats.bitsandbytes.packing import BLOCK
-from quantize.methods.calibration.layers import laid_out, matrix
 from quantize.progress import Progress
 from quantize.records import Recipe
 
@@ -36,9 +36,16 @@ class Form:
 
 
 def allocate(
-    model: Any, names: list[str], tokens: torch.Tensor, recipe: Recipe, dtype: str, device: str, progress: Progress
+    model: Any,
+    names: list[str],
+    tokens: torch.Tensor,
+    recipe: Recipe,
+    size_budget: float,
+    dtype: str,
+    device: str,
+    progress: Progress,
 ) -> dict[str, int]:
-    """The block size, or HALF, of each matrix of `model`, which is on the device, within the budget of the recipe."""
+    """The block size, or HALF, of each matrix of `model` (on the device), within `size_budget` x the plain bytes."""
     matrices = {name: model.get_submodule(name) for name in names}
 
     def rounded(module: Any) -> torch.Tensor:
@@ -49,7 +56,7 @@ def allocate(
     offers = {name: _forms(matrix(one), costs[name], recipe.double_quant) for name, one in matrices.items()}
     weights = sum(module.weight.numel() for module in matrices.values())
     plain = 2 * (model.num_parameters() - weights) + sum(forms[0].size for forms in offers.values())
-    return spend(offers, (recipe.size_budget - 1) * plain)
+    return spend(offers, (size_budget - 1) * plain)
 
 
 def _forms(weight: torch.Tensor, divergence: float, double_quant: bool) -> list[Form]:

@@ -13,12 +13,12 @@ import torch
 from quantize import devices, hub
 from quantize.errors import CorpusError
 from quantize.methods.calibration.layers import autocast
+from quantize.methods.calibration.options import SELF, CalibratedOptions
 from quantize.methods.calibration.sampling import draw
 from quantize.methods.calibration.static_cache import make_room
 from quantize.progress import Progress
-from quantize.records import Calibrated, Recipe
+from quantize.records import CalibrationText
 
-SELF = "self"
 WRITTEN_AT_ONCE = 128
 """Windows that a model writes side by side; for the sake of its cache a quarter, if it has more than LARGE weights."""
 LARGE = 2_000_000_000
@@ -33,7 +33,7 @@ WORD = re.compile(r"\w+")
 
 
 def prepare(
-    wanted: Recipe,
+    options: CalibratedOptions,
     model: Any,
     tokenizer: Any,
     corpus: str,
@@ -41,17 +41,17 @@ def prepare(
     fast: bool,
     progress: Progress,
     temperatures: tuple[float, ...],
-) -> tuple[torch.Tensor, Calibrated]:
+) -> tuple[torch.Tensor, CalibrationText]:
     """Tokens [windows, length] to calibrate on, and the record of them.
 
     `corpus` is the text that the package is judged by. Windows of the model's own that share a run of 13 words with
     it are left out; raises CorpusError where more than 1 % of a given text does, or where it is too short.
     """
-    length = _length(wanted, model.config)
-    if wanted.calibration == SELF:
-        tokens = written(model, wanted, length, device, fast, progress, temperatures)
+    length = _length(options, model.config)
+    if options.calibration == SELF:
+        tokens = written(model, options, length, device, fast, progress, temperatures)
     else:
-        tokens = given(wanted, model.config, tokenizer, corpus)
+        tokens = given(options, model.config, tokenizer, corpus)
     forbidden = set(_shingles(corpus))
     shared = torch.tensor([any(one in forbidden for one in _shingles(text)) for text in tokenizer.batch_decode(tokens)])
     kept = tokens[~shared]
@@ -62,26 +62,26 @@ def prepare(
             f"package is judged by: name another --corpus or another --calibration"
         )
     digest = hashlib.sha256(kept.to(torch.int64).numpy().tobytes()).hexdigest()
-    return kept, Calibrated(
-        Path(wanted.calibration).name, wanted.calibration_seed, len(kept), length, int(shared.sum()), digest
+    return kept, CalibrationText(
+        Path(options.calibration).name, options.calibration_seed, len(kept), length, int(shared.sum()), digest
     )
 
 
-def given(wanted: Recipe, config: Any, tokenizer: Any, corpus: str) -> torch.Tensor:
+def given(options: CalibratedOptions, config: Any, tokenizer: Any, corpus: str) -> torch.Tensor:
     """Windows [windows, length] of the text that is named; raises CorpusError where it cannot be calibrated on."""
-    tokens = _cut(tokenizer, _read(wanted.calibration), wanted, _length(wanted, config))
-    _require_apart(wanted.calibration, tokenizer.batch_decode(tokens), set(_shingles(corpus)))
+    tokens = _cut(tokenizer, _read(options.calibration), options, _length(options, config))
+    _require_apart(options.calibration, tokenizer.batch_decode(tokens), set(_shingles(corpus)))
     return tokens
 
 
-def _length(wanted: Recipe, config: Any) -> int:
+def _length(options: CalibratedOptions, config: Any) -> int:
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or 1024
-    return min(wanted.calibration_length, int(context))
+    return min(options.calibration_length, int(context))
 
 
 def written(
     model: Any,
-    wanted: Recipe,
+    options: CalibratedOptions,
     length: int,
     device: str,
     fast: bool,
@@ -91,11 +91,11 @@ def written(
     """What the model says after its beginning-of-text token, in turns at each temperature of the whole vocabulary."""
     config = model.config.get_text_config()
     begin = next((one for one in (config.bos_token_id, config.eos_token_id) if isinstance(one, int)), 0)
-    generator = torch.Generator(device).manual_seed(wanted.calibration_seed)
-    heat = torch.tensor(temperatures, device=device).repeat(-(-wanted.calibration_windows // len(temperatures)), 1)
-    heat = heat.flatten()[: wanted.calibration_windows, None]
+    generator = torch.Generator(device).manual_seed(options.calibration_seed)
+    heat = torch.tensor(temperatures, device=device).repeat(-(-options.calibration_windows // len(temperatures)), 1)
+    heat = heat.flatten()[: options.calibration_windows, None]
     parts = []
-    with progress.task("writing calibration text", wanted.calibration_windows * length, "tokens") as advance:
+    with progress.task("writing calibration text", options.calibration_windows * length, "tokens") as advance:
         for part in torch.split(heat, WRITTEN_AT_ONCE // (4 if model.num_parameters() > LARGE else 1)):
             tokens, past = [torch.full((len(part), 1), begin, device=device)], None
             while len(tokens) < length:
@@ -142,17 +142,17 @@ def _parquet_rows(path: Path) -> list[str]:
     return [row for row in table.column("text").to_pylist() if row]
 
 
-def _cut(tokenizer: Any, text: str, wanted: Recipe, length: int) -> torch.Tensor:
+def _cut(tokenizer: Any, text: str, options: CalibratedOptions, length: int) -> torch.Tensor:
     """Whole windows of the text in a seeded order."""
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     windows = ids[: len(ids) // length * length].view(-1, length)
-    if len(windows) < wanted.calibration_windows:
+    if len(windows) < options.calibration_windows:
         raise CorpusError(
-            f"{wanted.calibration} has {len(windows)} windows of {length} tokens, and {wanted.calibration_windows} are "
-            f"wanted: give more text or a smaller --calibration-windows"
+            f"{options.calibration} has {len(windows)} windows of {length} tokens, and "
+            f"{options.calibration_windows} are wanted: give more text or a smaller --calibration-windows"
         )
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(wanted.calibration_seed))
-    chosen: torch.Tensor = windows[order[: wanted.calibration_windows]]
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(options.calibration_seed))
+    chosen: torch.Tensor = windows[order[: options.calibration_windows]]
     return chosen
 
 

@@ -196,19 +196,3 @@ def _move_rest(model: torch.nn.Module, blocks: Blocks, device: str) -> None:
 def _tensor(answer: Any) -> torch.Tensor:
     found: torch.Tensor = answer[0] if isinstance(answer, tuple) else answer
     return found
-
-
-def matrix(module: Any) -> torch.Tensor:
-    """A linear module's weight as [outputs, inputs]."""
-    weight: torch.Tensor = module.weight.detach()
-    return weight.T if is_transposed(module) else weight
-
-
-def laid_out(module: Any, values: torch.Tensor) -> torch.Tensor:
-    """The inverse of `matrix`, in the type of the module's weight."""
-    return (values.T.contiguous() if is_transposed(module) else values).to(module.weight)
-
-
-def is_transposed(module: Any) -> bool:
-    """Whether a linear module keeps its weight as [inputs, outputs], as those of GPT-2 do."""
-    return type(module).__name__ == "Conv1D"

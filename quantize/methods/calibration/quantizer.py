@@ -12,21 +12,23 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from quantize import devices
 from quantize.formats.bitsandbytes import checkpoint, packing
+from quantize.formats.bitsandbytes.modules import laid_out, matrix
 from quantize.methods.calibration import allocation, calibration_text
 from quantize.methods.calibration.gradients import Gradient, gradients
-from quantize.methods.calibration.layers import Blocks, Stream, laid_out, matrix, on_device
-from quantize.methods.resume import Chosen, Work
+from quantize.methods.calibration.layers import Blocks, Stream, on_device
+from quantize.methods.calibration.options import CalibratedOptions
+from quantize.methods.calibration.resume import FinishedParts, QuantizedLayer
+from quantize.methods.method import Job
 from quantize.methods.rounding import learned_rounding
 from quantize.methods.rounding.gptq import Moments, Search
-from quantize.progress import Progress
-from quantize.records import Calibrated, Checkout, Quantized, Recipe
+from quantize.methods.rounding.stored import compensated
+from quantize.records import CalibrationText, Checkout, Quantized, Recipe
 
 TOKENS_AT_ONCE = 4096
 """How many run through a block side by side."""
@@ -49,83 +51,76 @@ class Method:
     temperatures: tuple[float, ...] = calibration_text.TEMPERATURES
 
 
-def quantize(
-    checkout: Checkout,
-    output: Path,
-    recipe: Recipe,
-    device: str,
-    progress: Progress,
-    corpus: str,
-    resume: Path,
-    method: Method | None = None,
-) -> Quantized:
-    """Write the source with chosen codes, scales and biases into `output`, in the files that the stock recipe writes.
+def quantize(job: Job, options: CalibratedOptions, method: Method | None = None) -> Quantized:
+    """Write the source with chosen codes, scales and biases into `job.output`, in the stock files.
 
-    `corpus` is the text that the package will be judged by, and must not be calibrated on. Finished blocks are kept
-    in the folder `resume`, so that a killed run goes on there.
+    Finished layers are kept in the resume folder, so that a killed run goes on there.
     """
     started = time.monotonic()
-    dtype = checkpoint.choose_dtype(checkout, recipe, progress)
-    kind = torch.device(device).type
-    method = method or Method(search=Search(sweeps=recipe.sweeps))
-    made_of = {"source": checkout.source.fingerprint(), "recipe": recipe, "device": kind, "method": method}
-    work = Work.begin(resume, made_of)
-    chosen, forms, record = _choose(checkout, recipe, dtype, device, progress, corpus, work, method)
+    checkout, recipe, device = job.checkout, job.recipe, job.device
+    dtype = checkpoint.choose_dtype(checkout, recipe, job.progress)
+    method = method or Method(search=Search(sweeps=options.passes))
+    made_of = {
+        "source": checkout.source.fingerprint(),
+        "recipe": recipe,
+        "device": torch.device(device).type,
+        "method": method,
+    }
+    work = FinishedParts.begin(job.resume_folder, made_of)
+    chosen, forms, record = _choose(job, options, dtype, work, method)
     devices.release(device)
     spared = tuple(name for name, block in forms.items() if block == allocation.HALF)
     skipping = dataclasses.replace(recipe, skip_modules=(*recipe.skip_modules, *spared))
-    given = {name: one.tensors() for name, one in chosen.items()}
-    files = work.folder / "files"
-    modules, kept = checkpoint.write(checkout, output, skipping, dtype, device, progress, files, given)
+    precomputed = {name: one.tensors() for name, one in chosen.items()}
+    files = FinishedParts.begin(
+        work.folder / "files", {**made_of, "device": device, "precomputed": sorted(precomputed)}
+    )
+    written = checkpoint.write(checkout, job.output, skipping, dtype, device, job.progress, files.folder, precomputed)
     return Quantized(
-        modules=modules,
-        kept_modules=kept,
+        modules=written.modules,
+        kept_modules=written.kept_modules,
         dtype=dtype,
         device=device,
         seconds=round(time.monotonic() - started, 3),
-        calibrated=record,
-        spared=spared,
-        fine=tuple(name for name, block in forms.items() if block == allocation.FINE),
+        calibration_text=record,
+        half_precision_modules=spared,
+        block_32_modules=tuple(name for name, block in forms.items() if block == allocation.FINE),
     )
 
 
 def _choose(
-    checkout: Checkout,
-    recipe: Recipe,
-    dtype: str,
-    device: str,
-    progress: Progress,
-    corpus: str,
-    work: Work,
-    method: Method,
-) -> tuple[dict[str, Chosen], dict[str, int], Calibrated]:
+    job: Job, options: CalibratedOptions, dtype: str, work: FinishedParts, method: Method
+) -> tuple[dict[str, QuantizedLayer], dict[str, int], CalibrationText]:
+    checkout, recipe, device, progress = job.checkout, job.recipe, job.device, job.progress
     names = checkpoint.quantized_names(checkout, recipe)
     model = _load_source(checkout, dtype, device)
     fast = next(model.parameters()).dtype == torch.float32 and _computes_bfloat16(device)
     model.to(device)
-    tokens, record = work.text(lambda: _text(checkout, recipe, model, corpus, device, fast, progress, method))
+    tokens, record = work.text(lambda: _text(job, options, model, fast, method))
     batch = math.gcd(len(tokens), max(1, TOKENS_AT_ONCE // tokens.shape[1]))
     blocks = Blocks.of(model, names)
     inside = [name for name in names if name.startswith(f"{blocks.path}.")]
-    felt_blocks = [blocks.name(index) for index in range(len(blocks.layers)) if recipe.epochs]
+    felt_blocks = [blocks.name(index) for index in range(len(blocks.layers)) if options.epochs]
     slopes: dict[str, Gradient] = {}
     wanted = method.coupled or method.weighed
     fits = _output_moment_bytes(model, inside, len(felt_blocks)) <= MOST_OUTPUT_MOMENTS
     if wanted and fits:
         slopes = gradients(
-            model, [*inside, *felt_blocks], tokens, device, batch, fast, recipe.calibration_seed, progress
+            model, [*inside, *felt_blocks], tokens, device, batch, fast, options.calibration_seed, progress
         )
     elif wanted:
         progress.note("the gradients' moments would take too much memory: rows are rounded each for itself")
     forms = dict.fromkeys(inside, method.search.block)
-    if recipe.size_budget > 1:
-        forms = work.forms(lambda: allocation.allocate(model, inside, tokens, recipe, dtype, device, progress))
+    if options.size_budget > 1:
+        forms = work.forms(
+            lambda: allocation.allocate(model, inside, tokens, recipe, options.size_budget, dtype, device, progress)
+        )
     model.to("cpu")
     devices.release(device)
     stream = Stream(model, blocks, tokens, device, batch, fast)
-    original = copy.copy(stream) if recipe.epochs else None
-    chosen: dict[str, Chosen] = {}
-    with progress.task("choosing codes and scales", len(blocks.layers) * (1 + recipe.epochs), "passes") as advance:
+    original = copy.copy(stream) if options.epochs else None
+    chosen: dict[str, QuantizedLayer] = {}
+    with progress.task("choosing codes and scales", len(blocks.layers) * (1 + options.epochs), "passes") as advance:
         for index, layer in enumerate(blocks.layers):
             own = [name.removeprefix(f"{blocks.name(index)}.") for name in inside if _in(name, blocks.name(index))]
             rounded = [name for name in own if forms[f"{blocks.name(index)}.{name}"] != allocation.HALF]
@@ -134,7 +129,7 @@ def _choose(
                     original.advance(index)
                 found = work.block(index)
                 if found or not rounded:
-                    advance(1 + recipe.epochs)
+                    advance(1 + options.epochs)
                 else:
                     weights = {name: matrix(layer.get_submodule(name)) for name in rounded} if original else {}
                     found = _round_block(stream, index, rounded, slopes, forms, recipe, dtype, method)
@@ -142,7 +137,7 @@ def _choose(
                     if original and found:
                         aims, slope = original.hidden, slopes.get(blocks.name(index))
                         found = learned_rounding.learn(
-                            stream, index, aims, weights, found, slope, recipe.epochs, advance
+                            stream, index, aims, weights, found, slope, options.epochs, advance
                         )
                     work.keep(index, found)
                 for name, one in found.items():
@@ -162,7 +157,7 @@ def _round_block(
     recipe: Recipe,
     dtype: str,
     method: Method,
-) -> dict[str, Chosen]:
+) -> dict[str, QuantizedLayer]:
     """Matrix after matrix in forward order, each on the inputs that the ones before it leave."""
     layer, found = stream.blocks.layers[index], {}
     for group in stream.order(index, names):
@@ -190,22 +185,20 @@ def _round_block(
 
 def _choose_matrix(
     module: Any, seen: Seen, slope: Gradient | None, recipe: Recipe, dtype: str, method: Method
-) -> Chosen:
+) -> QuantizedLayer:
     """Codes and scales for one matrix, nearest ones where nothing ever reached it, and a bias for what they shift."""
     weight, stored = matrix(module).float(), getattr(torch, dtype)
     if not seen.weight or not bool(seen.covariance.diagonal().mean() > 0):
         packed = packing.nearest(weight.to(stored), recipe.quant_type, recipe.double_quant, method.search.block)
-        return Chosen(packed, None if module.bias is None else module.bias.detach().to(stored))
+        return QuantizedLayer(packed, None if module.bias is None else module.bias.detach().to(stored))
     coupling = slope.moments.to(weight.device) if slope and method.coupled else None
     centred = method.centred and module.bias is not None
     moments = seen.covariance if centred else seen.moments
-    packed = packing.compensated(
-        weight, moments, recipe.quant_type, recipe.double_quant, stored, method.search, coupling
-    )
+    packed = compensated(weight, moments, recipe.quant_type, recipe.double_quant, stored, method.search, coupling)
     if not centred:
-        return Chosen(packed, None if module.bias is None else module.bias.detach().to(stored))
+        return QuantizedLayer(packed, None if module.bias is None else module.bias.detach().to(stored))
     shift = (weight - packed.weight()) @ seen.mean
-    return Chosen(packed, (module.bias.detach().float() + shift).to(stored))
+    return QuantizedLayer(packed, (module.bias.detach().float() + shift).to(stored))
 
 
 class Seen:
@@ -257,23 +250,18 @@ def _load_source(checkout: Checkout, dtype: str, device: str) -> Any:
 
 
 def _text(
-    checkout: Checkout,
-    recipe: Recipe,
-    model: Any,
-    corpus: str,
-    device: str,
-    fast: bool,
-    progress: Progress,
-    method: Method,
-) -> tuple[torch.Tensor, Calibrated]:
+    job: Job, options: CalibratedOptions, model: Any, fast: bool, method: Method
+) -> tuple[torch.Tensor, CalibrationText]:
     from transformers import AutoTokenizer
 
-    trust = checkout.source.remote_code
-    tokenizer = AutoTokenizer.from_pretrained(checkout.folder, local_files_only=True, trust_remote_code=trust)
-    return calibration_text.prepare(recipe, model, tokenizer, corpus, device, fast, progress, method.temperatures)
+    trust = job.checkout.source.remote_code
+    tokenizer = AutoTokenizer.from_pretrained(job.checkout.folder, local_files_only=True, trust_remote_code=trust)
+    return calibration_text.prepare(
+        options, model, tokenizer, job.corpus, job.device, fast, job.progress, method.temperatures
+    )
 
 
-def _replace(module: Any, one: Chosen) -> None:
+def _replace(module: Any, one: QuantizedLayer) -> None:
     """Let a module of the source compute with the 4-bit values from now on."""
     module.weight.data = laid_out(module, one.packed.weight())
     if one.bias is not None:

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 import torch
 
+from quantize.formats.bitsandbytes.modules import laid_out
 from quantize.formats.bitsandbytes.packing import Packed, expand_scales, table
 from quantize.methods.calibration.gradients import Gradient
-from quantize.methods.calibration.layers import Stream, laid_out
-from quantize.methods.resume import Chosen
+from quantize.methods.calibration.layers import Stream
+from quantize.methods.calibration.resume import QuantizedLayer
 from quantize.methods.rounding.gptq import Levels
 
 REACH = 0.25
@@ -72,11 +73,11 @@ def learn(
     index: int,
     wanted: list[torch.Tensor],
     originals: Mapping[str, torch.Tensor],
-    found: Mapping[str, Chosen],
+    found: Mapping[str, QuantizedLayer],
     felt: Gradient | None,
     epochs: int,
     advance: Callable[[int], None],
-) -> dict[str, Chosen]:
+) -> dict[str, QuantizedLayer]:
     """What was `found` for the matrices of a block, with other codes where that brings its answers nearer to `wanted`.
 
     `stream` stands in front of the block, which computes with what was found; `wanted` are the source's answers, one

@@ -1,28 +1,25 @@
-"""What a recipe has done so far, in a folder: a run that goes on after a killed one takes it up there."""
+"""What a calibrated run has finished so far, in a folder from which the next run goes on."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from quantize.errors import storage_errors
+from quantize.formats.bitsandbytes.checkpoint import BIAS
 from quantize.formats.bitsandbytes.packing import Packed
-from quantize.records import Calibrated, from_json, to_json
-
-CODES, BIAS = "weight", "bias"
+from quantize.records import CalibrationText
+from quantize.resume import ResumeFolder
+from quantize.serialization import from_json, to_json
 
 
 @dataclass(frozen=True)
-class Chosen:
+class QuantizedLayer:
     """What a matrix becomes: the tensors of its 4-bit form, and its new bias where it has one."""
 
     packed: Packed
@@ -33,37 +30,23 @@ class Chosen:
         return {name: tensor.cpu().contiguous() for name, tensor in {**self.packed.tensors(), **bias}.items()}
 
     @classmethod
-    def of(cls, tensors: Mapping[str, torch.Tensor]) -> Chosen:
+    def of(cls, tensors: Mapping[str, torch.Tensor]) -> QuantizedLayer:
         weights = {name: tensor for name, tensor in tensors.items() if name != BIAS}
         return cls(Packed.of(weights), tensors.get(BIAS))
 
 
 @dataclass(frozen=True)
-class Work:
-    """The folder of what is finished. Files get their names in one rename: each is whole or absent."""
+class FinishedParts(ResumeFolder):
+    """What a calibrated run has finished: its text, its allocation, and layer after layer."""
 
-    folder: Path
-
-    @classmethod
-    def begin(cls, folder: Path, made_of: Mapping[str, Any]) -> Work:
-        """Go on in `folder`, emptied first unless what is there was begun with the same things by the same torch."""
-        text = json.dumps({**made_of, "torch": torch.__version__}, sort_keys=True, default=dataclasses.asdict)
-        state, mark = hashlib.sha256(text.encode()).hexdigest(), folder / "made-of"
-        if not mark.is_file() or mark.read_text("utf-8") != state:
-            with storage_errors(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True)
-                mark.write_text(state, "utf-8")
-        return cls(folder)
-
-    def text(self, prepare: Callable[[], tuple[torch.Tensor, Calibrated]]) -> tuple[torch.Tensor, Calibrated]:
+    def text(self, prepare: Callable[[], tuple[torch.Tensor, CalibrationText]]) -> tuple[torch.Tensor, CalibrationText]:
         """The text to calibrate on, and its record."""
         tokens, notes = self.folder / "tokens.safetensors", self.folder / "tokens.json"
         if not notes.is_file():
             found, record = prepare()
             self._save(tokens, {"tokens": found.contiguous()})
             self._write(notes, to_json(record))
-        return load_file(tokens)["tokens"], from_json(Calibrated, notes.read_text("utf-8"), notes)
+        return load_file(tokens)["tokens"], from_json(CalibrationText, notes.read_text("utf-8"), notes)
 
     def forms(self, allocate: Callable[[], dict[str, int]]) -> dict[str, int]:
         """How each matrix is to be stored."""
@@ -73,16 +56,16 @@ class Work:
         found: dict[str, int] = json.loads(file.read_text("utf-8"))
         return found
 
-    def block(self, index: int) -> dict[str, Chosen]:
+    def block(self, index: int) -> dict[str, QuantizedLayer]:
         """The matrices of a block of the model; none where it is not finished."""
         file = self._block(index)
         named: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in (load_file(file) if file.is_file() else {}).items():
             name, _, part = key.partition("|")
             named.setdefault(name, {})[part] = tensor
-        return {name: Chosen.of(tensors) for name, tensors in named.items()}
+        return {name: QuantizedLayer.of(tensors) for name, tensors in named.items()}
 
-    def keep(self, index: int, found: Mapping[str, Chosen]) -> None:
+    def keep(self, index: int, found: Mapping[str, QuantizedLayer]) -> None:
         if found and not self._block(index).is_file():
             parts = {f"{name}|{part}": tensor for name, one in found.items() for part, tensor in one.tensors().items()}
             self._save(self._block(index), parts)

@@ -1,0 +1,241 @@
+"""The evidence of a comparison: what was measured, with intervals, and what parity concludes from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quantize.records import Environment, Recipe
+
+FORMAT_VERSION = 2
+"""Of the evidence: raised when an older `quantize` could not read what a newer one wrote."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured value with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class DatasetRecord:
+    """A part of a data set on the Hub, at the commit that was read."""
+
+    repo_id: str
+    config: str
+    split: str
+    revision: str
+
+
+@dataclass(frozen=True)
+class CorpusRecord:
+    """The text that was scored: `windows` whole windows of `window` tokens, `scored` of them read."""
+
+    name: str
+    dataset: DatasetRecord | None
+    sha256: str
+    characters: int
+    tokens: int
+    window: int
+    windows: int
+    scored: int
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """A per-token quantity: its mean with an interval, its percentiles by name (`p50` ...), its extremes."""
+
+    mean: Estimate
+    percentiles: dict[str, float]
+    minimum: float
+    maximum: float
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """`counts[i]` values between `edges[i]` and `edges[i + 1]`; the outermost bins take what lies beyond."""
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Reference against candidate on the same tokens; nats throughout.
+
+    `kld_by_position` holds mean divergences of equal stretches of the window, from its start to its end.
+    """
+
+    reference_perplexity: Estimate
+    candidate_perplexity: Estimate
+    perplexity_ratio: Estimate
+    kld: Distribution
+    same_top: Estimate
+    delta_p: Distribution
+    delta_p_rms: Estimate
+    kld_histogram: Histogram
+    kld_by_position: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Look:
+    """One look at the windows scored so far: intervals that may err with `error`, all looks' errors adding to 5 %."""
+
+    windows: int
+    error: float
+    perplexity_ratio: Estimate
+    kld: Estimate
+    certain: bool
+
+
+@dataclass(frozen=True)
+class Control:
+    """Another version of the source, scored on the same windows: what noise and the alternatives would give."""
+
+    name: str
+    weight_bytes: int
+    perplexity_ratio: Estimate
+    kld: Estimate
+    same_top: Estimate
+    grade: str
+
+
+@dataclass(frozen=True)
+class StandardPerplexity:
+    """One figure of a published way to state a perplexity, for both models on the whole text."""
+
+    name: str
+    method: str
+    reference: float
+    candidate: float
+
+
+@dataclass(frozen=True)
+class CacheRecord:
+    """What it cost that the reference's answers, computed in `dtype`, were kept in `bits` bits a logit.
+
+    Over the windows scored: KLD (nats) of the kept against the exact distribution, mean and largest, and the mean
+    change of the right token's nll, which is the error of the reference's log-perplexity.
+    """
+
+    bits: int
+    dtype: str
+    windows: int
+    mean_kld: float
+    largest_kld: float
+    mean_nll_shift: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt continued by both models, greedily and by sampling with the same seed.
+
+    `first_divergence` counts new tokens up to the first greedy one that differs, None when all agree.
+    Nll values are mean nats per new token of the sampled texts, under the reference.
+    """
+
+    prompt: str
+    reference_greedy: str
+    candidate_greedy: str
+    first_divergence: int | None
+    reference_sampled: str
+    candidate_sampled: str
+    reference_sampled_nll: float
+    candidate_sampled_nll: float
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Generation parity over all prompts; shares lie in 0..1.
+
+    `prefill_agreement` and `cached_agreement`: on the reference's own greedy text, how often the candidate's
+    top token is the reference's, reading all at once and one token at a time with the cache.
+    Repetition: share of 4-grams of the greedy text that occurred in it before.
+    """
+
+    new_tokens: int
+    seed: int
+    temperature: float
+    top_k: int
+    top_p: float
+    identical_at_16: float
+    identical_at_32: float
+    prefill_agreement: float
+    cached_agreement: float
+    reference_repetition: float
+    candidate_repetition: float
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One structural fact about the package, true or not, with what was seen."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What parity concludes; `reasons` says why it did not pass, and is empty otherwise. UNMEASURED does not pass."""
+
+    grade: str
+    required: str
+    passed: bool
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of the weight files, and what a weight costs: bits of those files per logical parameter."""
+
+    source_bytes: int
+    package_bytes: int
+    parameters: int
+    bits_per_parameter: float
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One recipe that `auto` tried, and what it gave; measured values are None where structure refused it."""
+
+    recipe: Recipe
+    grade: str
+    perplexity_ratio: Estimate | None
+    kld: Estimate | None
+    same_top: Estimate | None
+    weight_bytes: int
+    seconds: float
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The evidence. Scores and generation are None when a structural check already failed.
+
+    The two types are those of the arithmetic; on a CPU the candidate's stored half-precision values are summed
+    in float32 after a check that this makes no difference. `reference_devices` are the devices that held the
+    reference's weights.
+    """
+
+    reference_dtype: str
+    reference_devices: tuple[str, ...]
+    candidate_dtype: str
+    corpus: CorpusRecord | None
+    checks: tuple[Check, ...]
+    weight_errors: dict[str, float]
+    scores: Scores | None
+    looks: tuple[Look, ...]
+    reference_cache: CacheRecord | None
+    controls: tuple[Control, ...]
+    standard_perplexities: tuple[StandardPerplexity, ...]
+    generation: Generation | None
+    verdict: Verdict
+    sizes: Sizes
+    environment: Environment
+    seconds: float
+    attempts: tuple[Attempt, ...] = ()
+    format_version: int = FORMAT_VERSION

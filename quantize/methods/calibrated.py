@@ -1,0 +1,83 @@
+"""GPTQ with a search of scales of either sign, by Hessians on both sides, on text that the model writes itself."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from quantize.errors import ConfigError
+from quantize.methods.calibration.options import OPTIONS, SELF, CalibratedOptions
+from quantize.methods.method import Job, Method
+from quantize.records import Checkout, Quantized, Recipe
+
+REFINED_PASSES, REFINED_EPOCHS = 3, 8
+"""Of the refined attempt, unless more are asked for."""
+
+
+def quantize(job: Job) -> Quantized:
+    """Write the source with chosen codes, scales and biases, in the stock files."""
+    from quantize.methods.calibration import quantizer
+
+    return quantizer.quantize(job, CalibratedOptions(**job.recipe.options))  # type: ignore[arg-type]
+
+
+def check(checkout: Checkout, recipe: Recipe, corpus: str) -> None:
+    """Raise ConfigError for what cannot be combined, CorpusError for a given text that cannot be calibrated on."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from quantize.methods.calibration import calibration_text
+
+    asked = CalibratedOptions(**recipe.options)  # type: ignore[arg-type]
+    if recipe.name == METHOD.name:
+        METHOD.require_bits(recipe)
+    if asked.size_budget > 1 and recipe.bits != 4:
+        raise ConfigError("a size budget is for 4-bit weights: leave it out with 8 bits")
+    if recipe.bits == 4 and asked.calibration != SELF:
+        trust = {"local_files_only": True, "trust_remote_code": checkout.source.remote_code}
+        config = AutoConfig.from_pretrained(checkout.folder, **trust)
+        calibration_text.given(asked, config, AutoTokenizer.from_pretrained(checkout.folder, **trust), corpus)
+
+
+def attempts(recipe: Recipe) -> tuple[Recipe, ...]:
+    """As asked for, then with more text and care and learned rounding, and last, under a budget, with more bytes."""
+    if recipe.bits != 4:
+        return ()
+    asked = CalibratedOptions(**recipe.options)  # type: ignore[arg-type]
+    plain = dataclasses.replace(asked, size_budget=1.0)
+    refined = dataclasses.replace(
+        plain,
+        calibration_windows=2 * asked.calibration_windows,
+        passes=max(asked.passes, REFINED_PASSES),
+        epochs=max(asked.epochs, REFINED_EPOCHS),
+    )
+    larger = dataclasses.replace(refined, size_budget=asked.size_budget)
+    tried = (plain, refined, larger) if asked.size_budget > 1 else (plain, refined)
+    return tuple(
+        dataclasses.replace(recipe, name=METHOD.name, options=dataclasses.asdict(options)) for options in tried
+    )
+
+
+def describe(recipe: Recipe, quantized: Quantized) -> str:
+    text = quantized.calibration_text
+    if text is None:
+        return ""
+    origin = "that the original wrote itself" if text.source == SELF else f"of `{text.source}`"
+    epochs = CalibratedOptions(**recipe.options).epochs  # type: ignore[arg-type]
+    learned = f", and rounding was then learned in {epochs} epochs on that text" if epochs else ""
+    return (
+        f"Codes, scales and biases were not rounded to nearest but chosen so that the model's outputs change least, on "
+        f"{text.windows} windows of {text.length} tokens {origin} (seed {text.seed}, sha256 `{text.sha256[:12]}`)"
+        f"{learned}; the corpus above was kept out of it. The file format is stock, and so are the kernels."
+    )
+
+
+METHOD = Method(
+    name="calibrated",
+    summary="changes the outputs least on calibration text, in the same bytes",
+    quantize=quantize,
+    options=OPTIONS,
+    order=10,
+    check=check,
+    attempts=attempts,
+    describe=describe,
+    improves_on="rtn",
+)

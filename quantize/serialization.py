@@ -1,0 +1,142 @@
+"""Records to JSON and back. Files of an older format are read through one mapping; newer ones are refused."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from quantize.errors import PackageError
+from quantize.evidence import Evidence
+from quantize.records import FORMAT_VERSION, Provenance, package_key
+
+Record = TypeVar("Record")
+Document = dict[str, Any]
+
+
+def to_json(record: object) -> str:
+    """The record as JSON text; refuses NaN, which JSON cannot say."""
+    return json.dumps(_converter().unstructure(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def from_json(kind: type[Record], text: str, where: object) -> Record:
+    """The record that `to_json` wrote, now or in an earlier version; `where` names the file for the error line.
+
+    Raises PackageError, also for a file that a newer version wrote.
+    """
+    try:
+        document = json.loads(text)
+        current = _upgraded(kind, document, where)
+        record: Record = _converter().structure(current, kind)
+    except PackageError:
+        raise
+    except Exception as error:
+        names = ", ".join(item.name for item in fields(kind))  # type: ignore[arg-type]
+        raise PackageError(f"{where} is not readable as {kind.__name__} ({names}): {error}") from error
+    return _with_key(record) if current is not document else record
+
+
+def read_record(kind: type[Record], path: Path) -> Record:
+    """The record in a package's file; raises PackageError."""
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        raise PackageError(f"{path.parent} is not a package: {path.name} is missing") from None
+    except UnicodeDecodeError:
+        raise PackageError(f"{path} is not UTF-8 text: restore it, or make the package again") from None
+    return from_json(kind, text, path)
+
+
+def now() -> str:
+    """This second in UTC, as records have it."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _upgraded(kind: type, document: Any, where: object) -> Any:
+    """The document as this version writes it; the document itself where it already is."""
+    if kind not in UPGRADES or not isinstance(document, dict):
+        return document
+    version = document.get("format_version", 1)
+    if type(version) is not int or version > FORMAT_VERSION:
+        raise PackageError(
+            f"{where} has format version {version}, this quantize reads up to {FORMAT_VERSION}: "
+            f"update it with `pip install --upgrade quantize-bnb`"
+        )
+    return document if version == FORMAT_VERSION else UPGRADES[kind](document)
+
+
+def _with_key(record: Record) -> Record:
+    """An upgraded provenance with the key that this version gives to the same package."""
+    if not isinstance(record, Provenance) or not record.key:
+        return record
+    source = record.source
+    return replace(record, key=package_key(source.repo_id or source.name, source.pinned, record.requested_recipe))
+
+
+# Format version 1: its names for what version 2 calls otherwise
+
+VERSION_1_OPTIONS = {
+    "size_budget": ("size_budget", 1.0),
+    "sweeps": ("passes", 1),
+    "epochs": ("epochs", 0),
+    "calibration": ("calibration", "self"),
+    "calibration_windows": ("calibration_windows", 128),
+    "calibration_length": ("calibration_length", 512),
+    "calibration_seed": ("calibration_seed", 0),
+}
+"""The calibrated recipe's parameters, which stood beside the others: their names now, and their defaults then."""
+VERSION_1_RECIPES = {"stock": "rtn"}
+
+
+def _evidence_from_1(old: Document) -> Document:
+    new = _renamed(
+        old,
+        {"reference_places": "reference_devices", "conventions": "standard_perplexities", "rungs": "attempts"},
+    )
+    new["attempts"] = [attempt | {"recipe": _recipe_from_1(attempt["recipe"])} for attempt in new.get("attempts", ())]
+    return new | {"format_version": FORMAT_VERSION}
+
+
+def _provenance_from_1(old: Document) -> Document:
+    new = _renamed(old, {"asked": "requested"})
+    quantized = {"calibrated": "calibration_text", "spared": "half_precision_modules", "fine": "block_32_modules"}
+    requested = new.get("requested")
+    return new | {
+        "recipe": _recipe_from_1(new["recipe"]),
+        "requested": None if requested is None else _recipe_from_1(requested),
+        "quantized": _renamed(new["quantized"], quantized),
+        "settings": _renamed(new["settings"], {"conventions": "standard_perplexities"}),
+        "format_version": FORMAT_VERSION,
+    }
+
+
+def _recipe_from_1(old: Document) -> Document:
+    shared = {key: value for key, value in old.items() if key not in VERSION_1_OPTIONS}
+    name = VERSION_1_RECIPES.get(old["name"], old["name"])
+    changed = {
+        new_name: old[key]
+        for key, (new_name, default) in VERSION_1_OPTIONS.items()
+        if key in old and old[key] != default and old["name"] != "stock"
+    }
+    return shared | {"name": name, "options": changed}
+
+
+def _renamed(document: Document, names: dict[str, str]) -> Document:
+    return {names.get(key, key): value for key, value in document.items()}
+
+
+UPGRADES: dict[type, Callable[[Document], Document]] = {
+    Evidence: _evidence_from_1,
+    Provenance: _provenance_from_1,
+}
+
+
+@functools.cache
+def _converter() -> Any:
+    from cattrs.preconf.json import make_converter
+
+    return make_converter()
