@@ -127,7 +127,7 @@ def from_table(option: Option) -> Callable[[Callable[..., Any]], Callable[..., A
         case _:
             attributes |= {"type": _click_type(option), "default": option.default, "show_default": not option.repeated}
             attributes |= {"metavar": getattr(option.kind, "metavar", None), "multiple": option.repeated}
-    return click.option(option.flag, option.field, **attributes)
+    return click.option(option.flag, option.catalogue_key, **attributes)
 
 
 def _click_type(option: Option) -> Any:
@@ -151,7 +151,7 @@ def evaluation_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def wrapped(**given: Any) -> Any:
-        settings = EvaluationSettings(**{option.field: given.pop(option.field) for option in SETTINGS})
+        settings = EvaluationSettings(**{option.field: given.pop(option.catalogue_key) for option in SETTINGS})
         return command(settings=settings, **given)
 
     return _with(SETTINGS, wrapped)
@@ -163,7 +163,7 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def wrapped(**given: Any) -> Any:
-        return command(recipe=methods.recipe_of({option.field: given.pop(option.field) for option in options}), **given)
+        return command(recipe=methods.recipe_of({option.field: given.pop(option.catalogue_key) for option in options}), **given)
 
     return _with(options, wrapped)
 
