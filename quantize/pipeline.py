@@ -15,6 +15,7 @@ from model_card import CardFacts
 from quantize import __version__, devices, files, methods, package, search, source
 from quantize.errors import ConfigError, PackageError, UnsupportedModel, storage_errors
 from quantize.evidence import Evidence
+from quantize.formats.safetensors import recorded_weight_bytes
 from quantize.grades import UNMEASURED
 from quantize.package import Package, card
 from quantize.parity import check_inputs, corpus_text, figures, measure, structure, unmeasured
@@ -92,7 +93,7 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
         template = _read_template(request.card_template)
         check_inputs(checkout, request.settings)
         methods.check(checkout, request.recipe, corpus_text(request.settings))
-        files.require_space(staging, files.listed_weight_bytes(checkout.source.files), "the package")
+        files.require_space(staging, recorded_weight_bytes(checkout.source.files), "the package")
         resume = output.with_name(f"{output.name}{package.UNFINISHED}")
         judge = _judge(request, checkout, device, progress)
         made = search.build(checkout, staging, request.recipe, request.settings, device, progress, resume, judge)
