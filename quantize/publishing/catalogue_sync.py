@@ -96,7 +96,7 @@ def _attempt(entry: Entry, request: SyncRequest, progress: Progress, *, enough: 
 
 
 def _deliver(entry: Entry, request: SyncRequest, progress: Progress, *, dry_run: bool) -> Delivery:
-    """Deliver one entry; keep the evidence of what was made, and remove what is done with."""
+    """Deliver one entry; keep the evidence of what was made, and remove what is no longer needed."""
     folder, evidence = (request.folder / part / entry.repo.replace("/", "--") for part in (PACKAGES, EVIDENCE))
     _drop_outdated(folder, entry)
     try:
