@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 import textwrap
 import tomllib
@@ -14,7 +13,7 @@ from typing import Any
 
 from quantize import methods
 from quantize.errors import ConfigError
-from quantize.options import HUB_ID, SETTINGS, Flag, Kind, Text
+from quantize.options import SETTINGS, Kind, Text
 from quantize.records import EvaluationSettings, Recipe
 
 Problem = tuple[int, str]
@@ -59,21 +58,6 @@ def read(path: Path) -> tuple[Entry, ...]:
 # What a key may hold
 
 
-def _is_hub_id(value: object) -> bool:
-    return isinstance(value, str) and HUB_ID.fullmatch(value) is not None
-
-
-@dataclass(frozen=True)
-class HubId:
-    """The id of a repo on the Hub."""
-
-    words: str
-    with_owner: bool = False
-
-    def accepts(self, value: object) -> bool:
-        return _is_hub_id(value) and ("/" in str(value) or not self.with_owner)
-
-
 @dataclass(frozen=True)
 class Names:
     """A list of lines."""
@@ -84,34 +68,17 @@ class Names:
         return isinstance(value, list) and all(map(Text().accepts, value))
 
 
-@dataclass(frozen=True)
-class Positive:
-    """A number above 0."""
-
-    words: str = "a number above 0"
-
-    def accepts(self, value: object) -> bool:
-        return type(value) in (int, float) and 0 < value < math.inf  # type: ignore[operator]
-
-
-Rule = Kind | HubId | Names | Positive
+Rule = Kind | Names
 """What a value has to be, in words and as a test."""
-SHARED = {option.catalogue_key: option for option in (*methods.recipe_options(), *SETTINGS)}
-"""What the command line offers as well."""
-REQUIRED: dict[str, Rule] = {
-    "source": HubId("a Hub id such as distilbert/distilgpt2, never a folder"),
-    "target": HubId("a Hub id with its owner, such as you/distilgpt2-bnb-4bit", with_owner=True),
+RULES: dict[str, Rule] = {
+    option.catalogue_key: Names() if option.repeated else option.kind
+    for option in methods.all_options()
+    if option.catalogue_key
 }
-OWN: dict[str, Rule] = {
-    "revision": Text(),
-    "private": Flag(),
-    "allow_no_derivatives": Flag(),
-    "max_source_gb": Positive(),
-}
-OPTIONAL: dict[str, Rule] = {
-    **{key: Names() if option.repeated else option.kind for key, option in SHARED.items()},
-    **OWN,
-}
+REQUIRED = {key: RULES[key] for key in ("source", "target")}
+OPTIONAL = {key: rule for key, rule in RULES.items() if key not in REQUIRED}
+OWN = ("revision", "private", "allow_no_derivatives", "max_source_gb")
+"""Fields of an entry itself, neither of its recipe nor of its settings."""
 TABLES = {"defaults": "[defaults]", "model": "[[model]]"}
 
 
@@ -222,5 +189,5 @@ def _entry(defaults: dict[str, Any], model: dict[str, Any], line: int) -> Entry:
         line=line,
         recipe=methods.recipe_of(recipe),
         settings=EvaluationSettings(**settings),
-        **{key: frozen[key] for key in REQUIRED | OWN if key in frozen},
+        **{key: frozen[key] for key in (*REQUIRED, *OWN) if key in frozen},
     )
