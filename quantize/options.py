@@ -229,7 +229,7 @@ SOURCE = (
 """Of RunRequest: what is quantized, and where the result goes."""
 
 RECIPE = (
-    Option("--bits", "bits", Choice((4, 8)), "4 (NF4 or FP4) or 8 (LLM.int8).", Recipe),
+    Option("--bits", "bits", Choice((4, 8)), "Bits per weight: 4 (NF4 or FP4) or 8 (LLM.int8).", Recipe),
     Option(
         "--target",
         "target_grade",
@@ -390,7 +390,7 @@ OUTCOME = (
 
 _OWNED_REPO = HubId("a Hub id with its owner, such as you/distilgpt2-bnb-4bit", with_owner=True)
 _CREATED = "created if missing."
-TARGET = (
+DESTINATION = (
     Option("--push-to", "repo_id", _OWNED_REPO, f"Publish to this repo; {_CREATED}"),
     Option("--to", "repo_id", _OWNED_REPO, f"The repo to publish to; {_CREATED}", commands=(PUSH,), required=True),
     Option("--private", "private", Flag(), "Make a new repo private.", commands=(RUN, PUSH), key="private"),
@@ -406,7 +406,7 @@ TARGET = (
     Option("--message", "message", Text("TEXT"), "Commit message.", commands=(RUN, PUSH)),
     Option("--prune", "prune", Flag(), "Delete files of the repo not uploaded by quantize.", commands=(RUN, PUSH)),
 )
-"""Of publishing.records.Target."""
+"""Of the record that says where on the Hub a package goes."""
 
 PUBLISHING = (
     Option(
@@ -498,5 +498,5 @@ DISPLAY = (
 )
 """What is printed."""
 
-OTHERS = (*REQUEST, *SETTINGS, *OUTCOME, *TARGET, *PUBLISHING, *CATALOGUE, *PUBLISHER, *DISPLAY)
+OTHERS = (*REQUEST, *SETTINGS, *OUTCOME, *DESTINATION, *PUBLISHING, *CATALOGUE, *PUBLISHER, *DISPLAY)
 """All that stand after the recipe's."""

@@ -52,7 +52,7 @@ def cli() -> None:
 @options_of("run")
 def run(
     model: str,
-    target: Target | None,
+    destination: Target | None,
     verify_download: bool,
     dry_run: bool,
     refresh_card: bool,
@@ -71,15 +71,15 @@ def run(
     """
     from quantize import pipeline
 
-    if request["unverified"] and target is not None:
+    if request["unverified"] and destination is not None:
         raise click.UsageError("--unverified and --push-to exclude each other: what is published has been measured")
     asked = pipeline.RunRequest(model, **request)
-    if target is None:
+    if destination is None:
         _run(asked, display)
     else:
         from quantize.publishing.delivery import Wanted
 
-        _deliver(Wanted(asked, target, refresh_card, verify_download, dry_run), display)
+        _deliver(Wanted(asked, destination, refresh_card, verify_download, dry_run), display)
 
 
 def _run(request: RunRequest, display: Display) -> None:
@@ -179,7 +179,7 @@ def card(
 @cli.command(context_settings=former_flags("push"))
 @click.argument("folder", type=FOLDER)
 @options_of("push")
-def push(folder: Path, target: Target, verify_download: bool, dry_run: bool, display: Display) -> None:
+def push(folder: Path, destination: Target, verify_download: bool, dry_run: bool, display: Display) -> None:
     """Publish a package that passed and has not been changed since, in one commit.
 
     The token comes from HF_TOKEN or `hf auth login`.
@@ -193,10 +193,10 @@ def push(folder: Path, target: Target, verify_download: bool, dry_run: bool, dis
     from quantize.publishing import delivery
 
     if dry_run:
-        plan = delivery.plan(folder, target)
+        plan = delivery.plan(folder, destination)
         display.show(plan, lambda terminal: console.show_plan(terminal, plan))
         return
-    receipt = delivery.push(folder, target, display.progress, verify_download=verify_download)
+    receipt = delivery.push(folder, destination, display.progress, verify_download=verify_download)
     display.show(receipt, lambda terminal: console.show_receipt(terminal, receipt))
 
 
@@ -251,7 +251,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted: nothing half done was left; run the same command again to go on", err=True)
+        click.echo("interrupted: no partial result was left behind; run the same command again to continue", err=True)
         sys.exit(INTERRUPTED)
     except QuantizeError as error:
         click.echo(f"error: {error}", err=True)

@@ -85,11 +85,9 @@ def show_evidence(console: Console, evidence: Evidence) -> None:
 def show_package(console: Console, package: Package) -> None:
     """The size of a package, and its folder."""
     sizes, bits = package.evidence.sizes, package.provenance.recipe.bits
-    console.print(
-        f"{package.provenance.source.name} in {bits} bits: {sizes.source_bytes / 1e6:.1f} MB -> "
-        f"{sizes.package_bytes / 1e6:.1f} MB, {sizes.bits_per_parameter:.2f} bits per parameter with unquantized layers",
-        soft_wrap=True,
-    )
+    shrunk = f"{sizes.source_bytes / 1e6:.1f} MB -> {sizes.package_bytes / 1e6:.1f} MB"
+    average = f"{sizes.bits_per_parameter:.2f} bits per parameter with unquantized layers"
+    console.print(f"{package.provenance.source.name} in {bits} bits: {shrunk}, {average}", soft_wrap=True)
     console.print(f"package: {package.folder}", soft_wrap=True)
 
 
@@ -104,10 +102,8 @@ def show_receipt(console: Console, receipt: Receipt) -> None:
     done = "published" if receipt.created_commit else "already there, nothing to do"
     console.print(f"{done}: {receipt.pull_request or receipt.url}", soft_wrap=True)
     if proof := receipt.downloaded:
-        console.print(
-            f"downloaded again: {proof.files} files, all hashes match; loss on a sample text: {proof.sample_nll:.4f} nats per token",
-            soft_wrap=True,
-        )
+        sample = f"loss on a sample text: {proof.sample_nll:.4f} nats per token"
+        console.print(f"downloaded again: {proof.files} files, all hashes match; {sample}", soft_wrap=True)
 
 
 def show_plan(console: Console, plan: Plan) -> None:
@@ -210,10 +206,9 @@ def _scores_table(evidence: Evidence) -> Table:
 def _caption(evidence: Evidence) -> str:
     corpus = evidence.corpus
     assert corpus is not None
+    enough = corpus.scored < corpus.windows and evidence.looks[-1].certain
     scored = f"scored {corpus.scored} of {corpus.windows} windows of {corpus.window} tokens of {corpus.name}"
-    return (
-        f"{scored}, enough for the verdict" if corpus.scored < corpus.windows and evidence.looks[-1].certain else scored
-    )
+    return f"{scored}, enough for the verdict" if enough else scored
 
 
 def _range(estimate: Estimate, digits: int = 4) -> str:

@@ -13,10 +13,10 @@ from quantize import methods
 from quantize.cli.display import Display
 from quantize.errors import ConfigError
 from quantize.options import (
+    DESTINATION,
     DISPLAY,
     PUBLISHER,
     SETTINGS,
-    TARGET,
     Choice,
     File,
     Flag,
@@ -38,7 +38,7 @@ Values = dict[Option, Any]
 def options_of(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Adds all options of a command, and hands them over by the names of their fields.
 
-    Those that fill a record are handed over as that: `recipe`, `settings`, `target` (None where nothing is to be
+    Those that fill a record are handed over as that: `recipe`, `settings`, `destination` (None where nothing is to be
     published), `publisher` and `display`.
     """
     rows = _rows(name)
@@ -98,9 +98,9 @@ def _records(values: Values) -> dict[str, Any]:
         records["settings"] = EvaluationSettings(**settings)
     if publisher := _taken(values, PUBLISHER):
         records["publisher"] = _publisher(**publisher)
-    others = {row.field: value for row, value in values.items() if row not in TARGET}
-    if target := _taken(values, TARGET):
-        records["target"] = _target(target, others)
+    others = {row.field: value for row, value in values.items() if row not in DESTINATION}
+    if destination := _taken(values, DESTINATION):
+        records["destination"] = _destination(destination, others)
     return records | others
 
 
@@ -117,12 +117,12 @@ def _publisher(name: str | None, links: tuple[str, ...]) -> Publisher | None:
     return publisher.chosen(name, links)
 
 
-def _target(values: dict[str, Any], others: dict[str, Any]) -> Target | None:
+def _destination(values: dict[str, Any], others: dict[str, Any]) -> Target | None:
     if values["branch"] and values["pull_request"]:
         raise click.UsageError("--pr and --branch exclude each other")
     if values["repo_id"] is not None:
         return Target(**values)
-    if others["refresh_card"]:
+    if others.get("refresh_card"):
         raise click.UsageError("--refresh-card needs --push-to REPO")
     if any(values.values()) or others["verify_download"] or others["dry_run"]:
         raise click.UsageError("options about publishing need --push-to REPO")
@@ -135,7 +135,9 @@ def _target(values: dict[str, Any], others: dict[str, Any]) -> Target | None:
 def _decorator(row: Option) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """The decorator that adds one row to a command."""
     flags = [row.flag, row.short] if row.short else [row.flag]
-    attributes: dict[str, Any] = {"help": row.help, "default": row.default, "required": row.required}
+    attributes: dict[str, Any] = {"help": row.help, "required": row.required}
+    if row.default is not None:
+        attributes["default"] = row.default
     if row.envvar:
         attributes |= {"envvar": row.envvar, "show_envvar": True}
     if isinstance(row.kind, Flag):
@@ -197,4 +199,4 @@ class RepoId(click.ParamType[str]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if HubId(with_owner=True).accepts(value):
             return str(value)
-        self.fail(f"{value!r} is no Hub id: write it as owner/name", param, ctx)
+        self.fail(f"{value!r} is not a Hub id: write it as owner/name", param, ctx)
