@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import textwrap
 import tomllib
 from collections.abc import Iterable, Iterator
@@ -13,7 +12,7 @@ from typing import Any
 
 from quantize import methods
 from quantize.errors import ConfigError
-from quantize.options import HUB_ID, SETTINGS, Flag, Kind, Option, Text
+from quantize.options import SETTINGS, Kind, Option, Text
 from quantize.publishing.toml_lines import Table, tables_of
 from quantize.records import EvaluationSettings, Recipe
 
@@ -68,21 +67,6 @@ def read(path: Path) -> Catalogue:
 # What a key may hold
 
 
-def _is_hub_id(value: object) -> bool:
-    return isinstance(value, str) and HUB_ID.fullmatch(value) is not None
-
-
-@dataclass(frozen=True)
-class HubId:
-    """The id of a repo on the Hub."""
-
-    words: str
-    with_owner: bool = False
-
-    def accepts(self, value: object) -> bool:
-        return _is_hub_id(value) and ("/" in str(value) or not self.with_owner)
-
-
 @dataclass(frozen=True)
 class Names:
     """A list of names."""
@@ -93,36 +77,16 @@ class Names:
         return isinstance(value, list) and all(map(Text().accepts, value))
 
 
-@dataclass(frozen=True)
-class Positive:
-    """A number above 0."""
-
-    words: str = "a number above 0"
-
-    def accepts(self, value: object) -> bool:
-        return type(value) in (int, float) and 0 < value < math.inf  # type: ignore[operator]
-
-
-Rule = Kind | HubId | Names | Positive
+Rule = Kind | Names
 """What a value has to be, in words and as a test."""
-SHARED = {option.catalogue_key: option for option in (*methods.recipe_options(), *SETTINGS)}
-"""What the command line offers as well."""
-REQUIRED: dict[str, Rule] = {
-    "source": HubId("a Hub id such as distilbert/distilgpt2, never a folder"),
-    "repo": HubId("a Hub id with its owner, such as you/distilgpt2-bnb-4bit", with_owner=True),
-}
-OWN: dict[str, Rule] = {
-    "revision": Text(),
-    "private": Flag(),
-    "allow_no_derivatives": Flag(),
-    "max_source_gb": Positive(),
-}
-OPTIONAL: dict[str, Rule] = {
-    **{key: Names() if option.repeated else option.kind for key, option in SHARED.items()},
-    **OWN,
-}
-FORMER_KEYS = {"target": "repo"} | {former: key for key, option in SHARED.items() for former in option.former_keys}
-FORMER_VALUES = {key: dict(option.former_values) for key, option in SHARED.items()}
+OPTIONS = {option.catalogue_key: option for option in methods.all_options() if option.catalogue_key}
+RULES: dict[str, Rule] = {key: Names() if option.repeated else option.kind for key, option in OPTIONS.items()}
+REQUIRED = {key: RULES[key] for key in ("source", "repo")}
+OPTIONAL = {key: rule for key, rule in RULES.items() if key not in REQUIRED}
+OWN = ("revision", "private", "allow_no_derivatives", "max_source_gb")
+"""Fields of an entry itself, neither of its recipe nor of its settings."""
+FORMER_KEYS = {former: key for key, option in OPTIONS.items() for former in option.former_keys}
+FORMER_VALUES = {key: dict(option.former_values) for key, option in OPTIONS.items()}
 TABLES = {"defaults": "[defaults]", "model": "[[model]]"}
 
 
@@ -216,16 +180,15 @@ def _foreign_options(model: Written, defaults: Keys) -> Iterator[Remark]:
     name = (defaults | model.content).get("recipe", Recipe.name)
     if not OPTIONAL["recipe"].accepts(name):
         return
-    for option in _options_besides(name):
-        key = option.catalogue_key
+    for key, option in _options_besides(name).items():
         if model.content.get(key, option.default) != option.default:
             yield model.table.line_of(key), f"the recipe {name} has no {key}: leave it out, or choose another recipe"
 
 
-def _options_besides(name: str) -> tuple[Option, ...]:
-    """What only other recipes than this one have."""
-    own = methods.options(name)
-    return tuple(option for option in methods.options() if option not in own)
+def _options_besides(name: str) -> dict[str, Option]:
+    """By their keys, the options that only other recipes than this one have."""
+    others = set(methods.options()) - set(methods.options(name))
+    return {key: option for key, option in OPTIONS.items() if option in others}
 
 
 def _unknown(key: str, known: Iterable[str]) -> str:
@@ -251,7 +214,7 @@ def _clashes(models: list[Written]) -> Iterator[Remark]:
 
 def _entry(defaults: Keys, model: Keys, line: int) -> Entry:
     """A model, with the defaults for what it does not say, but for options that its recipe does not have."""
-    foreign = {option.catalogue_key for option in _options_besides((defaults | model).get("recipe", Recipe.name))}
+    foreign = _options_besides((defaults | model).get("recipe", Recipe.name))
     given = {key: value for key, value in defaults.items() if key not in foreign} | model
     frozen: Keys = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     recipe = {
@@ -264,5 +227,5 @@ def _entry(defaults: Keys, model: Keys, line: int) -> Entry:
         line=line,
         recipe=methods.recipe_of(recipe),
         settings=EvaluationSettings(**settings),
-        **{key: frozen[key] for key in REQUIRED | OWN if key in frozen},
+        **{key: frozen[key] for key in (*REQUIRED, *OWN) if key in frozen},
     )

@@ -451,7 +451,7 @@ def test_a_hub_without_xet_is_said_in_one_line(place: Place, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("push", "x", "--to", "just-a-name"), "is no Hub id: write it as owner/name"),
+        (("push", "x", "--to", "just-a-name"), "is not a Hub id: write it as owner/name"),
         (("push", "x", "--to", "a/b", "--pr", "--branch", "c"), "--pr and --branch exclude each other"),
         (("run", "--tag", "v1"), "options about publishing need --push-to REPO"),
         (("run", "--refresh-card"), "--refresh-card needs --push-to REPO"),
