@@ -114,6 +114,18 @@ def test_a_dry_run_makes_nothing(place: Place, folder: Path) -> None:
     assert not (folder / "sync").exists() and place.commits() == []
 
 
+def test_former_names_in_a_catalogue_are_told(place: Place, folder: Path) -> None:
+    former = CATALOGUE.replace("repo =", "target =").replace('"rtn"', '"stock"')
+    (folder / "catalogue.toml").write_text(former)
+    ended = place.quantize(*SYNC, "--dry-run", folder=folder)
+    assert ended.code == 0 and states(ended.out) == {TARGET: "would publish"}
+    notes = [line.strip() for line in ended.err.splitlines() if line.strip().startswith("note: ")]
+    assert notes == [
+        "note: catalogue.toml:3: stock is called rtn now",
+        "note: catalogue.toml:10: target is called repo now",
+    ]
+
+
 def test_what_is_over_the_limit_waits_for_the_next_time(place: Place, folder: Path) -> None:
     other = "tester/another-copy"
     place.hub.delete_repo(other)
