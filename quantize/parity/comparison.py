@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 ARITHMETIC_WINDOWS, ARITHMETIC_TOKENS, CACHED_TOKENS = 2, 256, 48
-FLOAT16 = "float16 source"
+FLOAT16 = "original in float16"
 
 
 @dataclass(frozen=True)

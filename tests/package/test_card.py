@@ -38,7 +38,7 @@ COMMIT, DATA_COMMIT = "0123456789abcdef0123456789abcdef01234567", "89abcdef01234
 
 
 def recorded() -> tuple[Provenance, Evidence]:
-    """The records of a real run on the pocket model, with controls and standard_perplexities."""
+    """The records of a real run on the pocket model, with controls and standard perplexities."""
     return read_record(Provenance, EVIDENCE / "provenance.json"), read_record(Evidence, EVIDENCE / "parity.json")
 
 
@@ -158,7 +158,7 @@ def test_every_measured_number_on_the_card_is_the_evidence(finished: Path) -> No
     ]
     assert cells(card, "perplexity ratio")[1:4] == ["1", f"{ratio['value']:.4f}", interval(ratio)]
     assert cells(card, "mean KL")[2:4] == [f"{kld['mean']['value']:.4f}", interval(kld["mean"])]
-    assert cells(card, "median / 99 %")[2] == f"{kld['percentiles']['p50']:.4f} / {kld['percentiles']['p99']:.4f}"
+    assert cells(card, "median / 99th")[2] == f"{kld['percentiles']['p50']:.4f} / {kld['percentiles']['p99']:.4f}"
     assert cells(card, "same most likely")[2] == f"{100 * top['value']:.2f} %"
     assert cells(card, "RMS change")[2] == f"{100 * scores['delta_p_rms']['value']:.2f} %"
     assert cells(card, "weight files |")[1:] == [
@@ -168,7 +168,7 @@ def test_every_measured_number_on_the_card_is_the_evidence(finished: Path) -> No
     assert cells(card, "bits per parameter")[2] == f"{sizes['bits_per_parameter']:.2f}"
     corpus = evidence["corpus"]
     assert f"Measured on {corpus['scored'] * (corpus['window'] - 1):,} tokens" in card
-    assert f"{sizes['parameters']:,} parameters" in card and "times the original's, and it diverges" in card
+    assert f"{sizes['parameters']:,} parameters" in card and "times the original's, and the KL divergence" in card
     assert yaml.safe_load(card.split("---\n")[1])["model-index"][0]["results"][0]["metrics"][1]["value"] == round(
         candidate["value"], 6
     )
@@ -193,7 +193,7 @@ def test_comparisons_and_origin_on_the_card_are_the_records() -> None:
     for name, version in provenance["environment"]["versions"].items():
         assert f"{name} {version}" in card
     assert f"Made {provenance['created']} by `quantize` {provenance['tool_version']}" in card
-    assert f"{len(provenance['quantized']['modules'])} linear modules hold" in card
+    assert f"{len(provenance['quantized']['modules'])} linear layers hold" in card
     for sample in evidence["generation"]["samples"][:3]:
         assert sample["reference_sampled"] in card and sample["candidate_sampled"] in card
     shares = evidence["generation"]
@@ -215,7 +215,7 @@ def run_snippets(folder: Path) -> tuple[str, str]:
 def test_every_snippet_runs(finished: Path) -> None:
     used, checked = run_snippets(finished)
     assert used.count("Hello, I'm a language model,") == 4 and "torch.Size([1, " in used
-    assert checked == "all files are as they were sealed\n"
+    assert checked == "all checksums match\n"
 
 
 def test_the_original_text_is_quoted_whole(finished: Path) -> None:
