@@ -23,7 +23,8 @@ def gate(checks: Sequence[Check], scores: Scores | None, required: str) -> Verdi
     grade = grade_of(ratio.low, ratio.high, kld.high)
     if grade == CHANGED:
         reasons.append(
-            f"perplexity ratio {ratio.value:.4f} may lie below {IMPLAUSIBLE_RATIO}: this is another model, not a quantized version of the original"
+            f"perplexity ratio {ratio.value:.4f} may lie below {IMPLAUSIBLE_RATIO}: this is another model, not a "
+            f"quantized version of the original"
         )
     elif not grade_at_least(grade, required):
         ratio_limit, kld_limit = LIMITS[required]
