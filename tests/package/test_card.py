@@ -176,29 +176,30 @@ def test_every_measured_number_on_the_card_is_the_evidence(finished: Path) -> No
 
 def test_comparisons_and_origin_on_the_card_are_the_records() -> None:
     card = model_card.render(full_facts())
-    evidence = json.loads((EVIDENCE / "parity.json").read_text())
-    provenance = json.loads((EVIDENCE / "provenance.json").read_text())
-    for one in evidence["controls"]:
-        kld = one["kld"]["value"]
-        assert cells(card, f"{one['name']} |")[1:] == [
-            f"{one['weight_bytes'] / 1e6:.1f} MB",
-            f"{one['perplexity_ratio']['value']:.4f}",
+    provenance, evidence = recorded()
+    for control in evidence.controls:
+        kld = control.kld.value
+        assert cells(card, f"{control.name} |")[1:] == [
+            f"{control.weight_bytes / 1e6:.1f} MB",
+            f"{control.perplexity_ratio.value:.4f}",
             f"{kld:.4f}" if kld >= 0.001 else f"{kld:.1e}",
-            f"{100 * one['same_top']['value']:.2f} %",
-            one["grade"],
+            f"{100 * control.same_top.value:.2f} %",
+            control.grade,
         ]
-    for one in evidence["standard_perplexities"]:
-        assert cells(card, f"{one['name']} |")[1:3] == [f"{one['reference']:.4f}", f"{one['candidate']:.4f}"]
-        assert one["method"] in card
-    for name, version in provenance["environment"]["versions"].items():
+    assert len(evidence.controls) == 3 and len(evidence.standard_perplexities) == 4
+    for figure in evidence.standard_perplexities:
+        assert cells(card, f"{figure.name} |")[1:3] == [f"{figure.reference:.4f}", f"{figure.candidate:.4f}"]
+        assert figure.method in card
+    for name, version in provenance.environment.versions.items():
         assert f"{name} {version}" in card
-    assert f"Made {provenance['created']} by `quantize` {provenance['tool_version']}" in card
-    assert f"{len(provenance['quantized']['modules'])} linear layers hold" in card
-    for sample in evidence["generation"]["samples"][:3]:
-        assert sample["reference_sampled"] in card and sample["candidate_sampled"] in card
-    shares = evidence["generation"]
-    for name in ("prefill_agreement", "cached_agreement"):
-        assert f"{100 * shares[name]:.1f} %" in card
+    assert f"Made {provenance.created} by `quantize` {provenance.tool_version}" in card
+    assert f"{len(provenance.quantized.modules)} linear layers hold" in card
+    generation = evidence.generation
+    assert generation is not None
+    for sample in generation.samples[:3]:
+        assert sample.reference_sampled in card and sample.candidate_sampled in card
+    for share in (generation.prefill_agreement, generation.cached_agreement):
+        assert f"{100 * share:.1f} %" in card
 
 
 def run_snippets(folder: Path) -> tuple[str, str]:
@@ -299,8 +300,8 @@ def test_an_unknown_license_is_shown(tmp_path: Path, package_copy: Path, pocket_
     from model_card import render
     from quantize.package.card import facts
 
-    made = package.open_package(package_copy)
-    text = render(facts(made.provenance, made.evidence, "no front matter here", ()))
+    opened = package.open_package(package_copy)
+    text = render(facts(opened.provenance, opened.evidence, "no front matter here", ()))
     assert yaml.safe_load(text.split("---\n")[1])["license"] == "other"
     assert "**License unknown.**" in text
 
