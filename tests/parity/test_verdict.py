@@ -33,12 +33,12 @@ def test_implausibly_better_is_another_model() -> None:
 
 @pytest.fixture
 def scores(finished: Path) -> Scores:
-    found = read_record(Evidence, finished / "parity.json").scores
-    assert found is not None
+    measured = read_record(Evidence, finished / "parity.json").scores
+    assert measured is not None
     return dataclasses.replace(
-        found,
+        measured,
         perplexity_ratio=Estimate(1.005, 1.0, 1.009),
-        kld=dataclasses.replace(found.kld, mean=Estimate(0.01, 0.009, 0.019)),
+        kld=dataclasses.replace(measured.kld, mean=Estimate(0.01, 0.009, 0.019)),
     )
 
 
