@@ -32,8 +32,8 @@ from quantize.records import (
 from quantize.serialization import now
 
 TOOL = "quantize-bnb"
-STOCK_NF4 = "stock NF4"
-CONTROLS = {"int8": Recipe(name="rtn", bits=8), STOCK_NF4: Recipe(name="rtn")}
+RTN_NF4 = "NF4 rounded to nearest"
+CONTROLS = {"int8": Recipe(name="rtn", bits=8), RTN_NF4: Recipe(name="rtn")}
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def _judge(request: RunRequest, checkout: Checkout, device: str, progress: Progr
             return unmeasured(checkout, folder, settings, device, _promise(recipe, quantized))
         wanted = CONTROLS if settings.controls else {}
         if methods.get(recipe.name).improves_on == "rtn" and request.recipe.name == recipe.name:
-            wanted = {STOCK_NF4: CONTROLS[STOCK_NF4], **wanted}
+            wanted = {RTN_NF4: CONTROLS[RTN_NF4], **wanted}
         with _controls(checkout, wanted, device, progress) as controls:
             promise = _promise(recipe, quantized)
             return measure(checkout, folder, settings, device, progress, promise, controls, request.reference_cache)

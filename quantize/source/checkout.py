@@ -77,7 +77,7 @@ def _from_folder(folder: Path, trust_remote_code: bool, progress: Progress) -> C
     paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     index = _read_json(folder / INDEX) if INDEX in paths else None
     chosen = choose_files(paths, index, name, needs_remote_code(config))
-    with progress.task("hashing the source", sum((folder / path).stat().st_size for path in chosen), "B") as advance:
+    with progress.task("hashing the original", sum((folder / path).stat().st_size for path in chosen), "B") as advance:
         files = tuple(FileRecord(path, *hash_file(folder / path, advance)) for path in chosen)
     return Checkout(_describe(folder, config, files, folder.resolve().name), folder)
 

@@ -60,7 +60,7 @@ def test_it_diverges_much_less_than_stock_and_says_so(package: Package) -> None:
     evidence = package.evidence
     (control,) = evidence.controls
     assert evidence.scores and evidence.verdict.passed and all(check.passed for check in evidence.checks)
-    assert evidence.scores.kld.mean.value < 0.7 * control.kld.value and control.name == "stock NF4"
+    assert evidence.scores.kld.mean.value < 0.7 * control.kld.value and control.name == "NF4 rounded to nearest"
     assert package.provenance.quantized.calibration_text == CalibrationText(
         "self",
         0,
@@ -70,7 +70,7 @@ def test_it_diverges_much_less_than_stock_and_says_so(package: Package) -> None:
         package.provenance.quantized.calibration_text.sha256,  # type: ignore[union-attr]
     )
     card = (package.folder / "README.md").read_text()
-    assert "on 16 windows of 128 tokens that the original wrote itself" in card and "| stock NF4 |" in card
+    assert "on 16 windows of 128 tokens that the original wrote itself" in card and "| NF4 rounded to nearest |" in card
     assert "--recipe calibrated --calibration-windows 16 --calibration-length 128" in card
     assert not list(package.folder.parent.glob("*.unfinished"))
     learned = dataclasses.replace(package.provenance, recipe=methods.replace(LITTLE, epochs=3))

@@ -64,7 +64,7 @@ def test_controls_show_the_noise_floor_and_the_alternatives(finished: Path) -> N
     settings = dataclasses.replace(SETTINGS, controls=True)
     evidence = pipeline.verify(str(finished), str(POCKET), settings, "cpu", Silent())
     half, int8, stock = evidence.controls
-    assert [half.name, int8.name, stock.name] == ["float16 source", "int8", "stock NF4"]
+    assert [half.name, int8.name, stock.name] == ["original in float16", "int8", "NF4 rounded to nearest"]
     assert (half.grade, int8.grade) == ("lossless", "lossless") and stock.grade in ("good", "degraded")
     assert 0 < half.kld.value < int8.kld.value < stock.kld.value
     assert evidence.scores is not None and stock.kld.value == pytest.approx(evidence.scores.kld.mean.value)
