@@ -1,4 +1,4 @@
-"""GPTQ with a search of scales of either sign, by Hessians on both sides, on text that the model writes itself."""
+"""Two-sided GPTQ with a scale search, on text that the model writes itself."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ def check(checkout: Checkout, recipe: Recipe, corpus: str) -> None:
 
     from quantize.methods.calibration import calibration_text
 
-    asked = CalibratedOptions.of(recipe)
+    options = CalibratedOptions.of(recipe)
     if recipe.name == METHOD.name:
         METHOD.require_bits(recipe)
-    if asked.size_budget > 1 and recipe.bits != 4:
+    if options.size_budget > 1 and recipe.bits != 4:
         raise ConfigError("a size budget is for 4-bit weights: leave it out with 8 bits")
-    if recipe.bits == 4 and asked.calibration != SELF:
+    if recipe.bits == 4 and options.calibration != SELF:
         trust = {"local_files_only": True, "trust_remote_code": checkout.source.remote_code}
         config = AutoConfig.from_pretrained(checkout.folder, **trust)
-        calibration_text.given(asked, config, AutoTokenizer.from_pretrained(checkout.folder, **trust), corpus)
+        calibration_text.from_text(options, config, AutoTokenizer.from_pretrained(checkout.folder, **trust), corpus)
 
 
 def attempts(recipe: Recipe) -> tuple[Recipe, ...]:
-    """As asked for, then with more text and care and learned rounding, and last, under a budget, with more bytes."""
+    """As requested; then with more text, more passes and learned rounding; last, with a size budget, more bytes."""
     if recipe.bits != 4:
         return ()
-    asked = CalibratedOptions.of(recipe)
-    plain = dataclasses.replace(asked, size_budget=1.0)
+    options = CalibratedOptions.of(recipe)
+    plain = dataclasses.replace(options, size_budget=1.0)
     refined = dataclasses.replace(
         plain,
-        calibration_windows=2 * asked.calibration_windows,
-        passes=max(asked.passes, REFINED_PASSES),
-        epochs=max(asked.epochs, REFINED_EPOCHS),
+        calibration_windows=2 * options.calibration_windows,
+        passes=max(options.passes, REFINED_PASSES),
+        epochs=max(options.epochs, REFINED_EPOCHS),
     )
-    larger = dataclasses.replace(refined, size_budget=asked.size_budget)
-    tried = (plain, refined, larger) if asked.size_budget > 1 else (plain, refined)
+    larger = dataclasses.replace(refined, size_budget=options.size_budget)
+    tried = (plain, refined, larger) if options.size_budget > 1 else (plain, refined)
     return tuple(
-        dataclasses.replace(recipe, name=METHOD.name, options=dataclasses.asdict(options)) for options in tried
+        dataclasses.replace(recipe, name=METHOD.name, options=dataclasses.asdict(attempt)) for attempt in tried
     )
 
 

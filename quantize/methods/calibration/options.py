@@ -1,4 +1,4 @@
-"""What the calibrated method may be asked for."""
+"""The options of the calibrated method."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ SELF = "self"
 
 @dataclass(frozen=True)
 class CalibratedOptions:
-    """How much text is read and how hard is searched.
+    """Size budget, passes, epochs and calibration text.
 
-    Weights may take `size_budget` times the bytes of their plain 4-bit form, for blocks of 32 and half precision where
-    that helps most. `passes` of coordinate descent follow the first one, and rounding is then learned in `epochs` over
-    the text: `calibration_windows` of `calibration_length` tokens of `calibration`, which is SELF, a text file, or
+    Weights may take `size_budget` times the bytes of their plain 4-bit form, spent on block size 32 and half precision
+    where that helps most. `passes` of coordinate descent follow the first one, and rounding is then learned in `epochs`
+    over the text: `calibration_windows` of `calibration_length` tokens of `calibration`, which is SELF, a text file, or
     `owner/name:path` in a Hub data set.
     """
 
