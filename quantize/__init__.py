@@ -32,10 +32,7 @@ if TYPE_CHECKING:
     from quantize.package import Package
     from quantize.pipeline import CardRequest, RunRequest, RunResult, VerifyRequest
     from quantize.progress import Progress
-    from quantize.publishing.records import Receipt
-    from quantize.publishing.records import Target as Destination
-    from quantize.publishing.sync import Job as SyncRequest
-    from quantize.publishing.sync import Report as SyncReport
+    from quantize.publishing import Destination, Receipt, SyncReport, SyncRequest
     from quantize.records import EvaluationSettings, Provenance, Publisher, Recipe
 
 __version__ = "0.1.0"
@@ -90,11 +87,9 @@ _HOMES = {
     "quantize.package": ("Package",),
     "quantize.pipeline": ("CardRequest", "RunRequest", "RunResult", "VerifyRequest"),
     "quantize.progress": ("Progress",),
-    "quantize.publishing.records": ("Destination", "Receipt"),
-    "quantize.publishing.sync": ("SyncReport", "SyncRequest"),
+    "quantize.publishing": ("Destination", "Receipt", "SyncReport", "SyncRequest"),
     "quantize.records": ("EvaluationSettings", "Provenance", "Publisher", "Recipe"),
 }
-_HERE = {"Destination": "Target", "SyncReport": "Report", "SyncRequest": "Job"}
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 if not TYPE_CHECKING:  # a type checker would take it that every name exists
@@ -103,8 +98,7 @@ if not TYPE_CHECKING:  # a type checker would take it that every name exists
         """A type of the interface, imported when it is first used."""
         if name not in _MODULE_OF:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(_MODULE_OF[name]), _HERE.get(name, name))
-        globals()[name] = value
+        value = globals()[name] = getattr(importlib.import_module(_MODULE_OF[name]), name)
         return value
 
     def __dir__() -> list[str]:
@@ -145,9 +139,9 @@ def push(
     the environment variable HF_TOKEN or from `hf auth login`. Raises ParityRefused, PublishError and other kinds of
     QuantizeError.
     """
-    from quantize.publishing import delivery
+    from quantize import publishing
 
-    return delivery.push(folder, destination, progress or _silent(), verify_download=verify_download)
+    return publishing.push(folder, destination, progress or _silent(), verify_download=verify_download)
 
 
 def sync(request: SyncRequest, progress: Progress | None = None) -> SyncReport:
@@ -155,9 +149,9 @@ def sync(request: SyncRequest, progress: Progress | None = None) -> SyncReport:
 
     What came of each is in the report. Raises ConfigError for a mistake in the catalogue.
     """
-    from quantize.publishing import sync as publishing_sync
+    from quantize import publishing
 
-    return publishing_sync.sync(request, progress or _silent())
+    return publishing.sync(request, progress or _silent())
 
 
 def _silent() -> Progress:

@@ -129,7 +129,7 @@ def verify(request: VerifyRequest, progress: Progress) -> Evidence:
     """Measure a package against its pinned source, or any bitsandbytes checkpoint against the source named."""
     device = devices.choose(request.device)
     progress.stage(f"checkpoint {request.checkpoint}")
-    folder = source.fetch_checkpoint(request.checkpoint, (package.PROVENANCE, package.PARITY), progress)
+    folder = source.fetch_checkpoint(request.checkpoint, (files.PROVENANCE, files.PARITY), progress)
     checkout, expected = _original(request, folder, progress)
     progress.stage(f"verify on {device}")
     recipes = CONTROLS if request.settings.controls else {}
@@ -152,7 +152,7 @@ def card_names(request: CardRequest) -> dict[str, Any]:
 
 def write_page(opened: Package, path: Path) -> None:
     """A package's card as one HTML file."""
-    text = model_card.page((opened.folder / package.CARD).read_text("utf-8"), opened.folder)
+    text = model_card.page((opened.folder / files.CARD).read_text("utf-8"), opened.folder)
     with storage_errors(path):
         path.write_text(text, "utf-8")
 
@@ -160,7 +160,7 @@ def write_page(opened: Package, path: Path) -> None:
 def rewrite_card(request: CardRequest) -> Package:
     """Render the card of a package again from its evidence; nothing is measured."""
     opened = _opened(request)
-    package.require_unchanged(opened, but=package.CARD)
+    package.require_unchanged(opened, but=files.CARD)
     text = rendered_card(opened, request.against, request.template)
     with storage_errors(request.folder):
         package.write_card(request.folder, text)
@@ -204,7 +204,7 @@ def _check(request: RunRequest, checkout: Checkout, staging: Path) -> None:
     _require_derivable(checkout, request.allow_no_derivatives)
     check_inputs(checkout, request.settings)
     methods.check(checkout, request.recipe, corpus_text(request.settings))
-    files.require_space(staging, source.weight_bytes(checkout.source), "the package")
+    files.require_space(staging, files.listed_weight_bytes(checkout.source.files), "the package")
 
 
 def _measurement(request: RunRequest, job: methods.Job) -> search.Measure:
@@ -246,14 +246,14 @@ def _controls(
 def _original(request: VerifyRequest, folder: Path, progress: Progress) -> tuple[Checkout, structure.Expected | None]:
     """What a checkpoint is measured against, and for a package the config that its recipe promises."""
     against, trust = request.against, request.trust_remote_code
-    if (folder / package.PROVENANCE).is_file():
+    if (folder / files.PROVENANCE).is_file():
         provenance = package.open_package(folder).provenance
         checkout = source.refetch(provenance.source, against, trust_remote_code=trust, progress=progress)
         return checkout, _expected(provenance.recipe, provenance.quantized)
-    if not (folder / "config.json").is_file():
-        raise PackageError(f"{request.checkpoint} holds no model: it has no config.json")
+    if not (folder / files.CONFIG).is_file():
+        raise PackageError(f"{request.checkpoint} holds no model: it has no {files.CONFIG}")
     if against is None:
-        raise PackageError(f"{request.checkpoint} has no {package.PROVENANCE}: name its original model with --against")
+        raise PackageError(f"{request.checkpoint} has no {files.PROVENANCE}: name its original model with --against")
     return source.fetch(against, revision=None, trust_remote_code=trust, progress=progress), None
 
 
@@ -287,7 +287,7 @@ def _document(
     """Write evidence, figures and card beside the weights, and seal all with hashes; `path` is the template's."""
     staging, evidence = candidate.folder, candidate.evidence
     package.write_evidence(staging, evidence)
-    figures.draw(evidence, staging / package.FIGURES)
+    figures.draw(evidence, staging / files.FIGURES)
     facts = card.facts(provenance, evidence, source.card_text(checkout), card.figure_names(staging))
     package.write_card(staging, _rendered(facts, template, path))
     return package.seal(staging, provenance)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from quantize import __version__
+from quantize import __version__, publishing
 from quantize.cli.options import (
     FOLDER,
     Command,
@@ -29,15 +29,15 @@ from quantize.cli.options import (
     trust_option,
 )
 from quantize.errors import ParityRefused, QuantizeError
+from quantize.files import CARD
 from quantize.grades import UNMEASURED
 from quantize.options import DEFAULT_MODEL
-from quantize.publishing.records import Target
+from quantize.publishing import Destination, PublishRequest, SyncRequest
 from quantize.records import EvaluationSettings, Recipe
 from quantize.serialization import to_json
 
 if TYPE_CHECKING:
     from quantize.pipeline import RunRequest
-    from quantize.publishing.delivery import Wanted
     from quantize.records import Publisher
 
 INTERRUPTED = 130
@@ -95,7 +95,7 @@ def run(
     reference_cache: Path | None,
     card_template: Path | None,
     allow_no_derivatives: bool,
-    target: Target | None,
+    destination: Destination | None,
     verify_download: bool,
     dry_run: bool,
     refresh_card: bool,
@@ -115,9 +115,9 @@ def run(
     """
     from quantize import pipeline
 
-    if refresh_card and target is None:
+    if refresh_card and destination is None:
         raise click.UsageError("--refresh-card needs --push-to REPO")
-    if unverified and target is not None:
+    if unverified and destination is not None:
         raise click.UsageError("--unverified and --push-to exclude each other: what is published has been measured")
     request = pipeline.RunRequest(
         model,
@@ -134,12 +134,10 @@ def run(
         allow_no_derivatives,
         unverified=unverified,
     )
-    if target is None:
+    if destination is None:
         _run(request, output)
     else:
-        from quantize.publishing.delivery import Wanted
-
-        _deliver(Wanted(request, target, refresh_card, verify_download, dry_run), output)
+        _deliver(PublishRequest(request, destination, refresh_card, verify_download, dry_run), output)
 
 
 def _run(request: RunRequest, output: Output) -> None:
@@ -160,12 +158,11 @@ def _run(request: RunRequest, output: Output) -> None:
         raise ParityRefused(f"{request.model} was refused: {reason}; the evidence is in {made.folder}")
 
 
-def _deliver(wanted: Wanted, output: Output) -> None:
+def _deliver(request: PublishRequest, output: Output) -> None:
     from quantize.cli import console
-    from quantize.publishing import delivery
 
-    done = delivery.deliver(wanted, output.progress)
-    output.show(done.summary(), lambda terminal: console.show_delivery(terminal, done))
+    delivery = publishing.deliver(request, output.progress)
+    output.show(delivery.summary(), lambda terminal: console.show_delivery(terminal, delivery))
 
 
 @cli.command(cls=Command)
@@ -243,7 +240,7 @@ def card(
     if html is not None:
         pipeline.write_page(made, html)
     output.show(
-        {"card": str(made.folder / "README.md")},
+        {"card": str(made.folder / CARD)},
         lambda terminal: console.show_card(terminal, made, preview),
     )
 
@@ -252,7 +249,7 @@ def card(
 @click.argument("folder", type=FOLDER)
 @target_options("--to", required=True)
 @output_options
-def push(folder: Path, target: Target, verify_download: bool, dry_run: bool, output: Output) -> None:
+def push(folder: Path, destination: Destination, verify_download: bool, dry_run: bool, output: Output) -> None:
     """Publish a package that passed and is unchanged since, in one commit.
 
     The token comes from HF_TOKEN or `hf auth login`.
@@ -263,13 +260,12 @@ def push(folder: Path, target: Target, verify_download: bool, dry_run: bool, out
     quantize push distilgpt2-bnb-4bit --to somebody/model --pr
     """
     from quantize.cli import console
-    from quantize.publishing import delivery
 
     if dry_run:
-        planned = delivery.plan(folder, target)
-        output.show(planned, lambda terminal: console.show_plan(terminal, planned))
+        plan = publishing.plan(folder, destination)
+        output.show(plan, lambda terminal: console.show_plan(terminal, plan))
         return
-    receipt = delivery.push(folder, target, output.progress, verify_download=verify_download)
+    receipt = publishing.push(folder, destination, output.progress, verify_download=verify_download)
     output.show(receipt, lambda terminal: console.show_receipt(terminal, receipt))
 
 
@@ -315,14 +311,15 @@ def sync(
     quantize sync catalogue.toml --only you/distilgpt2-bnb-4bit --dry-run
     """
     from quantize.cli import console
-    from quantize.publishing import sync as room
 
-    job = room.Job(catalogue, folder, only, max_models, dry_run, refresh_card, verify_download, device, publisher)
-    report = room.sync(job, output.progress)
+    request = SyncRequest(
+        catalogue, folder, only, max_models, dry_run, refresh_card, verify_download, device, publisher
+    )
+    report = publishing.sync(request, output.progress)
     output.show(report, lambda terminal: console.show_report(terminal, report))
-    for one in report.outcomes if output.quiet else ():
-        if one.state not in room.OK:
-            click.echo(f"{one.state}: {one.target}: {one.detail}", err=True)
+    for outcome in report.outcomes if output.quiet else ():
+        if not outcome.ok:
+            click.echo(f"{outcome.state}: {outcome.repo}: {outcome.detail}", err=True)
     context.exit(report.exit_code)
 
 

@@ -16,12 +16,11 @@ from rich.text import Text
 from model_card import nats, split
 from quantize.diagnostics import Diagnostics
 from quantize.evidence import Estimate, Evidence
+from quantize.files import CARD
 from quantize.grades import LIMITS, UNMEASURED
-from quantize.package import CARD, Package
+from quantize.package import Package
 from quantize.progress import Advance
-from quantize.publishing.delivery import Delivery
-from quantize.publishing.records import Plan, Receipt
-from quantize.publishing.sync import Report
+from quantize.publishing import Delivery, Plan, Receipt, SyncReport
 
 PLAIN_WIDTH = 100
 
@@ -133,16 +132,16 @@ def show_delivery(console: Console, delivery: Delivery) -> None:
     if delivery.receipt:
         show_receipt(console, delivery.receipt)
     else:
-        console.print(f"{delivery.state}: {delivery.source} at {delivery.target}", soft_wrap=True)
+        console.print(f"{delivery.state}: {delivery.source} at {delivery.repo}", soft_wrap=True)
 
 
-def show_report(console: Console, report: Report) -> None:
+def show_report(console: Console, report: SyncReport) -> None:
     """What came of every entry of a catalogue."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("target", "state", "detail"):
+    for name in ("repo", "state", "detail"):
         table.add_column(name, overflow="fold")
-    for one in report.outcomes:
-        table.add_row(one.target, one.state, one.detail)
+    for outcome in report.outcomes:
+        table.add_row(outcome.repo, outcome.state, outcome.detail)
     console.print(table)
 
 

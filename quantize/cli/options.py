@@ -15,7 +15,7 @@ import click
 from quantize import methods
 from quantize.errors import ParityRefused, QuantizeError
 from quantize.options import HUB_ID, SETTINGS, Choice, Flag, Number, Option, Whole
-from quantize.publishing.records import Target
+from quantize.publishing import Destination
 from quantize.records import EvaluationSettings
 from quantize.serialization import to_json
 
@@ -163,7 +163,9 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def wrapped(**given: Any) -> Any:
-        return command(recipe=methods.recipe_of({option.field: given.pop(option.catalogue_key) for option in options}), **given)
+        return command(
+            recipe=methods.recipe_of({option.field: given.pop(option.catalogue_key) for option in options}), **given
+        )
 
     return _with(options, wrapped)
 
@@ -230,7 +232,7 @@ def repo_ids(context: click.Context, parameter: click.Parameter, value: Any) -> 
 
 
 def target_options(flag: str, *, required: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Adds the options of Target under `flag`, handed to the command as `target` (None where not asked for).
+    """Adds the options of Destination under `flag`, handed to the command as `destination` (None without it).
 
     With it come `verify_download` and `dry_run`.
     """
@@ -265,7 +267,7 @@ def target_options(flag: str, *, required: bool) -> Callable[[Callable[..., Any]
             asked = [*details.values(), given["verify_download"], given["dry_run"]]
             if repo_id is None and any(asked):
                 raise click.UsageError(f"options about publishing need {flag} REPO")
-            return command(target=Target(repo_id, **details) if repo_id else None, **given)
+            return command(destination=Destination(repo_id, **details) if repo_id else None, **given)
 
         return functools.reduce(lambda inner, option: option(inner), reversed(options), wrapped)
 

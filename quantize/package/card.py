@@ -21,6 +21,7 @@ from model_card import (
 )
 from quantize import hub, methods
 from quantize.evidence import Attempt, Estimate, Evidence
+from quantize.files import FIGURES
 from quantize.grades import LIMITS, UNMEASURED
 from quantize.options import SETTINGS, Option
 from quantize.records import CalibrationText, EvaluationSettings, Provenance, Recipe, Source
@@ -170,7 +171,7 @@ def _attempt(one: Attempt) -> CardAttempt:
 
 def figure_names(folder: Path) -> tuple[str, ...]:
     """Figures of a package as its card names them."""
-    return tuple(sorted(path.relative_to(folder).as_posix() for path in folder.glob("figures/*.png")))
+    return tuple(sorted(path.relative_to(folder).as_posix() for path in folder.glob(f"{FIGURES}/*.png")))
 
 
 def _interval(estimate: Estimate) -> Interval:

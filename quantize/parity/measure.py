@@ -23,9 +23,10 @@ from quantize.evidence import (
     Sizes,
     StandardPerplexity,
 )
+from quantize.files import listed_weight_bytes, weight_bytes
 from quantize.grades import grade_of
 from quantize.parity import corpus, generation, scoring, sequential, standard_perplexity, statistics, structure, verdict
-from quantize.parity.models import Pair, load_tokenizer, weight_bytes
+from quantize.parity.models import Pair, load_tokenizer
 from quantize.parity.reference_cache import ReferenceCache, contents_of
 from quantize.progress import Progress
 from quantize.records import Checkout, EvaluationSettings
@@ -305,6 +306,6 @@ def _generate(pair: Pair, settings: EvaluationSettings, progress: Progress) -> G
 
 
 def _sizes(checkout: Checkout, candidate: Path, parameters: int) -> Sizes:
-    source_bytes = sum(file.size for file in checkout.source.files if file.path.endswith(".safetensors"))
+    source_bytes = listed_weight_bytes(checkout.source.files)
     package_bytes = weight_bytes(candidate)
     return Sizes(source_bytes, package_bytes, parameters, round(8 * package_bytes / parameters, 4))

@@ -13,6 +13,7 @@ from typing import Any
 
 from quantize import devices
 from quantize.errors import DeviceError
+from quantize.files import weight_bytes
 from quantize.records import Checkout
 
 HALF = {"BF16": "bfloat16"}
@@ -172,10 +173,6 @@ def load_candidate(folder: Path, device: str, trust_remote_code: bool, dtype: st
             f"loads one model at a time, or another --device"
         )
     return _load(folder, trust_remote_code, "auto", max_memory=memory, **options)
-
-
-def weight_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def upcast(model: Any) -> None:

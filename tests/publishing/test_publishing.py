@@ -66,7 +66,7 @@ def test_weights_of_another_origin_are_never_touched(place: Place, tmp_path: Pat
     place.hub.commit(TARGET, {name: b"years of training"}, message="mine")
     for command in (PUSH, (*PUSH, "--branch", "next"), RUN):
         refused = place.quantize(*command, folder=folder)
-        assert refused.code == 1 and f"holds weights that no package put there ({name})" in refused.err
+        assert refused.code == 1 and f"holds weights that were not uploaded by quantize ({name})" in refused.err
     assert place.commits() == ["mine"] and "refs/heads/next" not in place.hub.refs(TARGET)
 
 
