@@ -62,7 +62,8 @@ CALIBRATED = Recipe(name="calibrated")
 FULL = Method()
 THREE_SWEEPS = replace(FULL, search=Search(sweeps=3))
 VARIANTS = {
-    "stock": Variant(Recipe(name="rtn")),
+    "rtn": Variant(Recipe(name="rtn")),
+    "hqq": Variant(Recipe(name="hqq")),
     "compensated, scale = absmax": Variant(CALIBRATED, ABSMAX),
     "+ scales of either sign": Variant(CALIBRATED, SIGNED),
     "+ one sweep": Variant(CALIBRATED, PLAIN),
@@ -204,7 +205,7 @@ def measure(
         if variant.method is None:
             methods.quantize(job)
         else:
-            quantizer.quantize(job, CalibratedOptions(**variant.recipe.options), variant.method)  # type: ignore[arg-type]
+            quantizer.quantize(job, CalibratedOptions.of(variant.recipe), variant.method)
         seconds = time.monotonic() - started
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         candidate = load(folder, device)
@@ -297,7 +298,7 @@ def main(
     rows: list[dict[str, Any]] = []
     base: Measured | None = None
     for name, variant in VARIANTS.items():
-        if only and name not in (*only, "stock"):
+        if only and name not in (*only, "rtn"):
             continue
         if calibration_windows:
             changed = methods.replace(variant.recipe, calibration_windows=calibration_windows)

@@ -17,7 +17,7 @@ def quantize(job: Job) -> Quantized:
     """Write the source with chosen codes, scales and biases, in the stock files."""
     from quantize.methods.calibration import quantizer
 
-    return quantizer.quantize(job, CalibratedOptions(**job.recipe.options))  # type: ignore[arg-type]
+    return quantizer.quantize(job, CalibratedOptions.of(job.recipe))
 
 
 def check(checkout: Checkout, recipe: Recipe, corpus: str) -> None:
@@ -26,7 +26,7 @@ def check(checkout: Checkout, recipe: Recipe, corpus: str) -> None:
 
     from quantize.methods.calibration import calibration_text
 
-    asked = CalibratedOptions(**recipe.options)  # type: ignore[arg-type]
+    asked = CalibratedOptions.of(recipe)
     if recipe.name == METHOD.name:
         METHOD.require_bits(recipe)
     if asked.size_budget > 1 and recipe.bits != 4:
@@ -41,7 +41,7 @@ def attempts(recipe: Recipe) -> tuple[Recipe, ...]:
     """As asked for, then with more text and care and learned rounding, and last, under a budget, with more bytes."""
     if recipe.bits != 4:
         return ()
-    asked = CalibratedOptions(**recipe.options)  # type: ignore[arg-type]
+    asked = CalibratedOptions.of(recipe)
     plain = dataclasses.replace(asked, size_budget=1.0)
     refined = dataclasses.replace(
         plain,
@@ -61,7 +61,7 @@ def describe(recipe: Recipe, quantized: Quantized) -> str:
     if text is None:
         return ""
     origin = "that the original wrote itself" if text.source == SELF else f"of `{text.source}`"
-    epochs = CalibratedOptions(**recipe.options).epochs  # type: ignore[arg-type]
+    epochs = CalibratedOptions.of(recipe).epochs
     learned = f", and rounding was then learned in {epochs} epochs on that text" if epochs else ""
     return (
         f"Codes, scales and biases were not rounded to nearest but chosen so that the model's outputs change least, on "

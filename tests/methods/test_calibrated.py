@@ -232,7 +232,7 @@ def test_eight_bits_have_one_rung() -> None:
 
 
 def asked(recipe: Recipe) -> CalibratedOptions:
-    return CalibratedOptions(**recipe.options)  # type: ignore[arg-type]
+    return CalibratedOptions.of(recipe)
 
 
 def prepared(recipe: Recipe, corpus: str) -> tuple[torch.Tensor, CalibrationText]:

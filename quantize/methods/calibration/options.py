@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from quantize.options import LARGEST_SEED, Number, Option, Text, Whole
+from quantize.records import Recipe
 
 SELF = "self"
 """The calibration text that the source writes itself."""
@@ -27,6 +29,13 @@ class CalibratedOptions:
     calibration_windows: int = 128
     calibration_length: int = 512
     calibration_seed: int = 0
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> CalibratedOptions:
+        """What a recipe of this method, or of `auto`, asks for; its values were checked by `methods.normalized`."""
+        names = {item.name for item in fields(cls)}
+        values: dict[str, Any] = {name: value for name, value in recipe.options.items() if name in names}
+        return cls(**values)
 
 
 OPTIONS = (
