@@ -6,7 +6,8 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize import devices, files, hub
+from quantize import devices, hub
+from quantize.files import free_space
 from quantize.formats.bitsandbytes import self_test
 
 
@@ -45,8 +46,8 @@ def diagnose() -> Diagnostics:
         endpoint=hub.endpoint(),
         token_present=hub.token_present(),
         hub_cache=str(hub.cache_folder()),
-        hub_cache_free=files.free_space(hub.cache_folder())[1],
-        folder_free=files.free_space(Path.cwd())[1],
+        hub_cache_free=free_space(hub.cache_folder()),
+        folder_free=free_space(Path.cwd()),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,22 +18,8 @@ PROVENANCE = "provenance.json"
 PARITY = "parity.json"
 RECEIPT = "receipt.json"
 FIGURES = "figures"
-WEIGHTS = ".safetensors"
-"""How the name of every weight file ends."""
-SINGLE_WEIGHTS = f"model{WEIGHTS}"
-SHARD_INDEX = f"{SINGLE_WEIGHTS}.index.json"
 
 CHUNK = 1 << 20
-
-
-def weight_bytes(folder: Path) -> int:
-    """Size of the weight files in a folder."""
-    return sum(path.stat().st_size for path in folder.glob(f"*{WEIGHTS}"))
-
-
-def listed_weight_bytes(files: Iterable[FileRecord]) -> int:
-    """Size of the weight files among those listed."""
-    return sum(file.size for file in files if file.path.endswith(WEIGHTS))
 
 
 def hash_file(path: Path, advance: Callable[[int], None] = lambda amount: None) -> tuple[int, str]:
@@ -55,18 +41,22 @@ def records_of(folder: Path, *, without: tuple[str, ...] = ()) -> tuple[FileReco
 
 def require_space(folder: Path, needed: int, purpose: str) -> None:
     """Raise StorageError unless the disk that holds `folder` has `needed` bytes free."""
-    existing, free = free_space(folder)
+    free = free_space(folder)
     if free < needed:
         raise StorageError(
-            f"{purpose} needs {needed / 1e9:.2f} GB and the disk of {existing} has {free / 1e9:.2f} GB free: "
+            f"{purpose} needs {needed / 1e9:.2f} GB and the disk of {_existing(folder)} has {free / 1e9:.2f} GB free: "
             f"free some space or choose another folder"
         )
 
 
-def free_space(folder: Path) -> tuple[Path, int]:
-    """The nearest folder above `folder` that exists already, and the free bytes of its disk."""
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    return existing, shutil.disk_usage(existing).free
+def free_space(folder: Path) -> int:
+    """Bytes that are free on the disk that holds `folder`, or would hold it."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    return next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
 
 
 @contextmanager

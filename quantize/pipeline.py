@@ -15,6 +15,7 @@ from model_card import CardFacts
 from quantize import __version__, devices, files, methods, package, search, source
 from quantize.errors import ConfigError, PackageError, UnsupportedModel, storage_errors
 from quantize.evidence import Evidence
+from quantize.formats.safetensors import recorded_weight_bytes
 from quantize.grades import UNMEASURED
 from quantize.package import Package, card
 from quantize.parity import check_inputs, corpus_text, figures, measure, structure, unmeasured
@@ -204,7 +205,7 @@ def _check(request: RunRequest, checkout: Checkout, staging: Path) -> None:
     _require_derivable(checkout, request.allow_no_derivatives)
     check_inputs(checkout, request.settings)
     methods.check(checkout, request.recipe, corpus_text(request.settings))
-    files.require_space(staging, files.listed_weight_bytes(checkout.source.files), "the package")
+    files.require_space(staging, recorded_weight_bytes(checkout.source.files), "the package")
 
 
 def _measurement(request: RunRequest, job: methods.Job) -> search.Measure:

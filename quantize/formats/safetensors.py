@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from quantize.errors import CorruptModel
+from quantize.records import FileRecord
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,29 @@ TYPES = {
 PART = 1 << 22
 """Elements that are read together where a tensor need not be whole."""
 LONGEST_HEADER = 100_000_000
-INDEX = "model.safetensors.index.json"
+SUFFIX = ".safetensors"
+SINGLE_FILE = f"model{SUFFIX}"
+INDEX = f"{SINGLE_FILE}.index.json"
+
+
+def is_weights(path: str) -> bool:
+    """Whether a file of that name holds weights."""
+    return path.endswith(SUFFIX)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a model's folder, in the order of their names."""
+    return sorted(folder.glob(f"*{SUFFIX}"))
+
+
+def weight_bytes(folder: Path) -> int:
+    """Size of the weight files of a model's folder."""
+    return sum(path.stat().st_size for path in weight_files(folder))
+
+
+def recorded_weight_bytes(files: Iterable[FileRecord]) -> int:
+    """Size of the weight files among those that are recorded."""
+    return sum(file.size for file in files if is_weights(file.path))
 
 
 @dataclass(frozen=True)
@@ -216,7 +239,7 @@ def in_files(items: Iterable[Item], size: Callable[[Item], int], largest: int) -
 def file_names(count: int) -> list[str]:
     """What transformers calls the weight files of a model that has so many."""
     if count == 1:
-        return ["model.safetensors"]
+        return [SINGLE_FILE]
     return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 

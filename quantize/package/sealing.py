@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 from quantize.evidence import Evidence
-from quantize.files import CARD, CONFIG, PARITY, PROVENANCE, RECEIPT, WEIGHTS, hash_file, records_of
+from quantize.files import CARD, CONFIG, PARITY, PROVENANCE, RECEIPT, hash_file, records_of
+from quantize.formats.safetensors import weight_files
 from quantize.records import Checkout, FileRecord, Provenance
 from quantize.serialization import to_json
 
@@ -33,7 +34,7 @@ def write_card(staging: Path, card: str) -> None:
 
 def seal(staging: Path, provenance: Provenance) -> Provenance:
     """Write provenance.json with the hashes of everything else in the folder."""
-    for path in staging.glob(f"*{WEIGHTS}"):
+    for path in weight_files(staging):
         shutil.copymode(staging / CONFIG, path)  # safetensors makes files that only their owner may read
     sealed = dataclasses.replace(provenance, files=records_of(staging, without=UNSEALED))
     (staging / PROVENANCE).write_text(to_json(sealed), "utf-8")

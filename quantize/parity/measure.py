@@ -23,7 +23,7 @@ from quantize.evidence import (
     Sizes,
     StandardPerplexity,
 )
-from quantize.files import listed_weight_bytes, weight_bytes
+from quantize.formats.safetensors import recorded_weight_bytes, weight_bytes
 from quantize.grades import grade_of
 from quantize.parity import corpus, generation, scoring, sequential, standard_perplexity, statistics, structure, verdict
 from quantize.parity.models import Pair, load_tokenizer
@@ -306,6 +306,6 @@ def _generate(pair: Pair, settings: EvaluationSettings, progress: Progress) -> G
 
 
 def _sizes(checkout: Checkout, candidate: Path, parameters: int) -> Sizes:
-    source_bytes = listed_weight_bytes(checkout.source.files)
+    source_bytes = recorded_weight_bytes(checkout.source.files)
     package_bytes = weight_bytes(candidate)
     return Sizes(source_bytes, package_bytes, parameters, round(8 * package_bytes / parameters, 4))

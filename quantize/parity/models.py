@@ -13,7 +13,7 @@ from typing import Any
 
 from quantize import devices
 from quantize.errors import DeviceError
-from quantize.files import weight_bytes
+from quantize.formats.safetensors import weight_bytes
 from quantize.records import Checkout
 
 HALF = {"BF16": "bfloat16"}

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from quantize.errors import CorruptModel
 from quantize.evidence import Check
-from quantize.files import weight_bytes
 from quantize.formats import safetensors
+from quantize.formats.safetensors import weight_bytes
 from quantize.parity.models import load_tokenizer
 
 if TYPE_CHECKING:

@@ -189,10 +189,10 @@ def _checked(content: Keys, top: Table, *tables: Table) -> Checked:
     if not models:
         problems.append((1, "no model is listed: add [[model]] with its source and repo"))
 
-    places = [table for table in tables if table.name == "model"]
-    if len(places) != len(models):  # they are written as one list
-        places = [table_of("model")] * len(models)
-    checked.models = [checked.current(model, table) for model, table in zip(models, places, strict=True)]
+    headers = [table for table in tables if table.name == "model"]
+    if len(headers) != len(models):  # they are written as one list
+        headers = [table_of("model")] * len(models)
+    checked.models = [checked.current(model, table) for model, table in zip(models, headers, strict=True)]
     for model in checked.models:
         missing = REQUIRED.keys() - model.content.keys()
         problems += [(model.line, f"{key} is missing: {REQUIRED[key].words}") for key in REQUIRED if key in missing]

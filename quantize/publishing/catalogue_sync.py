@@ -10,7 +10,8 @@ from pathlib import Path
 
 from quantize import package
 from quantize.errors import ConfigError, ParityRefused, QuantizeError, StorageError, storage_errors
-from quantize.files import PROVENANCE, WEIGHTS, locked
+from quantize.files import PROVENANCE, locked
+from quantize.formats.safetensors import SUFFIX
 from quantize.pipeline import RunRequest
 from quantize.progress import Progress
 from quantize.publishing import catalogue
@@ -95,7 +96,7 @@ def _attempt(entry: Entry, request: SyncRequest, progress: Progress, *, enough: 
 
 
 def _deliver(entry: Entry, request: SyncRequest, progress: Progress, *, dry_run: bool) -> Delivery:
-    """Deliver one entry; keep the evidence of what was made, and remove what is done with."""
+    """Deliver one entry; keep the evidence of what was made, and remove what is no longer needed."""
     folder, evidence = (request.folder / part / entry.repo.replace("/", "--") for part in (PACKAGES, EVIDENCE))
     _drop_outdated(folder, entry)
     try:
@@ -164,7 +165,7 @@ def _keep_evidence(folder: Path, evidence: Path) -> None:
         return
     try:
         shutil.rmtree(evidence, ignore_errors=True)
-        shutil.copytree(folder, evidence, ignore=shutil.ignore_patterns(f"*{WEIGHTS}"))
+        shutil.copytree(folder, evidence, ignore=shutil.ignore_patterns(f"*{SUFFIX}"))
     except OSError as error:
         raise StorageError(
             f"the evidence cannot be kept in {evidence} ({error}): free some space, or correct the folder"

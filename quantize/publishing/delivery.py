@@ -7,7 +7,8 @@ from pathlib import Path
 
 from quantize import __version__, hub, package, pipeline, source
 from quantize.errors import ParityRefused, PublishError, UnsupportedModel
-from quantize.files import CARD, PROVENANCE, WEIGHTS
+from quantize.files import CARD, PROVENANCE
+from quantize.formats.safetensors import is_weights
 from quantize.grades import grade_at_least
 from quantize.package import Package
 from quantize.pipeline import RunRequest
@@ -119,7 +120,7 @@ def _pinned(run: RunRequest, largest: float | None, progress: Progress) -> tuple
         )
         return None, checkout.source.pinned
     commit, listing = hub.resolve(run.model, run.revision)
-    size = sum(file.size for file in listing if file.path.endswith(WEIGHTS) and "/" not in file.path)
+    size = sum(file.size for file in listing if is_weights(file.path) and "/" not in file.path)
     if largest is not None and size > largest:
         raise UnsupportedModel(
             f"{run.model} has {size / 1e9:.2f} GB of weights, more than the limit of {largest / 1e9:.2f} GB"

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from quantize import hub
 from quantize.errors import PublishError
-from quantize.files import CARD, WEIGHTS
+from quantize.files import CARD
+from quantize.formats.safetensors import SUFFIX
 from quantize.publishing.records import Change, Destination, Plan
 from quantize.publishing.remote_state import RemoteState, listed_as, remote_state, require_access, same_bytes
 from quantize.records import FileRecord
 
-LOADED_FILES = (WEIGHTS, f"{WEIGHTS}.index.json", ".bin", "adapter_config.json")
+LOADED_FILES = (SUFFIX, f"{SUFFIX}.index.json", ".bin", "adapter_config.json")
 """Endings of files that transformers would load in place of the package's own, or beside them."""
 HUBS_OWN = ".gitattributes"
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from quantize import hub
 from quantize.errors import CorruptModel, PackageError, SourceNotFound, UnsupportedModel
-from quantize.files import CONFIG, SHARD_INDEX, WEIGHTS, hash_file, require_space
+from quantize.files import CONFIG, hash_file, require_space
 from quantize.formats import safetensors
+from quantize.formats.safetensors import INDEX, is_weights
 from quantize.progress import Progress
 from quantize.records import Checkout, FileRecord, Source
 from quantize.source.selection import choose_files
@@ -51,7 +52,7 @@ def fetch_checkpoint(reference: str, records: tuple[str, ...], progress: Progres
         return Path(reference).expanduser()
     commit, listing = hub.resolve(reference, None)
     remote = {file.path: file for file in listing}
-    index = hub.read_json(reference, commit, remote[SHARD_INDEX]) if SHARD_INDEX in remote else None
+    index = hub.read_json(reference, commit, remote[INDEX]) if INDEX in remote else None
     chosen = [*choose_files(remote, index, reference, remote_code=False), *(name for name in records if name in remote)]
     require_space(hub.cache_folder(), sum(remote[path].size for path in chosen), f"downloading {reference}")
     return _downloaded(reference, commit, [remote[path] for path in chosen], progress)
@@ -74,7 +75,7 @@ def _from_folder(folder: Path, trust_remote_code: bool, progress: Progress) -> C
     config = _read_config(folder)
     check_config(config, name, trust_remote_code)
     paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    index = _read_json(folder / SHARD_INDEX) if SHARD_INDEX in paths else None
+    index = _read_json(folder / INDEX) if INDEX in paths else None
     chosen = choose_files(paths, index, name, needs_remote_code(config))
     with progress.task("hashing the source", sum((folder / path).stat().st_size for path in chosen), "B") as advance:
         files = tuple(FileRecord(path, *hash_file(folder / path, advance)) for path in chosen)
@@ -88,7 +89,7 @@ def _from_hub(repo_id: str, revision: str | None, trust_remote_code: bool, progr
         raise UnsupportedModel(f"{repo_id} has no config.json: it is not a transformers model")
     config = hub.read_json(repo_id, commit, remote[CONFIG])
     check_config(config, repo_id, trust_remote_code)
-    index = hub.read_json(repo_id, commit, remote[SHARD_INDEX]) if SHARD_INDEX in remote else None
+    index = hub.read_json(repo_id, commit, remote[INDEX]) if INDEX in remote else None
     chosen = choose_files(remote, index, repo_id, needs_remote_code(config))
     missing = sum(remote[path].size for path in chosen if not hub.is_cached(repo_id, commit, path))
     require_space(hub.cache_folder(), missing, f"downloading {repo_id}")
@@ -122,7 +123,7 @@ def _describe(folder: Path, config: Mapping[str, Any], files: tuple[FileRecord, 
 def _weights_summary(folder: Path, paths: list[str]) -> tuple[dict[str, int], int]:
     """Parameters by type, and in all. Reading the headers also finds files that were cut short."""
     counts: dict[str, int] = {}
-    for path in (path for path in paths if path.endswith(WEIGHTS)):
+    for path in (path for path in paths if is_weights(path)):
         for entry in safetensors.entries(folder / path).values():
             counts[entry.kind] = counts.get(entry.kind, 0) + entry.numel
     if not counts:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from quantize.errors import CorruptModel, UnsupportedModel
-from quantize.files import CARD, CONFIG, SHARD_INDEX, SINGLE_WEIGHTS
+from quantize.files import CARD, CONFIG
+from quantize.formats.safetensors import INDEX, SINGLE_FILE
 from quantize.records import Source
 
 PICKLE_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -55,20 +56,20 @@ def carried_files(source: Source) -> tuple[str, ...]:
 
 
 def _choose_weights(available: set[str], index: Mapping[str, Any] | None, name: str) -> set[str]:
-    if SINGLE_WEIGHTS in available:
-        return {SINGLE_WEIGHTS}
+    if SINGLE_FILE in available:
+        return {SINGLE_FILE}
     if index is not None:
         shards = set((index.get("weight_map") or {}).values())
         absent = sorted(shards - available)
         if absent or not shards:
-            raise CorruptModel(f"{name}: {SHARD_INDEX} names {absent[0] if absent else 'no shard'}, which is missing")
-        return {SHARD_INDEX, *shards}
+            raise CorruptModel(f"{name}: {INDEX} names {absent[0] if absent else 'no shard'}, which is missing")
+        return {INDEX, *shards}
     if any(_matches(path, PICKLE_WEIGHTS) for path in available):
         raise UnsupportedModel(
             f"{name} has only pickle weights, which can run code: convert them to safetensors first "
             f"(huggingface.co/spaces/safetensors/convert)"
         )
-    raise UnsupportedModel(f"{name} has no {SINGLE_WEIGHTS}")
+    raise UnsupportedModel(f"{name} has no {SINGLE_FILE}")
 
 
 def _matches(path: str, patterns: Iterable[str]) -> bool:
