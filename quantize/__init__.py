@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         CorruptModel,
         DeviceError,
         HubUnreachable,
+        NewerFormat,
         PackageError,
         ParityRefused,
         PublishError,
@@ -49,6 +50,7 @@ __all__ = [
     "EvaluationSettings",
     "Evidence",
     "HubUnreachable",
+    "NewerFormat",
     "Package",
     "PackageError",
     "ParityRefused",
@@ -80,8 +82,8 @@ __all__ = [
 _HOMES = {
     "quantize.errors": (
         *("QuantizeError", "SourceError", "SourceNotFound", "AccessDenied", "UnsupportedModel", "CorruptModel"),
-        *("HubUnreachable", "ConfigError", "CorpusError", "DeviceError", "StorageError", "PackageError"),
-        *("PublishError", "Conflict", "ParityRefused"),
+        *("HubUnreachable", "ConfigError", "CorpusError", "DeviceError", "StorageError"),
+        *("PackageError", "NewerFormat", "PublishError", "Conflict", "ParityRefused"),
     ),
     "quantize.evidence": ("Evidence", "Verdict"),
     "quantize.package": ("Package",),

@@ -24,7 +24,7 @@ from tests.methods.test_calibrated import LITTLE, require_pipeline_and_lora
 from tests.package.test_card import run_snippets
 from tests.publishing.test_hub_run import MODEL, TARGET, quantize
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 SETTINGS = EvaluationSettings(new_tokens=16, require="degraded")
 
 
