@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -11,19 +12,19 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 from quantize import package
 from tests.conftest import POCKET, QUICK, QUICK_OPTIONS
 
 ROOT = Path(__file__).parents[1]
+WORKFLOWS = ROOT / ".github" / "workflows"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 SDIST_TESTS = (
     *("tests/cli", "tests/package/test_records.py", "tests/publishing/test_catalogue.py", "tests/formats"),
     *("tests/parity/test_verdict.py", "tests/test_architecture.py", "tests/test_interface.py"),
 )
 LEFT_OUT = "not slow and not gpu and not network"
-
-pytestmark = pytest.mark.slow
 
 
 def called(*command: object, cwd: Path, **variables: str) -> str:
@@ -34,6 +35,7 @@ def called(*command: object, cwd: Path, **variables: str) -> str:
     return outcome.stdout
 
 
+@pytest.mark.slow
 def test_the_wheel_does_the_same_job_outside_the_checkout(tmp_path: Path) -> None:
     """Built, unpacked into a folder of its own, and run from elsewhere: templates and prompts travel with it."""
     called("-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT, cwd=tmp_path)
@@ -52,6 +54,7 @@ def test_the_wheel_does_the_same_job_outside_the_checkout(tmp_path: Path) -> Non
     assert package.open_package(tmp_path / "pocket-gpt2-bnb-4bit").provenance.settings == QUICK
 
 
+@pytest.mark.slow
 def test_the_sdist_passes_its_own_tests(tmp_path: Path) -> None:
     """The quick half of them, with every file that any test reads on board."""
     called("-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, ROOT, cwd=tmp_path)
@@ -69,5 +72,18 @@ def test_an_index_can_show_where_the_project_lives() -> None:
     project = PROJECT["project"]
     assert {"Homepage", "Documentation", "Changelog", "Issues", "Source"} <= project["urls"].keys()
     assert all(address.startswith("https://") for address in project["urls"].values())
-    oldest = project["requires-python"].removeprefix(">=")
-    assert f"Programming Language :: Python :: {oldest}" in project["classifiers"]
+
+
+def test_the_tests_run_on_every_python_that_is_promised() -> None:
+    mark = "Programming Language :: Python :: 3."
+    promised = [name.split()[-1] for name in PROJECT["project"]["classifiers"] if name.startswith(mark)]
+    job = yaml.safe_load((WORKFLOWS / "tests.yml").read_text("utf-8"))["jobs"]["tests"]
+    assert job["strategy"]["matrix"]["python"] == promised
+    assert PROJECT["project"]["requires-python"] == f">={promised[0]}"
+
+
+@pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("*.yml")), ids=lambda path: path.name)
+def test_actions_are_pinned(path: Path) -> None:
+    for job in yaml.safe_load(path.read_text("utf-8"))["jobs"].values():
+        for step in job["steps"]:
+            assert re.search(r"@[0-9a-f]{40}$", step["uses"]) if "uses" in step else step["run"]
