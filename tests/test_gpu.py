@@ -24,7 +24,7 @@ from tests.methods.test_calibrated import LITTLE, require_pipeline_and_lora
 from tests.package.test_card import run_snippets
 from tests.publishing.test_hub_run import MODEL, TARGET, quantize
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 SETTINGS = EvaluationSettings(new_tokens=16, require="degraded")
 
 
@@ -71,7 +71,7 @@ def test_other_recipes(tmp_path: Path, recipe: dict[str, object]) -> None:
 
 
 def test_a_package_made_on_the_gpu_verifies_on_the_cpu(on_gpu: package.Package) -> None:
-    evidence = pipeline.verify(str(on_gpu.folder), str(POCKET), SETTINGS, "cpu", Silent())
+    evidence = pipeline.verify(pipeline.VerifyRequest(str(on_gpu.folder), str(POCKET), SETTINGS, "cpu"), Silent())
     assert evidence.verdict.passed and evidence.scores is not None and on_gpu.evidence.scores is not None
     assert evidence.scores.kld.mean.value == pytest.approx(on_gpu.evidence.scores.kld.mean.value, rel=0.05)
 
@@ -80,10 +80,13 @@ def test_what_does_not_fit_is_spread_over_gpu_and_cpu(
     on_gpu: package.Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = on_gpu.evidence.scores
-    cached = pipeline.verify(str(on_gpu.folder), str(POCKET), SETTINGS, "cuda:0", Silent(), False, tmp_path / "kept")
+    cached = pipeline.verify(
+        pipeline.VerifyRequest(str(on_gpu.folder), str(POCKET), SETTINGS, "cuda:0", reference_cache=tmp_path / "kept"),
+        Silent(),
+    )
     rooms = {"cuda:0": 3_000_000, "cpu": 100_000_000}
     monkeypatch.setattr("quantize.devices.usable_memory", lambda device: rooms[device])
-    spread = pipeline.verify(str(on_gpu.folder), str(POCKET), SETTINGS, "cuda:0", Silent())
+    spread = pipeline.verify(pipeline.VerifyRequest(str(on_gpu.folder), str(POCKET), SETTINGS, "cuda:0"), Silent())
     assert spread.reference_dtype == "float16" and set(spread.reference_devices) == {"cuda:0", "cpu"}
     for other in (cached.scores, spread.scores):
         assert together is not None and other is not None
@@ -147,7 +150,7 @@ def test_the_calibrated_recipe(tmp_path: Path) -> None:
     assert all(check.passed for check in (*plain.checks, *larger.checks)) and plain.scores and larger.scores
     assert plain.scores.kld.mean.value < 0.7 * plain.controls[0].kld.value
     assert larger.scores.kld.mean.value < plain.scores.kld.mean.value
-    on_cpu = pipeline.verify(str(made[1.0].folder), str(POCKET), SETTINGS, "cpu", Silent())
+    on_cpu = pipeline.verify(pipeline.VerifyRequest(str(made[1.0].folder), str(POCKET), SETTINGS, "cpu"), Silent())
     assert on_cpu.scores and on_cpu.scores.kld.mean.value == pytest.approx(plain.scores.kld.mean.value, rel=0.1)
 
 

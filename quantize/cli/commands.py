@@ -129,9 +129,8 @@ def verify(
     from quantize import pipeline
     from quantize.cli import console
 
-    evidence = pipeline.verify(
-        checkpoint, against, settings, device, display.progress, trust_remote_code, reference_cache
-    )
+    request = pipeline.VerifyRequest(checkpoint, against, settings, device, trust_remote_code, reference_cache)
+    evidence = pipeline.verify(request, display.progress)
     if figures is not None:
         pipeline.draw_figures(evidence, figures)
     display.show(evidence, lambda terminal: console.show_evidence(terminal, evidence))
@@ -161,10 +160,11 @@ def card(
     from quantize import pipeline
     from quantize.cli import console
 
+    request = pipeline.CardRequest(folder, against, publisher, card_template)
     if facts:
-        click.echo(to_json(pipeline.card_names(folder, against, publisher)), nl=False)
+        click.echo(to_json(pipeline.card_names(request)), nl=False)
         return
-    package = pipeline.rewrite_card(folder, against, publisher, card_template)
+    package = pipeline.rewrite_card(request)
     if html is not None:
         pipeline.write_page(package, html)
     display.show(

@@ -80,7 +80,7 @@ def test_the_package_is_better_within_its_bytes_and_says_how(tmp_path: Path) -> 
     assert (
         f"{len(quantized.half_precision_modules)} sensitive matrices in float16" in card and "--size-budget 1.3" in card
     )
-    verified = pipeline.verify(str(larger.folder), str(POCKET), SETTINGS, "cpu", Silent())
+    verified = pipeline.verify(pipeline.VerifyRequest(str(larger.folder), str(POCKET), SETTINGS, "cpu"), Silent())
     assert verified.verdict.passed and verified.checks == larger.evidence.checks
 
 

@@ -103,21 +103,25 @@ def test_one_at_a_time_says_what_side_by_side_says(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reference and the candidate are never in memory together, and a second candidate needs no reference."""
-    together = pipeline.verify(str(finished), str(POCKET), SETTINGS, "cpu", Silent())
+    together = pipeline.verify(pipeline.VerifyRequest(str(finished), str(POCKET), SETTINGS, "cpu"), Silent())
     cache = tmp_path / "answers"
-    first = pipeline.verify(str(finished), str(POCKET), SETTINGS, "cpu", Silent(), reference_cache=cache)
+    first = pipeline.verify(
+        pipeline.VerifyRequest(str(finished), str(POCKET), SETTINGS, "cpu", reference_cache=cache), Silent()
+    )
     _expect_same(first, together)
     assert first.reference_cache is not None and first.reference_cache.mean_kld < 1e-7
     monkeypatch.setattr(ReferenceCache, "extend", lambda *_: pytest.fail("the answers are all there"))
-    again = pipeline.verify(str(finished), str(POCKET), SETTINGS, "cpu", Silent(), reference_cache=cache)
+    again = pipeline.verify(
+        pipeline.VerifyRequest(str(finished), str(POCKET), SETTINGS, "cpu", reference_cache=cache), Silent()
+    )
     assert again.scores == first.scores
 
 
 def test_what_does_not_fit_is_spread_and_said(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With little memory the reference is halved and lies partly on disk; the candidate has to fit."""
-    together = pipeline.verify(str(finished), str(POCKET), SETTINGS, "cpu", Silent())
+    together = pipeline.verify(pipeline.VerifyRequest(str(finished), str(POCKET), SETTINGS, "cpu"), Silent())
     monkeypatch.setattr("quantize.devices.usable_memory", lambda device: 3_000_000)
-    spread = pipeline.verify(str(finished), str(POCKET), SETTINGS, "cpu", Silent())
+    spread = pipeline.verify(pipeline.VerifyRequest(str(finished), str(POCKET), SETTINGS, "cpu"), Silent())
     assert together.reference_devices == ("cpu",) and spread.reference_devices == ("cpu", "disk")
     assert (together.reference_dtype, spread.reference_dtype) == ("float32", "float16")
     assert spread.weight_errors == pytest.approx(together.weight_errors, rel=1e-5)

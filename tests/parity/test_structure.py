@@ -62,7 +62,7 @@ PARTS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 def test_controls_show_the_noise_floor_and_the_alternatives(finished: Path) -> None:
     settings = dataclasses.replace(SETTINGS, controls=True)
-    evidence = pipeline.verify(str(finished), str(POCKET), settings, "cpu", Silent())
+    evidence = pipeline.verify(pipeline.VerifyRequest(str(finished), str(POCKET), settings, "cpu"), Silent())
     half, int8, stock = evidence.controls
     assert [half.name, int8.name, stock.name] == ["original in float16", "int8", "NF4 rounded to nearest"]
     assert (half.grade, int8.grade) == ("lossless", "lossless") and stock.grade in ("good", "degraded")
