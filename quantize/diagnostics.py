@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import platform
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from quantize import devices, hub
+from quantize.files import free_space
 from quantize.formats.bitsandbytes import self_test
 
 
@@ -46,8 +46,8 @@ def diagnose() -> Diagnostics:
         endpoint=hub.endpoint(),
         token_present=hub.token_present(),
         hub_cache=str(hub.cache_folder()),
-        hub_cache_free=_free(hub.cache_folder()),
-        folder_free=_free(Path.cwd()),
+        hub_cache_free=free_space(hub.cache_folder()),
+        folder_free=free_space(Path.cwd()),
     )
 
 
@@ -57,8 +57,3 @@ def _try_quantizing(device: str) -> str:
         return "yes" if self_test.works_on(device) else "no: what it quantizes comes back wrong"
     except (RuntimeError, ImportError, AttributeError) as error:
         return f"no: {(str(error) or type(error).__name__).splitlines()[0]}"
-
-
-def _free(folder: Path) -> int:
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    return shutil.disk_usage(existing).free

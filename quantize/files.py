@@ -34,13 +34,22 @@ def records_of(folder: Path, *, without: tuple[str, ...] = ()) -> tuple[FileReco
 
 def require_space(folder: Path, needed: int, purpose: str) -> None:
     """Raise StorageError unless the disk that holds `folder` has `needed` bytes free."""
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_space(folder)
     if free < needed:
         raise StorageError(
-            f"{purpose} needs {needed / 1e9:.2f} GB and the disk of {existing} has {free / 1e9:.2f} GB free: "
+            f"{purpose} needs {needed / 1e9:.2f} GB and the disk of {_existing(folder)} has {free / 1e9:.2f} GB free: "
             f"make room or choose another place"
         )
+
+
+def free_space(folder: Path) -> int:
+    """Bytes that are free on the disk that holds `folder`, or would hold it."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    return next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
 
 
 @contextmanager

@@ -15,9 +15,11 @@ from model_card import CardFacts
 from quantize import __version__, devices, files, methods, package, search, source
 from quantize.errors import ConfigError, PackageError, UnsupportedModel, storage_errors
 from quantize.evidence import Evidence
+from quantize.formats.bitsandbytes.config import ExpectedConfig
+from quantize.formats.safetensors import recorded_weight_bytes
 from quantize.grades import UNMEASURED
 from quantize.package import Package, card
-from quantize.parity import check_inputs, corpus_text, figures, measure, structure, unmeasured
+from quantize.parity import check_inputs, corpus_text, figures, measure, unmeasured
 from quantize.progress import Progress, Silent
 from quantize.records import (
     Checkout,
@@ -92,7 +94,7 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
         template = _read_template(request.card_template)
         check_inputs(checkout, request.settings)
         methods.check(checkout, request.recipe, corpus_text(request.settings))
-        files.require_space(staging, source.weight_bytes(checkout.source), "the package")
+        files.require_space(staging, recorded_weight_bytes(checkout.source.files), "the package")
         resume = output.with_name(f"{output.name}{package.UNFINISHED}")
         judge = _judge(request, checkout, device, progress)
         made = search.build(checkout, staging, request.recipe, request.settings, device, progress, resume, judge)
@@ -141,17 +143,17 @@ def verify(
     if (folder / package.PROVENANCE).is_file():
         provenance = package.open_package(folder).provenance
         checkout = source.refetch(provenance.source, against, trust_remote_code=trust_remote_code, progress=progress)
-        promise = _promise(provenance.recipe, provenance.quantized)
+        expected = ExpectedConfig.of(provenance.recipe, provenance.quantized.half_precision_modules)
     elif not (folder / "config.json").is_file():
         raise PackageError(f"{reference} holds no model: it has no config.json")
     elif against is None:
         raise PackageError(f"{reference} has no {package.PROVENANCE}: name its original model with --against")
     else:
         checkout = source.fetch(against, revision=None, trust_remote_code=trust_remote_code, progress=progress)
-        promise = None
+        expected = None
     progress.stage(f"verify on {chosen}")
     with _controls(checkout, CONTROLS if settings.controls else {}, chosen, progress) as controls:
-        return measure(checkout, folder, settings, chosen, progress, promise, controls, reference_cache)
+        return measure(checkout, folder, settings, chosen, progress, expected, controls, reference_cache)
 
 
 def draw_figures(evidence: Evidence, folder: Path) -> None:
@@ -198,14 +200,14 @@ def _judge(request: RunRequest, checkout: Checkout, device: str, progress: Progr
     """How a run measures what it made: a calibrated package always beside what stock would have given."""
 
     def judge(folder: Path, recipe: Recipe, quantized: Quantized, settings: EvaluationSettings) -> Evidence:
+        expected = ExpectedConfig.of(recipe, quantized.half_precision_modules)
         if request.unverified:
-            return unmeasured(checkout, folder, settings, device, _promise(recipe, quantized))
+            return unmeasured(checkout, folder, settings, device, expected)
         wanted = CONTROLS if settings.controls else {}
         if methods.get(recipe.name).improves_on == "rtn" and request.recipe.name == recipe.name:
             wanted = {STOCK_NF4: CONTROLS[STOCK_NF4], **wanted}
         with _controls(checkout, wanted, device, progress) as controls:
-            promise = _promise(recipe, quantized)
-            return measure(checkout, folder, settings, device, progress, promise, controls, request.reference_cache)
+            return measure(checkout, folder, settings, device, progress, expected, controls, request.reference_cache)
 
     return judge
 
@@ -223,11 +225,6 @@ def _controls(
             with storage_errors(folder):
                 methods.quantize(methods.Job(checkout, folder, wanted[name], device, Silent()))
         yield folders
-
-
-def _promise(recipe: Recipe, quantized: Quantized) -> structure.Expected:
-    skips = dataclasses.replace(recipe, skip_modules=(*recipe.skip_modules, *quantized.half_precision_modules)).skips
-    return structure.Expected(recipe.bits, recipe.quant_type, recipe.double_quant, skips)
 
 
 def _published_by(made: Package, publisher: Publisher | None) -> Package:

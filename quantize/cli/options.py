@@ -163,7 +163,9 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def wrapped(**given: Any) -> Any:
-        return command(recipe=methods.recipe_of({option.field: given.pop(option.catalogue_key) for option in options}), **given)
+        return command(
+            recipe=methods.recipe_of({option.field: given.pop(option.catalogue_key) for option in options}), **given
+        )
 
     return _with(options, wrapped)
 

@@ -23,9 +23,14 @@ from quantize.evidence import (
     Sizes,
     StandardPerplexity,
 )
+from quantize.formats import ties
+from quantize.formats.bitsandbytes import checks as format_checks
+from quantize.formats.bitsandbytes import loading
+from quantize.formats.bitsandbytes.config import ExpectedConfig
+from quantize.formats.safetensors import recorded_weight_bytes, weight_bytes
 from quantize.grades import grade_of
 from quantize.parity import corpus, generation, scoring, sequential, standard_perplexity, statistics, structure, verdict
-from quantize.parity.models import Pair, load_tokenizer, weight_bytes
+from quantize.parity.models import Pair, load_tokenizer
 from quantize.parity.reference_cache import ReferenceCache, contents_of
 from quantize.progress import Progress
 from quantize.records import Checkout, EvaluationSettings
@@ -80,7 +85,7 @@ def measure(
     settings: EvaluationSettings,
     device: str,
     progress: Progress,
-    promised: structure.Expected | None = None,
+    promised: ExpectedConfig | None = None,
     controls: Mapping[str, Path] = MappingProxyType({}),
     reference_cache: Path | None = None,
 ) -> Evidence:
@@ -94,7 +99,7 @@ def measure(
     """
     started = time.monotonic()
     text = corpus.load(settings.corpus)
-    expected = promised or structure.promise_of(candidate)
+    expected = promised or ExpectedConfig.read_if_possible(candidate)
     trust = checkout.source.remote_code and structure.same_code(checkout.folder, candidate)
     tokenizer = source_tokenizer(checkout)
     alone = reference_cache is not None
@@ -125,11 +130,11 @@ def measure(
 
 
 def unmeasured(
-    checkout: Checkout, candidate: Path, settings: EvaluationSettings, device: str, promised: structure.Expected
+    checkout: Checkout, candidate: Path, settings: EvaluationSettings, device: str, promised: ExpectedConfig
 ) -> Evidence:
     """What can be said about the checkpoint in `candidate` without loading it or its source: files and tokenizer."""
     started = time.monotonic()
-    checks = structure.check_files(candidate, promised)
+    checks = format_checks.check_files(candidate, promised)
     trust = checkout.source.remote_code and structure.same_code(checkout.folder, candidate)
     checks.append(structure.tokenizer_check(source_tokenizer(checkout), candidate, trust))
     return Evidence(
@@ -152,9 +157,9 @@ def unmeasured(
     )
 
 
-def _examine(pair: Pair, expected: structure.Expected | None) -> _Structure:
+def _examine(pair: Pair, expected: ExpectedConfig | None) -> _Structure:
     """Everything that can be said before a window is read."""
-    checks = structure.check_files(pair.folder, expected)
+    checks = format_checks.check_files(pair.folder, expected)
     loads = _loads_check(pair)
     checks.append(loads)
     if not loads.passed or expected is None:
@@ -162,9 +167,9 @@ def _examine(pair: Pair, expected: structure.Expected | None) -> _Structure:
     with pair.weights_beside_candidate() as (reference, candidate):
         checks += structure.check_models(reference, candidate, pair.folder, expected)
         checks.append(structure.tokenizer_check(pair.tokenizer, pair.folder, pair.trust))
-        errors = structure.weight_errors(reference, candidate)
-        checks.append(structure.weight_check(errors, expected.bits))
-        return _Structure(tuple(checks), errors, structure.logical_parameters(reference))
+        errors = loading.weight_errors(reference, candidate)
+        checks.append(format_checks.weight_check(errors, expected.bits))
+        return _Structure(tuple(checks), errors, ties.distinct_count(reference))
 
 
 def _loads_check(pair: Pair) -> Check:
@@ -305,6 +310,6 @@ def _generate(pair: Pair, settings: EvaluationSettings, progress: Progress) -> G
 
 
 def _sizes(checkout: Checkout, candidate: Path, parameters: int) -> Sizes:
-    source_bytes = sum(file.size for file in checkout.source.files if file.path.endswith(".safetensors"))
+    source_bytes = recorded_weight_bytes(checkout.source.files)
     package_bytes = weight_bytes(candidate)
     return Sizes(source_bytes, package_bytes, parameters, round(8 * package_bytes / parameters, 4))

@@ -13,11 +13,11 @@ from quantize import hub
 from quantize.errors import CorruptModel, PackageError, SourceNotFound, UnsupportedModel
 from quantize.files import hash_file, require_space
 from quantize.formats import safetensors
+from quantize.formats.bitsandbytes.config import is_quantized
+from quantize.formats.safetensors import INDEX, SINGLE_FILE, is_weights
 from quantize.progress import Progress
 from quantize.records import Checkout, FileRecord, Source
 
-SINGLE_WEIGHTS = "model.safetensors"
-SHARD_INDEX = "model.safetensors.index.json"
 PICKLE_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 TOKENIZER_MODELS = (
@@ -80,7 +80,7 @@ def fetch_checkpoint(reference: str, records: tuple[str, ...], progress: Progres
         return Path(reference).expanduser()
     commit, listing = hub.resolve(reference, None)
     remote = {file.path: file for file in listing}
-    index = hub.read_json(reference, commit, remote[SHARD_INDEX]) if SHARD_INDEX in remote else None
+    index = hub.read_json(reference, commit, remote[INDEX]) if INDEX in remote else None
     chosen = [*choose_files(remote, index, reference, remote_code=False), *(name for name in records if name in remote)]
     require_space(hub.cache_folder(), sum(remote[path].size for path in chosen), f"downloading {reference}")
     return _downloaded(reference, commit, [remote[path] for path in chosen], progress)
@@ -138,11 +138,6 @@ def carried_files(source: Source) -> tuple[str, ...]:
     return tuple(file.path for file in source.files if _matches(file.path, patterns))
 
 
-def weight_bytes(source: Source) -> int:
-    """Size of the source's weight files."""
-    return sum(file.size for file in source.files if file.path.endswith(".safetensors"))
-
-
 def choose_files(paths: Iterable[str], index: Mapping[str, Any] | None, name: str, remote_code: bool) -> list[str]:
     """The files that a run needs out of all that a model has; raises UnsupportedModel when some are absent."""
     available = set(paths)
@@ -158,7 +153,7 @@ def check_config(config: Mapping[str, Any], name: str, trust_remote_code: bool) 
     architectures = config.get("architectures") or []
     if not config.get("model_type") or not architectures:
         raise UnsupportedModel(f"{name}: config.json names no model_type and architectures; it needs both")
-    if "quantization_config" in config or "compression_config" in config:
+    if is_quantized(config):
         raise UnsupportedModel(f"{name} is already quantized: name the original model instead")
     if needs_remote_code(config):
         if not trust_remote_code:
@@ -186,7 +181,7 @@ def _from_folder(folder: Path, trust_remote_code: bool, progress: Progress) -> C
     config = _read_config(folder)
     check_config(config, name, trust_remote_code)
     paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    index = _read_json(folder / SHARD_INDEX) if SHARD_INDEX in paths else None
+    index = _read_json(folder / INDEX) if INDEX in paths else None
     chosen = choose_files(paths, index, name, needs_remote_code(config))
     with progress.task("hashing the source", sum((folder / path).stat().st_size for path in chosen), "B") as advance:
         files = tuple(FileRecord(path, *hash_file(folder / path, advance)) for path in chosen)
@@ -200,7 +195,7 @@ def _from_hub(repo_id: str, revision: str | None, trust_remote_code: bool, progr
         raise UnsupportedModel(f"{repo_id} has no config.json: it is not a transformers model")
     config = hub.read_json(repo_id, commit, remote["config.json"])
     check_config(config, repo_id, trust_remote_code)
-    index = hub.read_json(repo_id, commit, remote[SHARD_INDEX]) if SHARD_INDEX in remote else None
+    index = hub.read_json(repo_id, commit, remote[INDEX]) if INDEX in remote else None
     chosen = choose_files(remote, index, repo_id, needs_remote_code(config))
     missing = sum(remote[path].size for path in chosen if not hub.is_cached(repo_id, commit, path))
     require_space(hub.cache_folder(), missing, f"downloading {repo_id}")
@@ -216,20 +211,20 @@ def _downloaded(repo_id: str, commit: str, files: list[hub.RemoteFile], progress
 
 
 def _choose_weights(available: set[str], index: Mapping[str, Any] | None, name: str) -> set[str]:
-    if SINGLE_WEIGHTS in available:
-        return {SINGLE_WEIGHTS}
+    if SINGLE_FILE in available:
+        return {SINGLE_FILE}
     if index is not None:
         shards = set((index.get("weight_map") or {}).values())
         absent = sorted(shards - available)
         if absent or not shards:
-            raise CorruptModel(f"{name}: {SHARD_INDEX} names {absent[0] if absent else 'no shard'}, which is missing")
-        return {SHARD_INDEX, *shards}
+            raise CorruptModel(f"{name}: {INDEX} names {absent[0] if absent else 'no shard'}, which is missing")
+        return {INDEX, *shards}
     if any(_matches(path, PICKLE_WEIGHTS) for path in available):
         raise UnsupportedModel(
             f"{name} has only pickle weights, which can run code: convert them to safetensors first "
             f"(huggingface.co/spaces/safetensors/convert)"
         )
-    raise UnsupportedModel(f"{name} has no {SINGLE_WEIGHTS}")
+    raise UnsupportedModel(f"{name} has no {SINGLE_FILE}")
 
 
 def _describe(folder: Path, config: Mapping[str, Any], files: tuple[FileRecord, ...], name: str) -> Source:
@@ -251,7 +246,7 @@ def _describe(folder: Path, config: Mapping[str, Any], files: tuple[FileRecord, 
 def _weights_summary(folder: Path, paths: list[str]) -> tuple[dict[str, int], int]:
     """Parameters by type, and in all. Reading the headers also finds files that were cut short."""
     counts: dict[str, int] = {}
-    for path in (path for path in paths if path.endswith(".safetensors")):
+    for path in filter(is_weights, paths):
         for entry in safetensors.entries(folder / path).values():
             counts[entry.kind] = counts.get(entry.kind, 0) + entry.numel
     if not counts:

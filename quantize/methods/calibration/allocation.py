@@ -10,7 +10,7 @@ import torch
 
 from quantize.formats.bitsandbytes import packing
 from quantize.formats.bitsandbytes.modules import laid_out, matrix
-from quantize.formats.bitsandbytes.packing import BLOCK
+from quantize.formats.bitsandbytes.sizes import BLOCK, MatrixFormat
 from quantize.progress import Progress
 from quantize.records import Recipe
 
@@ -22,8 +22,6 @@ FINE_SHARE = 0.85
 nearest they diverge more than blocks of 64, although their weights err less, so that this cannot be read off there."""
 WINDOWS = 8
 """That the sensitivity of each matrix is measured on."""
-STATE_BYTES = 236
-"""The state of a 4-bit matrix, as JSON in the file."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def stored_bytes(rows: int, inputs: int, block: int, double_quant: bool) -> int:
     """What a matrix takes in a file."""
     if block == HALF:
         return 2 * rows * inputs
-    return STATE_BYTES + sum(slot.size for slot in packing.slots("", rows, inputs, "nf4", double_quant, block))
+    return MatrixFormat(double_quant=double_quant, block=block).stored_bytes(rows, inputs)
 
 
 def divergences(

@@ -34,5 +34,5 @@ def compensated(
         largest = weight.float().reshape(-1, search.block).abs().amax(1)
         reach = torch.stack([largest * min(search.factors), largest * max(search.factors)])
         grid = ScaleGrid.around(reach, 0.0 if search.signed else None)
-    rounded = round_compensated(weight, moments, levels, grid.snap if grid else keep, search, output_moments)
+    rounded = round_compensated(weight, moments, levels, grid.quantized if grid else keep, search, output_moments)
     return Packed.build(rounded.codes, rounded.scales, grid, quant_type, dtype, search.block)
