@@ -22,7 +22,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """Devices as `--device auto` prefers them; disk sizes in bytes. The token itself is never told."""
+    """Devices as `--device auto` prefers them; disk sizes in bytes. The token itself is never shown."""
 
     python: str
     versions: dict[str, str]
@@ -36,7 +36,7 @@ class Diagnostics:
 
 
 def diagnose() -> Diagnostics:
-    """Look at devices, versions, the Hub's settings and the disks, without any network."""
+    """Look at devices, versions, the Hub's settings and the disks, without network access."""
     names = list(dict.fromkeys([devices.choose("auto"), "cpu"]))
     return Diagnostics(
         python=platform.python_version(),
@@ -54,6 +54,6 @@ def diagnose() -> Diagnostics:
 def _try_quantizing(device: str) -> str:
     """`yes`, or the reason why bitsandbytes cannot quantize on `device`."""
     try:
-        return "yes" if self_test.works_on(device) else "no: what it quantizes comes back wrong"
+        return "yes" if self_test.works_on(device) else "no: dequantized values are wrong"
     except (RuntimeError, ImportError, AttributeError) as error:
         return f"no: {(str(error) or type(error).__name__).splitlines()[0]}"

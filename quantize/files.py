@@ -1,4 +1,4 @@
-"""Hashes of files, room for them, and locks on them."""
+"""Files of a model's folder: their names, sizes and hashes, the disk space that they need, and locks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ from pathlib import Path
 
 from quantize.errors import QuantizeError, StorageError, storage_errors
 from quantize.records import FileRecord
+
+CONFIG = "config.json"
+CARD = "README.md"
+PROVENANCE = "provenance.json"
+PARITY = "parity.json"
+RECEIPT = "receipt.json"
+FIGURES = "figures"
 
 CHUNK = 1 << 20
 
@@ -38,7 +45,7 @@ def require_space(folder: Path, needed: int, purpose: str) -> None:
     if free < needed:
         raise StorageError(
             f"{purpose} needs {needed / 1e9:.2f} GB and the disk of {_existing(folder)} has {free / 1e9:.2f} GB free: "
-            f"make room or choose another place"
+            f"free some space or choose another folder"
         )
 
 

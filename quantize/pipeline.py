@@ -115,7 +115,7 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
             requested=None if made.recipe == request.recipe else request.recipe,
         )
         package.write_evidence(staging, evidence)
-        figures.draw(evidence, staging / package.FIGURES)
+        figures.draw(evidence, staging / files.FIGURES)
         facts = card.facts(provenance, evidence, source.card_text(checkout), card.figure_names(staging))
         package.write_card(staging, _rendered(facts, template, request.card_template))
         provenance = package.seal(staging, provenance)
@@ -139,15 +139,15 @@ def verify(
     """
     chosen = devices.choose(device)
     progress.stage(f"checkpoint {reference}")
-    folder = source.fetch_checkpoint(reference, (package.PROVENANCE, package.PARITY), progress)
-    if (folder / package.PROVENANCE).is_file():
+    folder = source.fetch_checkpoint(reference, (files.PROVENANCE, files.PARITY), progress)
+    if (folder / files.PROVENANCE).is_file():
         provenance = package.open_package(folder).provenance
         checkout = source.refetch(provenance.source, against, trust_remote_code=trust_remote_code, progress=progress)
         expected = ExpectedConfig.of(provenance.recipe, provenance.quantized.half_precision_modules)
-    elif not (folder / "config.json").is_file():
-        raise PackageError(f"{reference} holds no model: it has no config.json")
+    elif not (folder / files.CONFIG).is_file():
+        raise PackageError(f"{reference} holds no model: it has no {files.CONFIG}")
     elif against is None:
-        raise PackageError(f"{reference} has no {package.PROVENANCE}: name its original model with --against")
+        raise PackageError(f"{reference} has no {files.PROVENANCE}: name its original model with --against")
     else:
         checkout = source.fetch(against, revision=None, trust_remote_code=trust_remote_code, progress=progress)
         expected = None
@@ -169,7 +169,7 @@ def card_names(folder: Path, against: str | None, publisher: Publisher | None = 
 
 def write_page(made: Package, path: Path) -> None:
     """A package's card as one HTML file."""
-    text = model_card.page((made.folder / package.CARD).read_text("utf-8"), made.folder)
+    text = model_card.page((made.folder / files.CARD).read_text("utf-8"), made.folder)
     with storage_errors(path):
         path.write_text(text, "utf-8")
 
@@ -179,7 +179,7 @@ def rewrite_card(
 ) -> Package:
     """Render the card of a package again from its evidence; nothing is measured."""
     made = _published_by(package.open_package(folder), publisher)
-    package.require_unchanged(made, but=package.CARD)
+    package.require_unchanged(made, but=files.CARD)
     text = rendered_card(made, against, card_template)
     with storage_errors(folder):
         package.write_card(folder, text)

@@ -17,13 +17,14 @@ from typing import Any
 
 from quantize.errors import ConfigError
 from quantize.methods.method import Job, Method
-from quantize.options import RECIPE, Choice, Option
+from quantize.options import OTHERS, RECIPE, SOURCE, Choice, Option
 from quantize.records import Checkout, Quantized, Recipe, Scalar
 
 __all__ = [
     "AUTO",
     "Job",
     "Method",
+    "all_options",
     "check",
     "get",
     "names",
@@ -85,7 +86,13 @@ def recipe_options() -> tuple[Option, ...]:
         former_values=tuple(former_names().items()),
         key="recipe",
     )
-    return (which, *RECIPE, *options())
+    bits, *shared = RECIPE
+    return (bits, which, *shared, *options())
+
+
+def all_options() -> tuple[Option, ...]:
+    """Every option of every command, in the order in which they are listed."""
+    return (*SOURCE, *recipe_options(), *OTHERS)
 
 
 def recipe_of(values: Mapping[str, Any]) -> Recipe:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from model_card import (
 )
 from quantize import hub, methods
 from quantize.evidence import Attempt, Estimate, Evidence
+from quantize.files import FIGURES
 from quantize.grades import LIMITS, UNMEASURED
-from quantize.options import SETTINGS, Option
+from quantize.options import Option
 from quantize.records import CalibrationText, EvaluationSettings, Provenance, Recipe, Source
 
 
@@ -125,28 +126,20 @@ def facts(
 
 def command(source: Source, recipe: Recipe, settings: EvaluationSettings, *, measured: bool = True) -> str:
     """The one command that makes this package again: every option that differs from its default."""
-    words = ["quantize", "run", source.repo_id or f"./{source.name}"]
-    if source.commit:
-        words += ["--revision", source.commit]
-    words += ["--bits", str(recipe.bits)]
-    if recipe.bits == 4:
-        words += ["--recipe", recipe.name]
-    values = {item.name: getattr(recipe, item.name) for item in dataclasses.fields(recipe)} | dict(recipe.options)
-    words += _changed([one for one in methods.recipe_options() if one.field not in ("name", "bits")], values)
-    words += _changed(SETTINGS, dataclasses.asdict(settings))
-    if source.remote_code:
-        words += ["--trust-remote-code"]
-    if not measured:
-        words += ["--unverified"]
-    return shlex.join(words)
+    values = {item.name: getattr(recipe, item.name) for item in dataclasses.fields(recipe)}
+    values |= {**recipe.options, **dataclasses.asdict(settings)}
+    values |= {"revision": source.commit, "trust_remote_code": source.remote_code, "unverified": not measured}
+    words = _changed(methods.all_options(), values, always=("bits", "name"))
+    return shlex.join(["quantize", "run", source.repo_id or f"./{source.name}", *words])
 
 
-def _changed(options: Iterable[Option], values: Mapping[str, Any]) -> list[str]:
-    """The words of the reproducible options whose values are not their defaults."""
+def _changed(options: Iterable[Option], values: Mapping[str, Any], always: Collection[str] = ()) -> list[str]:
+    """The words of the options that a card repeats: those that are not at their defaults, and those in `always`."""
     return [
         word
         for option in options
-        if option.reproduced and values.get(option.field, option.default) != option.default
+        if option.on_card and option.field in values
+        if option.field in always or values[option.field] != option.default
         for word in option.words(values[option.field])
     ]
 
@@ -170,7 +163,7 @@ def _attempt(one: Attempt) -> CardAttempt:
 
 def figure_names(folder: Path) -> tuple[str, ...]:
     """Figures of a package as its card names them."""
-    return tuple(sorted(path.relative_to(folder).as_posix() for path in folder.glob("figures/*.png")))
+    return tuple(sorted(path.relative_to(folder).as_posix() for path in folder.glob(f"{FIGURES}/*.png")))
 
 
 def _interval(estimate: Estimate) -> Interval:

@@ -22,14 +22,14 @@ MODEL, TARGET = "distilbert/distilgpt2", "tester/distilgpt2-bnb-4bit"
 NAME = "distilgpt2-bnb-4bit"
 CATALOGUE = f"""
 [defaults]
-recipe = "stock"
+recipe = "rtn"
 max_windows = 24
 new_tokens = 8
 require = "degraded"
 
 [[model]]
 source = "{MODEL}"
-target = "{TARGET}"
+repo = "{TARGET}"
 """
 COMMANDS = {
     "push": ("push", NAME, "--to", TARGET),

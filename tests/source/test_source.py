@@ -155,5 +155,5 @@ def test_cards_in_another_encoding_are_named_with_their_line(pocket_copy: Path) 
 
 
 def test_too_little_space_is_seen_beforehand(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=r"the package needs 1000000\.00 GB and the disk of .* make room"):
+    with pytest.raises(StorageError, match=r"the package needs 1000000\.00 GB and the disk of .* free some space"):
         require_space(tmp_path / "not" / "yet", 10**15, "the package")
