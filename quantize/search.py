@@ -13,7 +13,7 @@ from quantize.errors import CorpusError, CorruptModel, UnsupportedModel
 from quantize.evidence import Attempt, Evidence
 from quantize.grades import GRADES, UNMEASURED, grade_at_least
 from quantize.methods import Job
-from quantize.parity import corpus_text, judge
+from quantize.parity import corpus_text, gate
 from quantize.progress import Progress
 from quantize.records import Checkout, EvaluationSettings, Quantized, Recipe
 
@@ -87,7 +87,7 @@ def _judged(best: Made, settings: EvaluationSettings, measure: Measure) -> Evide
     evidence = best.evidence
     if evidence.verdict.grade == UNMEASURED:
         return evidence
-    verdict = judge(evidence.checks, evidence.scores, settings.require)
+    verdict = gate(evidence.checks, evidence.scores, settings.require)
     stopped = evidence.corpus is not None and evidence.corpus.scored < evidence.corpus.windows
     if evidence.verdict.required != settings.require and not verdict.passed and stopped:
         return measure(best.folder, best.recipe, best.quantized, settings)

@@ -36,7 +36,7 @@ def draw(evidence: Evidence, folder: Path) -> tuple[str, ...]:
 
 def _ratio(scores: Scores) -> Figure:
     """The perplexity ratio with its interval over the bands of the grades."""
-    figure, axes = _canvas("Perplexity: quantized / original")
+    figure, axes = _canvas("Perplexity: this model / original")
     ratio = scores.perplexity_ratio
     left = min(0.99, ratio.low - 0.005)
     right = max(1.06, ratio.high + 0.01)
@@ -86,16 +86,16 @@ def _kld_by_position(evidence: Evidence) -> Figure:
     axes.stairs(values, edges, fill=True, color=ACCENT, alpha=0.75)
     axes.axhline(evidence.scores.kld.mean.value, color=INK, lw=1.4, label=f"mean {evidence.scores.kld.mean.value:.2g}")
     axes.legend(loc="upper right", frameon=False)
-    axes.set(xlim=(1, window), ylim=(0, max(values) * 1.35), xlabel="tokens read before", ylabel="mean KLD (nats)")
+    axes.set(xlim=(1, window), ylim=(0, max(values) * 1.35), xlabel="tokens of context", ylabel="mean KLD (nats)")
     return figure
 
 
 def _weight_errors(errors: dict[str, float]) -> Figure:
-    """How far each quantized matrix lies from its source's, in the order of the model."""
+    """How far each quantized matrix is from the source's, in the order of the model."""
     figure, axes = _canvas("Weight error by module")
     kinds = [".".join(name.split(".")[-2:]) for name in errors]
     for kind, marker in zip(dict.fromkeys(kinds), itertools.cycle("osD^vPX*"), strict=False):
-        points = [(place, 100 * error) for place, error in enumerate(errors.values()) if kinds[place] == kind]
+        points = [(index, 100 * error) for index, error in enumerate(errors.values()) if kinds[index] == kind]
         axes.plot(*zip(*points, strict=True), marker, ms=6, label=kind)
     axes.legend(loc="lower right", frameon=False, ncols=4, fontsize=9)
     top = 100 * max(errors.values())

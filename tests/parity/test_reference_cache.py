@@ -74,12 +74,12 @@ def test_a_file_that_was_cut_short_is_continued(tmp_path: Path) -> None:
 def test_answers_to_something_else_are_refused(tmp_path: Path) -> None:
     kept(tmp_path / "answers", torch.randn(1, 6, 11))
     for change in ({"corpus": "d"}, {"seed": 1}, {"source": "t"}, {"vocabulary": 12}):
-        with pytest.raises(CorpusError, match="holds no answers of this reference to these windows"):
+        with pytest.raises(CorpusError, match="holds no logits of this original on these windows"):
             ReferenceCache(tmp_path / "answers", dataclasses.replace(CONTENTS, **change), lambda: "float32")
-    with pytest.raises(CorpusError, match="holds answers in float32 and the reference fits only in float16 now"):
+    with pytest.raises(CorpusError, match="holds logits in float32, and the original now fits only in float16"):
         kept(tmp_path / "answers", torch.randn(2, 6, 11), "float16")
     (tmp_path / "other").write_text("a shopping list\n")
-    with pytest.raises(CorpusError, match="name another --reference-cache"):
+    with pytest.raises(CorpusError, match="choose another --reference-cache file"):
         ReferenceCache(tmp_path / "other", CONTENTS, lambda: "float32")
     assert (tmp_path / "other").read_text() == "a shopping list\n"
 
