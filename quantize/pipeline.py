@@ -15,10 +15,11 @@ from model_card import CardFacts
 from quantize import __version__, devices, files, methods, package, search, source
 from quantize.errors import ConfigError, PackageError, UnsupportedModel, storage_errors
 from quantize.evidence import Evidence
+from quantize.formats.bitsandbytes.config import ExpectedConfig
 from quantize.formats.safetensors import recorded_weight_bytes
 from quantize.grades import UNMEASURED
 from quantize.package import Package, card
-from quantize.parity import check_inputs, corpus_text, figures, measure, structure, unmeasured
+from quantize.parity import check_inputs, corpus_text, figures, measure, unmeasured
 from quantize.progress import Progress, Silent
 from quantize.records import (
     Checkout,
@@ -212,7 +213,7 @@ def _measurement(request: RunRequest, job: methods.Job) -> search.Measure:
     """How a run measures its candidates: beside the method that a recipe improves on, where that was asked for."""
 
     def measurement(folder: Path, recipe: Recipe, quantized: Quantized, settings: EvaluationSettings) -> Evidence:
-        checkout, expected = job.checkout, _expected(recipe, quantized)
+        checkout, expected = job.checkout, ExpectedConfig.of(recipe, quantized.half_precision_modules)
         if request.unverified:
             return unmeasured(checkout, folder, settings, job.device, expected)
         baseline = methods.get(recipe.name).improves_on if recipe.name == request.recipe.name else None
@@ -244,24 +245,18 @@ def _controls(
         yield folders
 
 
-def _original(request: VerifyRequest, folder: Path, progress: Progress) -> tuple[Checkout, structure.Expected | None]:
+def _original(request: VerifyRequest, folder: Path, progress: Progress) -> tuple[Checkout, ExpectedConfig | None]:
     """What a checkpoint is measured against, and for a package the config that its recipe promises."""
     against, trust = request.against, request.trust_remote_code
     if (folder / files.PROVENANCE).is_file():
         provenance = package.open_package(folder).provenance
         checkout = source.refetch(provenance.source, against, trust_remote_code=trust, progress=progress)
-        return checkout, _expected(provenance.recipe, provenance.quantized)
+        return checkout, ExpectedConfig.of(provenance.recipe, provenance.quantized.half_precision_modules)
     if not (folder / files.CONFIG).is_file():
         raise PackageError(f"{request.checkpoint} holds no model: it has no {files.CONFIG}")
     if against is None:
         raise PackageError(f"{request.checkpoint} has no {files.PROVENANCE}: name its original model with --against")
     return source.fetch(against, revision=None, trust_remote_code=trust, progress=progress), None
-
-
-def _expected(recipe: Recipe, quantized: Quantized) -> structure.Expected:
-    """The config that a recipe promises: modules kept under a size budget count as skipped."""
-    skips = dataclasses.replace(recipe, skip_modules=(*recipe.skip_modules, *quantized.half_precision_modules)).skips
-    return structure.Expected(recipe.bits, recipe.quant_type, recipe.double_quant, skips)
 
 
 def _provenance(request: RunRequest, checkout: Checkout, candidate: search.Candidate, name: str) -> Provenance:

@@ -27,13 +27,14 @@ import torch
 from safetensors.torch import load_file
 
 from quantize import devices, methods, source
+from quantize.formats.bitsandbytes.loading import upcast
 from quantize.formats.bitsandbytes.packing import Packed
 from quantize.methods import Job
 from quantize.methods.calibration import calibration_text, quantizer
 from quantize.methods.calibration.options import CalibratedOptions
 from quantize.methods.calibration.quantizer import Ablation
 from quantize.methods.rounding.gptq import GptqOptions
-from quantize.parity.models import load_tokenizer, upcast
+from quantize.parity.models import load_tokenizer
 from quantize.progress import Silent
 from quantize.records import Checkout, Recipe
 

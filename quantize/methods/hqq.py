@@ -74,7 +74,8 @@ def round_matrix(weight: torch.Tensor, quant_type: str, double_quant: bool, iter
     """
     import torch
 
-    from quantize.formats.bitsandbytes.packing import BLOCK, NotFinite, Packed, ScaleGrid, table
+    from quantize.formats.bitsandbytes.packing import NotFinite, Packed, ScaleGrid, table
+    from quantize.formats.bitsandbytes.sizes import BLOCK
     from quantize.methods.rounding.gptq import Levels
 
     if not bool(weight.isfinite().all()):
@@ -85,7 +86,7 @@ def round_matrix(weight: torch.Tensor, quant_type: str, double_quant: bool, iter
     parts = torch.split(blocks, BLOCKS_AT_ONCE)
     scales = torch.cat([fit_scales(part.float(), levels, iterations) for part in parts])
     grid = ScaleGrid.around(scales) if double_quant else None
-    stored = grid.snap(scales, torch.arange(len(scales), device=scales.device)) if grid else scales
+    stored = grid.quantized(scales, torch.arange(len(scales), device=scales.device)) if grid else scales
     codes = [
         levels.codes[_nearest(part.float(), scale, levels)]
         for part, scale in zip(parts, torch.split(stored, BLOCKS_AT_ONCE), strict=True)

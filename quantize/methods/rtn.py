@@ -10,7 +10,7 @@ from quantize.records import Quantized, Recipe
 
 
 def quantize(job: Job) -> Quantized:
-    """Write what `from_pretrained` with `BitsAndBytesConfig` and `save_pretrained` would write."""
+    """Write what stock transformers and bitsandbytes would write."""
     from quantize.formats.bitsandbytes import checkpoint
     from quantize.resume import ResumeFolder
 

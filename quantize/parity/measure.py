@@ -12,6 +12,10 @@ from typing import Any
 from quantize import devices
 from quantize.errors import CorruptModel, DeviceError
 from quantize.evidence import Check, Evidence, Sizes
+from quantize.formats import ties
+from quantize.formats.bitsandbytes import checks as format_checks
+from quantize.formats.bitsandbytes import loading
+from quantize.formats.bitsandbytes.config import ExpectedConfig
 from quantize.formats.safetensors import recorded_weight_bytes, weight_bytes
 from quantize.parity import comparison, corpus, structure, verdict
 from quantize.parity.comparison import Measurements
@@ -49,7 +53,7 @@ def measure(
     settings: EvaluationSettings,
     device: str,
     progress: Progress,
-    expected: structure.Expected | None = None,
+    expected: ExpectedConfig | None = None,
     controls: Mapping[str, Path] = MappingProxyType({}),
     reference_cache: Path | None = None,
 ) -> Evidence:
@@ -63,7 +67,7 @@ def measure(
     """
     started = time.monotonic()
     text = corpus.load(settings.corpus)
-    expected = expected or structure.promise_of(candidate)
+    expected = expected or ExpectedConfig.read_if_possible(candidate)
     trust = checkout.source.remote_code and structure.same_code(checkout.folder, candidate)
     tokenizer = source_tokenizer(checkout)
     alone = reference_cache is not None
@@ -76,11 +80,11 @@ def measure(
 
 
 def unmeasured(
-    checkout: Checkout, candidate: Path, settings: EvaluationSettings, device: str, expected: structure.Expected
+    checkout: Checkout, candidate: Path, settings: EvaluationSettings, device: str, expected: ExpectedConfig
 ) -> Evidence:
     """What can be said about the checkpoint in `candidate` without loading it or its source: files and tokenizer."""
     started = time.monotonic()
-    checks = structure.check_files(candidate, expected)
+    checks = format_checks.check_files(candidate, expected)
     trust = checkout.source.remote_code and structure.same_code(checkout.folder, candidate)
     checks.append(structure.tokenizer_check(source_tokenizer(checkout), candidate, trust))
     return Evidence(
@@ -127,9 +131,9 @@ def _evidence(
     )
 
 
-def _examine(pair: Pair, expected: structure.Expected | None) -> _Structure:
+def _examine(pair: Pair, expected: ExpectedConfig | None) -> _Structure:
     """Everything that can be said before a window is read."""
-    checks = structure.check_files(pair.folder, expected)
+    checks = format_checks.check_files(pair.folder, expected)
     loads = _loads_check(pair)
     checks.append(loads)
     if not loads.passed or expected is None:
@@ -137,9 +141,9 @@ def _examine(pair: Pair, expected: structure.Expected | None) -> _Structure:
     with pair.weights_beside_candidate() as (reference, candidate):
         checks += structure.check_models(reference, candidate, pair.folder, expected)
         checks.append(structure.tokenizer_check(pair.tokenizer, pair.folder, pair.trust))
-        errors = structure.weight_errors(reference, candidate)
-        checks.append(structure.weight_check(errors, expected.bits))
-        return _Structure(tuple(checks), errors, structure.logical_parameters(reference))
+        errors = loading.weight_errors(reference, candidate)
+        checks.append(format_checks.weight_check(errors, expected.bits))
+        return _Structure(tuple(checks), errors, ties.distinct_count(reference))
 
 
 def _loads_check(pair: Pair) -> Check:

@@ -13,6 +13,7 @@ from typing import Any
 
 from quantize import devices
 from quantize.errors import DeviceError
+from quantize.formats.bitsandbytes import loading
 from quantize.formats.safetensors import weight_bytes
 from quantize.records import Checkout
 
@@ -100,7 +101,7 @@ class Pair:
             self._clear()
         placed = load_candidate(folder, self.device, self.checkout.source.remote_code, dtype)
         if self._upcast and dtype is None:
-            upcast(placed.model)
+            loading.upcast(placed.model)
         return placed.model
 
     def upcast(self) -> None:
@@ -132,7 +133,7 @@ class Pair:
         placed = load_candidate(self.folder, self.device, self.trust)
         self.candidate_dtype = placed.dtype
         if self._upcast:
-            upcast(placed.model)
+            loading.upcast(placed.model)
             self.candidate_dtype = "float32"
         return placed
 
@@ -173,25 +174,6 @@ def load_candidate(folder: Path, device: str, trust_remote_code: bool, dtype: st
             f"loads one model at a time, or another --device"
         )
     return _load(folder, trust_remote_code, "auto", max_memory=memory, **options)
-
-
-def upcast(model: Any) -> None:
-    """Let a model that was just loaded onto the CPU compute in float32, over exactly the weights that it stores.
-
-    Kernels of bitsandbytes for CPUs unpack a matrix anew for every call, and some round activations and scales to
-    bfloat16. Here 4-bit matrices are unpacked once by transformers, where memory allows, and only products and sums
-    are done in more digits: every value stays the stored one.
-    """
-    import torch
-
-    if getattr(model, "is_loaded_in_4bit", False) and 4 * model.num_parameters() <= devices.usable_memory("cpu"):
-        model.dequantize(dtype=torch.float32)
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.float()
-        if type(module).__name__ == "Linear4bit":
-            module.compute_dtype, module.support_avx512bf16_for_cpu = torch.float32, False
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantize.errors import UnsupportedModel
+from quantize.formats.bitsandbytes.config import is_quantized
 
 
 def check_config(config: Mapping[str, Any], name: str, trust_remote_code: bool) -> None:
@@ -13,7 +14,7 @@ def check_config(config: Mapping[str, Any], name: str, trust_remote_code: bool) 
     architectures = config.get("architectures") or []
     if not config.get("model_type") or not architectures:
         raise UnsupportedModel(f"{name}: config.json names no model_type and architectures; it needs both")
-    if "quantization_config" in config or "compression_config" in config:
+    if is_quantized(config):
         raise UnsupportedModel(f"{name} is already quantized: name the original model instead")
     if needs_remote_code(config):
         if not trust_remote_code:

@@ -65,9 +65,9 @@ def test_storing_moves_a_scale_by_less_than_a_hundredth_of_the_largest(
 ) -> None:
     scales = torch.randn(count, generator=torch.Generator().manual_seed(seed))
     grid = ScaleGrid.around(scales, offset)
-    kept = grid.snap(scales, torch.arange(count))
+    kept = grid.quantized(scales, torch.arange(count))
     assert (kept - scales).abs().max() <= 0.0075 * grid.spans.max() + 1e-6
-    assert torch.allclose(grid.snap(kept, torch.arange(count)), kept, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(grid.quantized(kept, torch.arange(count)), kept, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from quantize import methods, pipeline, search, source
 from quantize.errors import ConfigError
-from quantize.formats.bitsandbytes.packing import BLOCK
+from quantize.formats.bitsandbytes.sizes import BLOCK
 from quantize.methods.calibration import allocation
 from quantize.methods.calibration.allocation import HALF_PRECISION, SMALL_BLOCK, StorageOption
 from quantize.progress import Silent

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from quantize import methods
 from quantize.errors import ConfigError
 from quantize.formats.bitsandbytes import packing
-from quantize.formats.bitsandbytes.packing import BLOCK, NotFinite
+from quantize.formats.bitsandbytes.packing import NotFinite
+from quantize.formats.bitsandbytes.sizes import BLOCK, STATE
 from quantize.methods import hqq
 from quantize.methods.rounding.gptq import Levels
 from quantize.records import Recipe
@@ -44,8 +45,8 @@ def test_its_file_is_that_of_rtn_and_stock_transformers_loads_it(tmp_path: Path)
 
     _, rtn = made(tmp_path / "rtn", Recipe(name="rtn"))
     _, tensors = made(tmp_path / "hqq", HQQ)
-    layout = {name: (one.dtype, one.shape) for name, one in rtn.items() if packing.STATE not in name}
-    assert layout == {name: (one.dtype, one.shape) for name, one in tensors.items() if packing.STATE not in name}
+    layout = {name: (one.dtype, one.shape) for name, one in rtn.items() if STATE not in name}
+    assert layout == {name: (one.dtype, one.shape) for name, one in tensors.items() if STATE not in name}
     assert tensors.keys() == rtn.keys()
     assert any(not torch.equal(tensors[name], rtn[name]) for name in rtn)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hqq", local_files_only=True)

@@ -10,7 +10,7 @@ import torch
 
 from quantize.formats.bitsandbytes import packing
 from quantize.formats.bitsandbytes.modules import laid_out, matrix
-from quantize.formats.bitsandbytes.packing import BLOCK
+from quantize.formats.bitsandbytes.sizes import BLOCK, MatrixFormat
 from quantize.progress import Progress
 from quantize.records import Recipe
 
@@ -22,8 +22,6 @@ SMALL_BLOCK_DIVERGENCE = 0.85
 Rounded to nearest, blocks of 32 diverge more although their weights err less, so that it cannot be measured there."""
 WINDOWS = 8
 """Of calibration text, on which the sensitivity of each matrix is measured."""
-STATE_BYTES = 236
-"""The state of a 4-bit matrix, as JSON in the file."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def stored_bytes(rows: int, inputs: int, block: int, double_quant: bool) -> int:
     """The bytes of a matrix in a file."""
     if block == HALF_PRECISION:
         return 2 * rows * inputs
-    return STATE_BYTES + sum(slot.size for slot in packing.slots("", rows, inputs, "nf4", double_quant, block))
+    return MatrixFormat(double_quant=double_quant, block=block).stored_bytes(rows, inputs)
 
 
 def divergences(

@@ -34,5 +34,7 @@ def compensated(
         largest = weight.float().reshape(-1, options.block).abs().amax(1)
         candidates = torch.stack([largest * min(options.scale_grid), largest * max(options.scale_grid)])
         grid = ScaleGrid.around(candidates, 0.0 if options.signed else None)
-    rounded = round_compensated(weight, hessian, levels, grid.snap if grid else unquantized, options, output_hessian)
+    rounded = round_compensated(
+        weight, hessian, levels, grid.quantized if grid else unquantized, options, output_hessian
+    )
     return Packed.build(rounded.codes, rounded.scales, grid, quant_type, dtype, options.block)
