@@ -99,10 +99,9 @@ def cases() -> Iterator[Case]:
     yield Case("download has corrupt bytes", (Fault(*weights, kind="corrupt"),), commands=MAKING, fetched=False)
     corrupt = Fault(*weights, kind="corrupt", times=None)
     yield Case("downloads are always corrupt", (corrupt,), 1, 0, "wrong hash", commands=MAKING, fetched=False)
-    yield Case("no disk space for the source", (), 1, 0, "no space left", commands=MAKING, fetched=False, limit=1_000_000)
-    yield Case(
-        "no disk space for the receipt", (), 1, 1, "no space left", commands=("push", "run --push-to"), limit=2000
-    )
+    full = "no space left"
+    yield Case("no disk space for the source", (), 1, 0, full, commands=MAKING, fetched=False, limit=1_000_000)
+    yield Case("no disk space for the receipt", (), 1, 1, full, commands=("push", "run --push-to"), limit=2000)
 
 
 def somebody_pushes(hub: LoopbackHub) -> None:
