@@ -63,14 +63,14 @@ def look(tokens: TokenScores, stop: Stop, required: str) -> Look:
 
 def interval(means: NDArray[np.float64], error: float) -> Estimate:
     """Mean of window means [count] with its interval of level 1 - `error`."""
-    from scipy import stats
+    from scipy import special
 
     count, middle = len(means), float(means.mean())
     spread = float(means.std(ddof=1)) / math.sqrt(count)
     if spread <= 1e-15 * max(1.0, abs(middle)):
         return Estimate(middle, middle, middle)
-    reach = float(stats.t.ppf(1 - error / 2, count - 1))
-    lean = float(stats.skew(means, bias=False)) / math.sqrt(count)
+    reach = float(special.stdtrit(count - 1, 1 - error / 2))
+    lean = _skewness(means) / math.sqrt(count)
     bounds = [middle - spread * _halls_inverse(sign * reach, lean) for sign in (-1, 1)]
     return Estimate(middle, min(middle - spread * reach, *bounds), max(middle + spread * reach, *bounds))
 
@@ -81,6 +81,13 @@ def is_certain(ratio: Estimate, kld: Estimate, required: str) -> bool:
     passed = ratio.low >= IMPLAUSIBLE_RATIO and ratio.high <= ratio_limit and kld.high <= kld_limit
     refused = ratio.low > ratio_limit or kld.low > kld_limit or ratio.high < IMPLAUSIBLE_RATIO
     return passed or refused
+
+
+def _skewness(values: NDArray[np.float64]) -> float:
+    """The adjusted Fisher-Pearson coefficient of at least three values."""
+    count, deviations = len(values), values - values.mean()
+    coefficient = float((deviations**3).mean() / (deviations**2).mean() ** 1.5)
+    return coefficient * math.sqrt(count * (count - 1)) / (count - 2)
 
 
 def _halls_inverse(quantile: float, lean: float) -> float:

@@ -42,6 +42,13 @@ class Child:
     def send(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
+    def wait_for(self, words: str) -> None:
+        """Until a line of stderr begins with `words`."""
+        err, limit = self._folder / f"{self._name}.err", time.monotonic() + 300
+        while not (err.exists() and any(line.startswith(words) for line in err.read_text("utf-8").splitlines())):
+            assert time.monotonic() < limit, words
+            time.sleep(0.002)
+
     def wait(self) -> Ended:
         status = int(self._warm.ask({"wait": self.pid}))
         out, err = (self._folder / f"{self._name}.{kind}" for kind in ("out", "err"))

@@ -15,7 +15,7 @@ from tests.hub import WRITE_TOKEN, LoopbackHub
 from tests.hub.distilgpt2 import seed_distilgpt2
 from tests.publishing.warm_process import Child, Ended, Warm, warm_process
 
-MEASURING = ("--max-windows", "24", "--new-tokens", "8", "--require", "degraded")
+MEASURING = ("--max-windows", "16", "--new-tokens", "4", "--require", "degraded")
 QUICK_OPTIONS = ("--recipe", "rtn", *MEASURING)
 EXPIRED_TOKEN = "hf_loopback_expired"
 MODEL, TARGET = "distilbert/distilgpt2", "tester/distilgpt2-bnb-4bit"
@@ -23,8 +23,8 @@ NAME = "distilgpt2-bnb-4bit"
 CATALOGUE = f"""
 [defaults]
 recipe = "rtn"
-max_windows = 24
-new_tokens = 8
+max_windows = 16
+new_tokens = 4
 require = "degraded"
 
 [[model]]
