@@ -30,7 +30,7 @@ def test_the_card_and_the_evidence_say_that_nothing_was_measured(folder: Path) -
     made = package.open_package(folder / "out")
     assert made.evidence.verdict.grade == "unmeasured" and not made.evidence.verdict.passed
     assert [check.name for check in made.evidence.checks] == ["config", "quant_state", "finite", "tokenizer"]
-    assert [(one.recipe.name, one.grade) for one in made.evidence.attempts] == [("stock", "unmeasured")]
+    assert [(one.recipe.name, one.grade) for one in made.evidence.attempts] == [("rtn", "unmeasured")]
 
 
 def test_it_is_never_published(folder: Path, place: Place) -> None:
