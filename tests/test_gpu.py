@@ -105,24 +105,25 @@ def test_the_kernel_rounds_as_plain_torch_does() -> None:
     on_gpu = gptq.compensate(target.cuda(), factor.cuda(), scales[0].cuda(), there)
     alike = (places == on_gpu[0].cpu()).all(0)
     assert alike.float().mean() > 0.99 and torch.allclose(errors[:, alike], on_gpu[1].cpu()[:, alike], atol=1e-4)
-    changes = gptq.changes(target.cuda(), factor.cuda(), scales.cuda(), there).cpu()
-    close = torch.isclose(changes, gptq.changes(target, factor, scales, levels), rtol=1e-3)
+    changes = gptq.squared_errors(target.cuda(), factor.cuda(), scales.cuda(), there).cpu()
+    close = torch.isclose(changes, gptq.squared_errors(target, factor, scales, levels), rtol=1e-3)
     assert changes.shape == (3, 3000) and close.float().mean() > 0.99
 
 
-def test_recorded_launches_choose_what_plain_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cuda_graph_chooses_what_plain_launches_do(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     levels = gptq.Levels.of(table("nf4", "cuda"))
-    search = gptq.Search(group=32, sweeps=2)
+    options = gptq.GptqOptions(group=32, passes=2)
     for rows, inputs in ((200, 128), (96, 320)):
-        weight, seen, slopes = (
+        weight, activations, gradients = (
             torch.randn(*shape, generator=generator) for shape in ((rows, inputs), (999, inputs), (999, rows))
         )
-        weight, moments, felt = (one.cuda() for one in (weight, seen.T @ seen / 999, slopes.T @ slopes / 999))
+        hessian, output_hessian = (samples.T @ samples / 999 for samples in (activations, gradients))
+        weight, hessian, output_hessian = weight.cuda(), hessian.cuda(), output_hessian.cuda()
         with monkeypatch.context() as plainly:
-            plainly.setattr(gptq, "Recorded", lambda function: function)
-            plain = gptq.round_compensated(weight, moments, levels, search=search, output_moments=felt)
-        replayed = gptq.round_compensated(weight, moments, levels, search=search, output_moments=felt)
+            plainly.setattr(gptq, "GraphedFunction", lambda function: function)
+            plain = gptq.round_compensated(weight, hessian, levels, options=options, output_hessian=output_hessian)
+        replayed = gptq.round_compensated(weight, hessian, levels, options=options, output_hessian=output_hessian)
         assert torch.equal(plain.codes, replayed.codes) and torch.equal(plain.scales, replayed.scales)
 
 
