@@ -99,8 +99,8 @@ def test_what_was_pushed_is_judged_and_not_pushed_twice(place: Place, tmp_path: 
     judged = place.quantize("verify", TARGET, *options, folder=folder)
     assert judged.code == 0, judged.err
     assert json.loads(judged.out)["scores"] == json.loads((folder / NAME / "parity.json").read_text())["scores"]
-    drawn, packaged = (set(os.listdir(figures)) for figures in (folder / "figures", folder / NAME / "figures"))
-    assert drawn == packaged
+    drawn = {path.name for path in (folder / "figures").iterdir()}
+    assert drawn == {path.name for path in (folder / NAME / "figures").iterdir()}
 
     (folder / NAME / "config.json").write_text("{}")
     assert "config.json is changed" in error_line(place.run("push", folder))
