@@ -112,7 +112,16 @@ def somebody_deletes(hub: LoopbackHub) -> None:
     hub.delete_repo(TARGET)
 
 
-CELLS = [pytest.param(case, name, id=f"{name}: {case.name}") for case in cases() for name in case.commands]
+def marks(case: Case, name: str) -> list[pytest.MarkDecorator]:
+    """Publishing is the same code in every command: the inner loop takes each case of it once, with `push`."""
+    return [] if name == case.commands[0] and case.made else [pytest.mark.slow]
+
+
+CELLS = [
+    pytest.param(case, name, id=f"{name}: {case.name}", marks=marks(case, name))
+    for case in cases()
+    for name in case.commands
+]
 
 
 @pytest.mark.parametrize(("case", "name"), CELLS)
