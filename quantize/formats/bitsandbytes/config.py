@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from quantize.files import CONFIG
 from quantize.formats.bitsandbytes.modules import is_listed
 from quantize.formats.bitsandbytes.sizes import MatrixFormat
 from quantize.records import Recipe
@@ -44,7 +45,7 @@ class ExpectedConfig:
 
         Raises OSError, ValueError or AttributeError where it cannot be read.
         """
-        config = json.loads((folder / "config.json").read_text("utf-8")).get(QUANTIZATION_KEY) or {}
+        config = json.loads((folder / CONFIG).read_text("utf-8")).get(QUANTIZATION_KEY) or {}
         if not (config.get("load_in_4bit") or config.get("load_in_8bit")):
             return None
         skip_list = config.get("llm_int8_skip_modules")
