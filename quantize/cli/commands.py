@@ -37,13 +37,13 @@ ENVIRONMENT = {
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="quantize")
 def cli() -> None:
-    """Make, prove, document and publish 4-bit checkpoints that people can trust.
+    """Make, verify, document and publish 4-bit checkpoints that people can trust.
 
     \b
     quantize run                       distilbert/distilgpt2 into ./distilgpt2-bnb-4bit
     quantize push distilgpt2-bnb-4bit --to you/distilgpt2-bnb-4bit
 
-    Exit codes: 0 done or nothing to do, 1 a known failure, 2 wrong usage, 3 refused by parity.
+    Exit codes: 0 done or nothing to do, 1 a known failure, 2 wrong usage, 3 required grade not reached.
     """
 
 
@@ -193,7 +193,7 @@ def push(folder: Path, destination: Destination, verify_download: bool, dry_run:
 def sync(context: click.Context, /, catalogue: Path, display: Display, **request: Any) -> None:
     """Keep the models of a CATALOGUE up to date on the Hub; safe to run every night.
 
-    Exit codes: 0 all up to date or published, 1 some failed, 3 some refused by parity.
+    Exit codes: 0 all up to date or published, 1 some failed, 3 some did not reach the required grade.
 
     \b
     quantize sync catalogue.toml
