@@ -166,8 +166,8 @@ def load(folder: Path, device: str, **options: Any) -> Any:
 
 def distil(candidate: Any, reference: Any, text: torch.Tensor, rate: float, device: str) -> Any:
     """Train norms and biases on the KLD to the float model, twice over `text`, and round them to half precision."""
-    learning = [one for one in candidate.parameters() if one.dim() == 1]
-    optimizer = torch.optim.Adam([one.requires_grad_(True) for one in learning], rate)
+    trained = [parameter for parameter in candidate.parameters() if parameter.dim() == 1]
+    optimizer = torch.optim.Adam([parameter.requires_grad_(True) for parameter in trained], rate)
     parts = list(torch.split(text, BATCH)) * EPOCHS
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(parts))
     for part in parts:
@@ -179,14 +179,16 @@ def distil(candidate: Any, reference: Any, text: torch.Tensor, rate: float, devi
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    for one in learning:
-        one.requires_grad_(False).copy_(one.half())
+    for parameter in trained:
+        parameter.requires_grad_(False).copy_(parameter.half())
     return candidate
 
 
 def packed_matrices(folder: Path, device: str) -> dict[str, Packed]:
     """The 4-bit matrices of a checkpoint, by the names of their modules."""
-    tensors = {name: one for file in folder.glob("*.safetensors") for name, one in load_file(file, device).items()}
+    tensors = {
+        name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file, device).items()
+    }
     modules = [name.removesuffix(".weight.absmax") for name in tensors if name.endswith(".weight.absmax")]
     parts = {module: [name for name in tensors if name.startswith(f"{module}.weight")] for module in modules}
     return {
@@ -230,26 +232,31 @@ def measure(
     return Measured(name, kld, loss, top, size, seconds)
 
 
-def ratio(one: np.ndarray[Any, Any], base: np.ndarray[Any, Any]) -> tuple[float, float, float]:
+def ratio(divergences: np.ndarray[Any, Any], base: np.ndarray[Any, Any]) -> tuple[float, float, float]:
     """The ratio of two means over the same windows, and its 95 % interval by a paired bootstrap."""
-    drawn = np.random.default_rng(BOOTSTRAP_SEED).integers(0, len(one), (BOOTSTRAPS, len(one)))
-    ratios = one[drawn].mean(1) / base[drawn].mean(1)
-    return float(one.mean() / base.mean()), float(np.quantile(ratios, 0.025)), float(np.quantile(ratios, 0.975))
+    drawn = np.random.default_rng(BOOTSTRAP_SEED).integers(0, len(divergences), (BOOTSTRAPS, len(divergences)))
+    ratios = divergences[drawn].mean(1) / base[drawn].mean(1)
+    return float(divergences.mean() / base.mean()), float(np.quantile(ratios, 0.025)), float(np.quantile(ratios, 0.975))
 
 
-def row(one: Measured, base: Measured) -> dict[str, Any]:
+def row(measured: Measured, base: Measured) -> dict[str, Any]:
     texts = {}
-    for text in one.kld:
-        value, low, high = ratio(one.kld[text], base.kld[text])
+    for text in measured.kld:
+        value, low, high = ratio(measured.kld[text], base.kld[text])
         texts[text] = {
-            "kld": float(one.kld[text].mean()),
+            "kld": float(measured.kld[text].mean()),
             "ratio": value,
             "low": low,
             "high": high,
-            "perplexity": math.exp(float(one.loss[text].mean())),
-            "same_top": float(one.top[text].mean()),
+            "perplexity": math.exp(float(measured.loss[text].mean())),
+            "same_top": float(measured.top[text].mean()),
         }
-    return {"variant": one.name, "weight_bytes": one.weight_bytes, "seconds": round(one.seconds, 1), "texts": texts}
+    return {
+        "variant": measured.name,
+        "weight_bytes": measured.weight_bytes,
+        "seconds": round(measured.seconds, 1),
+        "texts": texts,
+    }
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -260,13 +267,15 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         + " |",
         f"|---|---:|---:|{'---|' * len(names)}",
     ]
-    for one in rows:
+    for variant in rows:
         cells = [
             f"{text['kld']:.5f}, {text['ratio']:.3f} ({text['low']:.3f} .. {text['high']:.3f}), "
             f"x {text['perplexity']:.4f}, {text['same_top']:.1%}"
-            for text in one["texts"].values()
+            for text in variant["texts"].values()
         ]
-        lines.append(f"| {one['variant']} | {one['weight_bytes']:,} | {one['seconds']} | {' | '.join(cells)} |")
+        lines.append(
+            f"| {variant['variant']} | {variant['weight_bytes']:,} | {variant['seconds']} | {' | '.join(cells)} |"
+        )
     return "\n".join(lines)
 
 
@@ -294,7 +303,7 @@ def main(
     tokenizer = load_tokenizer(checkout.folder, False)
     reference = load(checkout.folder, device, dtype=torch.float32)
     length = min(length, int(reference.config.max_position_embeddings))
-    given = {name: Path(file).read_text("utf-8") for name, _, file in (one.partition("=") for one in corpus)}
+    given = {name: Path(file).read_text("utf-8") for name, _, file in (entry.partition("=") for entry in corpus)}
     texts = {name: spread_windows(tokenizer, text, windows, length) for name, text in given.items()}
     texts["stdlib"] = spread_windows(tokenizer, stdlib_text(2_000_000), windows, length)
     own = CalibratedOptions(calibration_windows=windows, calibration_seed=OWN_SEED)
@@ -307,9 +316,9 @@ def main(
         if calibration_windows:
             changed = methods.replace(variant.recipe, calibration_windows=calibration_windows)
             variant = replace(variant, recipe=changed)
-        one = measure(name, variant, checkout, texts, reference, device)
-        base = base or one
-        rows.append(row(one, base))
+        measured = measure(name, variant, checkout, texts, reference, device)
+        base = base or measured
+        rows.append(row(measured, base))
         click.echo(markdown(rows).splitlines()[-1], err=True)
         if json_file:
             json_file.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
