@@ -267,9 +267,9 @@ LIMITED = """
 import json, re, resource, sys
 from pathlib import Path
 import torch
-from quantize import recipes, source
+from quantize import methods, source
+from quantize.formats.bitsandbytes import checkpoint, writer
 from quantize.progress import Silent
-from quantize.recipes import stock, streaming
 from quantize.records import Recipe
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 torch.set_num_threads(2)
