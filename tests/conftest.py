@@ -22,7 +22,7 @@ from tests.publishing.workspace import QUICK_OPTIONS, Place, prepared
 
 POCKET = Path(__file__).parent / "models" / "pocket-gpt2"
 STOCK = Recipe(name="rtn")
-QUICK = EvaluationSettings(max_windows=24, new_tokens=8, require="degraded")
+QUICK = EvaluationSettings(max_windows=16, new_tokens=4, require="degraded")
 __all__ = ["POCKET", "QUICK", "QUICK_OPTIONS", "Outcome"]
 
 

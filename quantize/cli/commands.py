@@ -19,7 +19,7 @@ from quantize.files import CARD
 from quantize.grades import UNMEASURED
 from quantize.options import DEFAULT_MODEL
 from quantize.publishing import Destination, PublishRequest, SyncRequest
-from quantize.records import EvaluationSettings, Publisher
+from quantize.records import Publisher
 from quantize.serialization import to_json
 
 if TYPE_CHECKING:
@@ -108,16 +108,7 @@ def _deliver(request: PublishRequest, display: Display) -> None:
 @cli.command(context_settings=former_flags("verify"))
 @click.argument("checkpoint")
 @options_of("verify")
-def verify(
-    checkpoint: str,
-    against: str | None,
-    figures: Path | None,
-    device: str,
-    trust_remote_code: bool,
-    reference_cache: Path | None,
-    settings: EvaluationSettings,
-    display: Display,
-) -> None:
+def verify(checkpoint: str, figures: Path | None, display: Display, **request: Any) -> None:
     """Compare a package, or any bitsandbytes checkpoint, with its original.
 
     CHECKPOINT is a folder or a Hub repo, also one that was made with other tools.
@@ -129,8 +120,7 @@ def verify(
     from quantize import pipeline
     from quantize.cli import console
 
-    request = pipeline.VerifyRequest(checkpoint, against, settings, device, trust_remote_code, reference_cache)
-    evidence = pipeline.verify(request, display.progress)
+    evidence = pipeline.verify(pipeline.VerifyRequest(checkpoint, **request), display.progress)
     if figures is not None:
         pipeline.draw_figures(evidence, figures)
     display.show(evidence, lambda terminal: console.show_evidence(terminal, evidence))

@@ -68,7 +68,7 @@ def _kld_distribution(scores: Scores) -> Figure:
     axes.stairs([100 * count / total for count in counts], edges, fill=True, color=ACCENT, alpha=0.75)
     axes.set_xscale("log")
     kld = scores.kld
-    marks = {"median": kld.percentiles["p50"], "mean": kld.mean.value, "99 %": kld.percentiles["p99"]}
+    marks = {"median": kld.percentiles["p50"], "mean": kld.mean.value, "99th percentile": kld.percentiles["p99"]}
     for style, (name, value) in zip((":", "-", "--"), marks.items(), strict=True):
         axes.axvline(max(value, edges[0]), color=INK, lw=1.4, ls=style, label=f"{name} {value:.2g}")
     axes.legend(loc="upper left", frameon=False)

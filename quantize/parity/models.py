@@ -45,14 +45,14 @@ class Pair:
         self.reference_dtype, self.candidate_dtype = "none", "none"
         self.reference_devices: tuple[str, ...] = ()
         self._upcast = False
-        self._seats: dict[str, Placed] = {}
+        self._loaded: dict[str, Placed] = {}
         self._offload = TemporaryDirectory(prefix="quantize-offload-")
 
     def __enter__(self) -> Pair:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._seats.clear()
+        self._loaded.clear()
         self._offload.cleanup()
 
     @property
@@ -61,12 +61,12 @@ class Pair:
 
     @property
     def placed_reference(self) -> Placed:
-        beside = 0 if self.alone or "candidate" in self._seats else weight_bytes(self.folder)
-        return self._seat("reference", lambda: self._load_reference(beside))
+        beside = 0 if self.alone or "candidate" in self._loaded else weight_bytes(self.folder)
+        return self._load_once("reference", lambda: self._load_reference(beside))
 
     @property
     def candidate(self) -> Any:
-        return self._seat("candidate", self._load_candidate).model
+        return self._load_once("candidate", self._load_candidate).model
 
     @functools.cached_property
     def _config(self) -> Any:
@@ -88,7 +88,7 @@ class Pair:
 
     @contextmanager
     def weights_beside_candidate(self) -> Iterator[tuple[Any, Any]]:
-        """Reference and candidate together, for their weights; one at a time the reference gets what room is left."""
+        """Reference and candidate together, for their weights; one at a time the reference gets what memory is left."""
         candidate = self.candidate
         if self.alone:
             yield self._load_reference(0).model, candidate
@@ -107,19 +107,19 @@ class Pair:
     def upcast(self) -> None:
         """Load the candidate again to compute in float32 from now on, and others in its place as well."""
         self._upcast = True
-        self._seats.pop("candidate", None)
+        self._loaded.pop("candidate", None)
 
-    def _seat(self, name: str, load: Callable[[], Placed]) -> Placed:
-        if name not in self._seats:
+    def _load_once(self, name: str, load: Callable[[], Placed]) -> Placed:
+        if name not in self._loaded:
             if self.alone:
                 self._clear()
-            self._seats[name] = load()
-        return self._seats[name]
+            self._loaded[name] = load()
+        return self._loaded[name]
 
     def _clear(self) -> None:
         import torch
 
-        self._seats.clear()
+        self._loaded.clear()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -144,10 +144,10 @@ def load_reference(checkout: Checkout, device: str, beside: int, offload: Path) 
     `beside` bytes are left free on `device` for another model. Spread means accelerate's device map: further
     accelerators, the CPU's memory, and at last the folder `offload` on disk.
     """
-    source, room = checkout.source, devices.usable_memory(device) - beside
+    source, free = checkout.source, devices.usable_memory(device) - beside
     half = HALF.get(source.dtype, "float16")
     for dtype, width in (("float32", 4), (half, 2)):
-        if source.parameters * width <= room:
+        if source.parameters * width <= free:
             return _load(checkout.folder, source.remote_code, {"": device}, dtype=dtype)
     memory = {**devices.accelerators(device), "cpu": devices.usable_memory("cpu")}
     first = next(iter(memory))
@@ -201,6 +201,6 @@ def _load(folder: Path, trust_remote_code: bool, device_map: Any, **options: Any
             f"a time, or --device cpu"
         ) from error
     model.generation_config = GenerationConfig()  # its own may ask for sampling or penalties where none are wanted
-    where = device_map if isinstance(device_map, dict) else model.hf_device_map
-    places = tuple(dict.fromkeys(devices.name(place) for place in where.values()))
-    return Placed(model.eval(), str(model.dtype).removeprefix("torch."), places)
+    device_of = device_map if isinstance(device_map, dict) else model.hf_device_map
+    used = tuple(dict.fromkeys(devices.name(device) for device in device_of.values()))
+    return Placed(model.eval(), str(model.dtype).removeprefix("torch."), used)

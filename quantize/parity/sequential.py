@@ -63,14 +63,14 @@ def look(tokens: TokenScores, stop: Stop, required: str) -> Look:
 
 def interval(means: NDArray[np.float64], error: float) -> Estimate:
     """Mean of window means [count] with its interval of level 1 - `error`."""
-    from scipy import stats
+    from scipy import special
 
     count, mean = len(means), float(means.mean())
     standard_error = float(means.std(ddof=1)) / math.sqrt(count)
     if standard_error <= 1e-15 * max(1.0, abs(mean)):
         return Estimate(mean, mean, mean)
-    quantile = float(stats.t.ppf(1 - error / 2, count - 1))
-    skewness = float(stats.skew(means, bias=False)) / math.sqrt(count)
+    quantile = float(special.stdtrit(count - 1, 1 - error / 2))
+    skewness = _skewness(means) / math.sqrt(count)
     halls = [mean - standard_error * _halls_inverse(sign * quantile, skewness) for sign in (-1, 1)]
     margin = standard_error * quantile
     return Estimate(mean, min(mean - margin, *halls), max(mean + margin, *halls))
@@ -82,6 +82,13 @@ def is_certain(ratio: Estimate, kld: Estimate, required: str) -> bool:
     passed = ratio.low >= IMPLAUSIBLE_RATIO and ratio.high <= ratio_limit and kld.high <= kld_limit
     refused = ratio.low > ratio_limit or kld.low > kld_limit or ratio.high < IMPLAUSIBLE_RATIO
     return passed or refused
+
+
+def _skewness(values: NDArray[np.float64]) -> float:
+    """The adjusted Fisher-Pearson coefficient of at least three values."""
+    count, deviations = len(values), values - values.mean()
+    coefficient = float((deviations**3).mean() / (deviations**2).mean() ** 1.5)
+    return coefficient * math.sqrt(count * (count - 1)) / (count - 2)
 
 
 def _halls_inverse(quantile: float, skewness: float) -> float:

@@ -268,7 +268,7 @@ import json, re, resource, sys
 from pathlib import Path
 import torch
 from quantize import methods, source
-from quantize.formats.bitsandbytes import checkpoint, writer
+from quantize.formats.bitsandbytes import checkpoint
 from quantize.progress import Silent
 from quantize.records import Recipe
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -279,13 +279,14 @@ torch.randn(2000, 2000) @ torch.randn(2000, 2000)
 held = int(re.search(r"VmData:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 resource.setrlimit(resource.RLIMIT_DATA, (held + spare, held + spare))
 if way == "stream":
-    methods.quantize(methods.Job(checkout, output, Recipe(name="rtn"), "cpu", Silent()))
+    methods.quantize(methods.Job(checkout, output, Recipe(name="rtn"), "cpu", Silent(), "", None))
 else:
     model = checkpoint.load_quantized(checkout, Recipe(name="rtn"), "bfloat16", "cpu")
     checkpoint.save(model, checkout, output)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for the limit")
 def test_a_model_larger_than_the_memory_there_is(tmp_path: Path) -> None:
     """A model of 1 GB where 450 MB may be taken, which is not enough to load it in 4 bits and save it."""

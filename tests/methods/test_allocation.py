@@ -53,6 +53,7 @@ def test_with_bytes_for_all_nothing_diverges_and_with_none_all_stay_plain(
     assert set(allocation.spend(offers, 0).values()) == {BLOCK}
 
 
+@pytest.mark.slow
 def test_the_package_is_better_within_its_bytes_and_says_how(tmp_path: Path) -> None:
     """Stock transformers loads matrices of both block sizes and of half precision; the same budget gives the same."""
     made = {}

@@ -29,7 +29,7 @@ from tests.conftest import POCKET
 from tests.hub import Fault, LoopbackHub
 
 LITTLE = methods.recipe_of({"name": "calibrated", "calibration_windows": 16, "calibration_length": 128})
-SETTINGS = EvaluationSettings(max_windows=24, new_tokens=8, require="degraded")
+SETTINGS = EvaluationSettings(max_windows=16, new_tokens=4, require="degraded")
 TINY: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2, "tie_word_embeddings": False},
     "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
@@ -78,39 +78,37 @@ def test_it_diverges_much_less_than_stock_and_says_so(package: Package) -> None:
     assert "and rounding was then learned in 3 epochs on that text" in card and "--epochs 3" in card
 
 
-def test_the_same_bytes_as_many_and_the_same_twice(package: Package, finished: Path, tmp_path: Path) -> None:
-    """Names, types and shapes are stock's; only an offset in a header takes fewer digits. And the seed decides all."""
-    _, tensors = made(tmp_path / "again", LITTLE)
-    plain, first = (load_file(folder / "model.safetensors") for folder in (finished, package.folder))
+def test_as_many_bytes_as_stock(package: Package, finished: Path) -> None:
+    """Names, types and shapes are stock's; only an offset in a header takes fewer digits."""
+    plain, tensors = (load_file(folder / "model.safetensors") for folder in (finished, package.folder))
     assert {name: (one.dtype, one.shape) for name, one in tensors.items() if "bitsandbytes" not in name} == {
         name: (one.dtype, one.shape) for name, one in plain.items() if "bitsandbytes" not in name
     }
-    assert tensors.keys() == plain.keys() == first.keys()
-    assert all(torch.equal(tensors[name], first[name]) for name in first)
+    assert tensors.keys() == plain.keys()
     assert sum(one.nbytes for one in tensors.values()) <= sum(one.nbytes for one in plain.values())
 
 
-def test_a_killed_run_continues_at_its_first_unfinished_layer(
-    package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_run_continues_at_its_first_unfinished_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bytes of a run that nobody killed: the seed decides all of them."""
+    tiny("llama", tmp_path / "tiny")
+    _, first = made(tmp_path / "whole", LITTLE, tmp_path / "tiny")
     output, work = tmp_path / "package", tmp_path / "package-work"
     rounded: list[int] = []
     whole = quantizer._quantize_layer
 
     def counting(stream: Any, index: int, *rest: Any) -> Any:
         rounded.append(index)
-        if len(rounded) == 3:
+        if len(rounded) == 2:
             raise KeyboardInterrupt
         return whole(stream, index, *rest)
 
     monkeypatch.setattr(quantizer, "_quantize_layer", counting)
     with pytest.raises(KeyboardInterrupt):
-        made(output, LITTLE)
-    assert sorted(path.name for path in work.glob("layer-*")) == ["layer-0.safetensors", "layer-1.safetensors"]
+        made(output, LITTLE, tmp_path / "tiny")
+    assert [path.name for path in work.glob("layer-*")] == ["layer-0.safetensors"]
     shutil.rmtree(output)
-    _, tensors = made(output, LITTLE)
-    assert rounded[:3] == [0, 1, 2] and rounded[3] == 2
-    first = load_file(package.folder / "model.safetensors")
+    _, tensors = made(output, LITTLE, tmp_path / "tiny")
+    assert rounded == [0, 1, 1] and tensors.keys() == first.keys()
     assert all(torch.equal(tensors[name], first[name]) for name in first)
 
 
@@ -138,7 +136,7 @@ def tiny(kind: str, folder: Path) -> Any:
     return model
 
 
-@pytest.mark.parametrize("kind", list(TINY))
+@pytest.mark.parametrize("kind", ["llama", *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(TINY)[1:])])
 def test_other_architectures(kind: str, tmp_path: Path) -> None:
     """Llama with grouped heads and an untied head, Qwen2 with tied ones and some biases, OPT and GPT-NeoX with biases,
     Gemma 2 with two kinds of attention: stock transformers loads what was written, and every matrix beats nearest."""
@@ -207,6 +205,7 @@ def test_auto_stops_at_the_first_attempt_that_is_good_enough(tmp_path: Path) -> 
     assert not pipeline.run(easy, Silent()).created
 
 
+@pytest.mark.slow
 def test_auto_climbs_and_keeps_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrated, "REFINED_PASSES", 2)
     monkeypatch.setattr(calibrated, "REFINED_EPOCHS", 1)

@@ -129,6 +129,7 @@ def test_a_layer_comes_nearer_to_the_source_and_never_goes_away_from_it(pocket: 
     assert all(torch.equal(kept[name].packed.codes, found[name].packed.codes) for name in found)
 
 
+@pytest.mark.slow
 def test_a_killed_run_that_learns_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantizer, "TOKENS_AT_ONCE", 512)
     tiny("llama", tmp_path / "tiny")

@@ -23,7 +23,7 @@ from quantize.progress import Silent
 from quantize.records import EvaluationSettings
 from tests.conftest import POCKET, Outcome
 
-SETTINGS = EvaluationSettings(max_windows=24, new_tokens=4, require="degraded")
+SETTINGS = EvaluationSettings(max_windows=8, new_tokens=2, require="degraded")
 CONTENTS = Contents(source="s", corpus="c", window=6, seed=0, vocabulary=11)
 
 
@@ -99,11 +99,16 @@ def test_two_writers_do_not_mix(tmp_path: Path) -> None:
         kept(tmp_path / "answers", torch.randn(2, 6, 11))
 
 
+@pytest.fixture(scope="module")
+def together(finished: Path) -> Evidence:
+    """What both models say side by side."""
+    return pipeline.verify(pipeline.VerifyRequest(str(finished), str(POCKET), SETTINGS, "cpu"), Silent())
+
+
 def test_one_at_a_time_says_what_side_by_side_says(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, together: Evidence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reference and the candidate are never in memory together, and a second candidate needs no reference."""
-    together = pipeline.verify(pipeline.VerifyRequest(str(finished), str(POCKET), SETTINGS, "cpu"), Silent())
     cache = tmp_path / "answers"
     first = pipeline.verify(
         pipeline.VerifyRequest(str(finished), str(POCKET), SETTINGS, "cpu", reference_cache=cache), Silent()
@@ -117,9 +122,10 @@ def test_one_at_a_time_says_what_side_by_side_says(
     assert again.scores == first.scores
 
 
-def test_what_does_not_fit_is_spread_and_said(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_is_spread_and_said(
+    finished: Path, together: Evidence, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With little memory the reference is halved and lies partly on disk; the candidate has to fit."""
-    together = pipeline.verify(pipeline.VerifyRequest(str(finished), str(POCKET), SETTINGS, "cpu"), Silent())
     monkeypatch.setattr("quantize.devices.usable_memory", lambda device: 3_000_000)
     spread = pipeline.verify(pipeline.VerifyRequest(str(finished), str(POCKET), SETTINGS, "cpu"), Silent())
     assert together.reference_devices == ("cpu",) and spread.reference_devices == ("cpu", "disk")

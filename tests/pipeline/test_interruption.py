@@ -3,40 +3,36 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from quantize import package
 from tests.conftest import POCKET, QUICK_OPTIONS
+from tests.publishing.warm_process import Child, Ended
+from tests.publishing.workspace import Place
 
 STAGES = ("==> source", "==> quantize", "==> verify", "    scoring", "    generating", "==> write card")
 
 
-def start(output: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "quantize", "run", str(POCKET), "-o", str(output), "--device", "cpu"]
-    return subprocess.Popen([*command, *QUICK_OPTIONS], stderr=subprocess.PIPE, text=True)
+def start(place: Place, folder: Path) -> Child:
+    arguments = ("run", str(POCKET), "-o", str(folder / "out"), "--device", "cpu", *QUICK_OPTIONS)
+    return place.warm.start(*arguments, cwd=folder)
 
 
-def stop_at(stage: str, output: Path, number: signal.Signals) -> tuple[int, str]:
+def stop_at(place: Place, stage: str, folder: Path, number: signal.Signals) -> Ended:
     """Start a run, send the signal as soon as `stage` is announced, and tell how it ended."""
-    with start(output) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if line.startswith(stage):
-                process.send_signal(number)
-                break
-        rest = process.stderr.read()
-    return process.returncode, rest
+    child = start(place, folder)
+    child.wait_for(stage)
+    child.send(number)
+    return child.wait()
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_ctrl_c_leaves_finished_parts_only_and_says_so(stage: str, tmp_path: Path) -> None:
-    code, said = stop_at(stage, tmp_path / "out", signal.SIGINT)
-    assert code == 130, said
-    assert said.splitlines()[-1].startswith("interrupted: ") and "Traceback" not in said
+def test_ctrl_c_leaves_finished_parts_only_and_says_so(place: Place, stage: str, tmp_path: Path) -> None:
+    ended = stop_at(place, stage, tmp_path, signal.SIGINT)
+    assert ended.code == 130, ended.err
+    assert ended.err.splitlines()[-1].startswith("interrupted: ") and "Traceback" not in ended.err
     require_finished_parts_only(tmp_path)
 
 
@@ -45,20 +41,20 @@ def require_finished_parts_only(folder: Path) -> None:
     assert not list(folder.rglob("*.part"))
 
 
-def test_sigterm_leaves_finished_parts_only(tmp_path: Path) -> None:
-    code, said = stop_at("    scoring", tmp_path / "out", signal.SIGTERM)
-    assert code == 128 + signal.SIGTERM, said
+def test_sigterm_leaves_finished_parts_only(place: Place, tmp_path: Path) -> None:
+    ended = stop_at(place, "    scoring", tmp_path, signal.SIGTERM)
+    assert ended.code == 128 + signal.SIGTERM, ended.err
     require_finished_parts_only(tmp_path)
 
 
-def test_sigkill_in_each_stage_leaves_no_half_package_and_the_next_run_starts_clean(tmp_path: Path) -> None:
-    output = tmp_path / "out"
+@pytest.mark.slow
+def test_sigkill_in_each_stage_leaves_no_half_package_and_the_next_run_starts_clean(
+    place: Place, tmp_path: Path
+) -> None:
     for stage in STAGES:
-        code, _ = stop_at(stage, output, signal.SIGKILL)
-        assert code == -signal.SIGKILL
-        assert not output.exists()
-    with start(output) as process:
-        process.communicate()
-    assert process.returncode == 0
-    package.require_unchanged(package.open_package(output))
+        assert stop_at(place, stage, tmp_path, signal.SIGKILL).code == -signal.SIGKILL
+        assert not (tmp_path / "out").exists()
+    ended = start(place, tmp_path).wait()
+    assert ended.code == 0, ended.err
+    package.require_unchanged(package.open_package(tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

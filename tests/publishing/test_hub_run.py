@@ -2,134 +2,134 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi
 
 from tests.conftest import POCKET, QUICK_OPTIONS
-from tests.hub import Fault, LoopbackHub
+from tests.hub import READ_TOKEN, WRITE_TOKEN, Fault, LoopbackHub
 from tests.hub.distilgpt2 import seed_distilgpt2
-from tests.publishing.workspace import MEASURING
+from tests.publishing.warm_process import Ended
+from tests.publishing.workspace import MEASURING, MODEL, NAME, TARGET, Place
 
-MODEL = "distilbert/distilgpt2"
-TARGET = "tester/distilgpt2-bnb-4bit"
-TOKEN = "hf_loopback_write"
+RUN = ("run", MODEL, "--device", "cpu", *QUICK_OPTIONS, "-q")
 NEEDED = {
     *("LICENSE", "README.md", "config.json", "generation_config.json", "merges.txt", "model.safetensors"),
     *("tokenizer.json", "tokenizer_config.json", "vocab.json"),
 }
 
 
-@pytest.fixture
-def hub() -> Iterator[LoopbackHub]:
-    with LoopbackHub() as running:
-        yield running
-
-
-@pytest.fixture
-def commit(hub: LoopbackHub) -> str:
-    return seed_distilgpt2(hub, POCKET)
-
-
-def quantize(
-    hub: LoopbackHub, folder: Path, *arguments: str, token: str | None = TOKEN
-) -> subprocess.CompletedProcess[str]:
-    """Run the command line in `folder` as a person would, against the loopback Hub."""
-    command = [sys.executable, "-m", "quantize", *arguments]
-    env = environment(hub, folder, token)
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-
-
-def environment(hub: LoopbackHub, folder: Path, token: str | None) -> dict[str, str]:
-    """This process's environment, with the loopback Hub in place of the real one."""
+def as_a_person(hub: LoopbackHub, folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with `command` in a process of its own, whose Hub is the loopback one and whose cache is empty."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    return own | hub.env(token=token, home=folder / "hf-home")
+    env = own | hub.env(home=folder / "hf-home")
+    return subprocess.run([sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True)
 
 
-def error_line(outcome: subprocess.CompletedProcess[str]) -> str:
+def error_line(ended: Ended) -> str:
     """The one line that a known failure prints."""
-    assert outcome.returncode == 1, (outcome.returncode, outcome.stderr)
-    assert "Traceback" not in outcome.stderr
-    (line,) = (line for line in outcome.stderr.splitlines() if line.startswith("error: "))
+    assert ended.code == 1, (ended.code, ended.err)
+    assert "Traceback" not in ended.err
+    (line,) = (line for line in ended.err.splitlines() if line.startswith("error: "))
     return line
 
 
-def test_run_and_push_over_http(hub: LoopbackHub, commit: str, tmp_path: Path) -> None:
-    made = quantize(hub, tmp_path, "run", "--bits", "4", "--device", "cpu", *QUICK_OPTIONS, "--json")
-    assert made.returncode == 0, made.stderr
-    assert hub.downloaded(MODEL) == NEEDED
-    folder = tmp_path / "distilgpt2-bnb-4bit"
-    assert json.loads(made.stdout)["package"] == "distilgpt2-bnb-4bit"
-    provenance = json.loads((folder / "provenance.json").read_text())
-    assert provenance["source"]["repo_id"] == MODEL
-    assert provenance["source"]["commit"] == commit
-    card = (folder / "README.md").read_text()
-    assert f"base_model: {MODEL}\nbase_model_relation: quantized" in card and commit in card
-
-    rendered = quantize(hub, tmp_path, "card", folder.name)
-    assert rendered.returncode == 0, rendered.stderr
-    assert (folder / "README.md").read_text() == card and hub.downloaded(MODEL) == NEEDED
-
-    pushed = quantize(hub, tmp_path, "push", folder.name, "--to", TARGET, "--json")
-    assert pushed.returncode == 0, pushed.stderr
-    receipt = json.loads(pushed.stdout)
-    assert receipt["commit"] == hub.head(TARGET)
-    sent = hub.files(TARGET)
-    here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    assert {name for name in sent if name != ".gitattributes"} == set(here) - {"receipt.json"}
-    assert all(sent[name] == here[name].read_bytes() for name in sent if name in here)
-    before = len(hub.log(TARGET))
-    again = quantize(hub, tmp_path, "push", folder.name, "--to", TARGET)
-    assert again.returncode == 0 and "already there, nothing to do" in again.stderr
-    assert len(hub.log(TARGET)) == before
-    assert TOKEN not in made.stderr + pushed.stderr + pushed.stdout + again.stderr
-    assert not any(TOKEN.encode() in path.read_bytes() for path in here.values())
-
-    script = (
-        "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "tokens = AutoTokenizer.from_pretrained(sys.argv[1])\n"
-        "print(model.is_loaded_in_4bit, model(**tokens('The function', return_tensors='pt')).logits.shape[-1])"
-    )
-    fresh = environment(hub, tmp_path / "fresh", TOKEN)
-    loaded = subprocess.run([sys.executable, "-c", script, TARGET], env=fresh, capture_output=True, text=True)
-    assert loaded.stdout.split() == ["True", "4096"], loaded.stderr
-
-    figures = tmp_path / "figures"
-    judged = quantize(
-        *(hub, tmp_path, "verify", TARGET, "--figures", str(figures), "--device", "cpu", *MEASURING, "--json")
-    )
-    assert judged.returncode == 0, judged.stderr
-    assert json.loads(judged.stdout)["scores"] == json.loads((folder / "parity.json").read_text())["scores"]
-    assert {path.name for path in figures.iterdir()} == {path.name for path in (folder / "figures").iterdir()}
-
-    (folder / "config.json").write_text("{}")
-    assert "config.json is changed" in error_line(quantize(hub, tmp_path, "push", folder.name, "--to", TARGET))
-    assert len(hub.log(TARGET)) == before
+@pytest.fixture
+def folder(place: Place, tmp_path: Path) -> Path:
+    """An empty folder; the Hub's cache is empty as well."""
+    place.fresh(tmp_path, fetched=False, made=False)
+    (tmp_path / "catalogue.toml").unlink()
+    return tmp_path
 
 
-def test_a_revision_is_resolved_once_and_kept(hub: LoopbackHub, commit: str, tmp_path: Path) -> None:
-    hub.commit(MODEL, {"README.md": b"a later card"}, message="later")
-    made = quantize(hub, tmp_path, "run", "--revision", commit, "--device", "cpu", *QUICK_OPTIONS, "-q")
-    assert made.returncode == 0, made.stderr
-    provenance = json.loads((tmp_path / "distilgpt2-bnb-4bit" / "provenance.json").read_text())
-    assert provenance["source"]["commit"] == commit != hub.head(MODEL)
-    assert "a later card" not in (tmp_path / "distilgpt2-bnb-4bit" / "README.md").read_text()
-    verified = quantize(hub, tmp_path, "verify", "distilgpt2-bnb-4bit", "--device", "cpu", *MEASURING, "-q")
-    assert verified.returncode == 0, verified.stderr
-    rendered = quantize(hub, tmp_path, "card", "distilgpt2-bnb-4bit", "-q")
-    assert rendered.returncode == 0, rendered.stderr
+@pytest.mark.slow
+def test_run_and_push_over_http(tmp_path: Path) -> None:
+    with LoopbackHub() as hub:
+        commit = seed_distilgpt2(hub, POCKET)
+        arguments = ("run", "--bits", "4", "--device", "cpu", *QUICK_OPTIONS, "--json")
+        made = as_a_person(hub, tmp_path, "-m", "quantize", *arguments)
+        assert made.returncode == 0, made.stderr
+        assert hub.downloaded(MODEL) == NEEDED
+        folder = tmp_path / NAME
+        assert json.loads(made.stdout)["package"] == NAME
+        provenance = json.loads((folder / "provenance.json").read_text())
+        assert provenance["source"]["repo_id"] == MODEL
+        assert provenance["source"]["commit"] == commit
+        card = (folder / "README.md").read_text()
+        assert f"base_model: {MODEL}\nbase_model_relation: quantized" in card and commit in card
+
+        pushed = as_a_person(hub, tmp_path, "-m", "quantize", "push", NAME, "--to", TARGET, "--json")
+        assert pushed.returncode == 0, pushed.stderr
+        receipt = json.loads(pushed.stdout)
+        assert receipt["commit"] == hub.head(TARGET)
+        sent = hub.files(TARGET)
+        here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        assert {name for name in sent if name != ".gitattributes"} == set(here) - {"receipt.json"}
+        assert all(sent[name] == here[name].read_bytes() for name in sent if name in here)
+        assert WRITE_TOKEN not in made.stderr + pushed.stderr + pushed.stdout
+        assert not any(WRITE_TOKEN.encode() in path.read_bytes() for path in here.values())
+
+        script = (
+            "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+            "tokens = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+            "print(model.is_loaded_in_4bit, model(**tokens('The function', return_tensors='pt')).logits.shape[-1])"
+        )
+        (tmp_path / "fresh").mkdir()
+        loaded = as_a_person(hub, tmp_path / "fresh", "-c", script, TARGET)
+        assert loaded.stdout.split() == ["True", "4096"], loaded.stderr
 
 
-def test_refusals_name_their_reason(hub: LoopbackHub, commit: str, tmp_path: Path) -> None:
+def test_what_was_pushed_is_judged_and_not_pushed_twice(place: Place, tmp_path: Path) -> None:
+    folder = place.fresh(tmp_path)
+    assert place.run("push", folder).code == 0
+    before = len(place.hub.log(TARGET))
+    again = place.run("push", folder)
+    assert again.code == 0 and "already there, nothing to do" in again.err and WRITE_TOKEN not in again.err
+    assert len(place.hub.log(TARGET)) == before
+
+    options = ("--figures", "figures", "--device", "cpu", *MEASURING, "--json")
+    judged = place.quantize("verify", TARGET, *options, folder=folder)
+    assert judged.code == 0, judged.err
+    assert json.loads(judged.out)["scores"] == json.loads((folder / NAME / "parity.json").read_text())["scores"]
+    drawn = {path.name for path in (folder / "figures").iterdir()}
+    assert drawn == {path.name for path in (folder / NAME / "figures").iterdir()}
+
+    (folder / NAME / "config.json").write_text("{}")
+    assert "config.json is changed" in error_line(place.run("push", folder))
+    assert len(place.hub.log(TARGET)) == before
+
+
+def test_a_revision_is_resolved_once_and_kept(place: Place, folder: Path) -> None:
+    commit = place.hub.head(MODEL)
+    place.hub.commit(MODEL, {"README.md": b"a later card"}, message="later")
+    try:
+        made = place.quantize(*RUN, "--revision", commit, folder=folder)
+        assert made.code == 0, made.err
+        provenance = json.loads((folder / NAME / "provenance.json").read_text())
+        assert provenance["source"]["commit"] == commit != place.hub.head(MODEL)
+        card = (folder / NAME / "README.md").read_text()
+        assert "a later card" not in card
+        verified = place.quantize("verify", NAME, "--device", "cpu", *MEASURING, "-q", folder=folder)
+        assert verified.code == 0, verified.err
+        seen = len(place.hub.requests)
+        rendered = place.quantize("card", NAME, "-q", folder=folder)
+        assert rendered.code == 0, rendered.err
+        assert (folder / NAME / "README.md").read_text() == card
+        assert not [one for one in place.hub.requests[seen:] if one.method == "GET" and "/resolve/" in one.path]
+    finally:
+        place.restore_source()
+
+
+def test_refusals_name_their_reason(place: Place, folder: Path) -> None:
+    hub = place.hub
     hub.create_repo("org/pickled")
     config = (POCKET / "config.json").read_bytes()
     hub.commit("org/pickled", {"config.json": config, "pytorch_model.bin": b"pickle", "tokenizer.json": b"{}"})
@@ -144,59 +144,53 @@ def test_refusals_name_their_reason(hub: LoopbackHub, commit: str, tmp_path: Pat
         ("org/pickled",): "org/pickled has only pickle weights",
     }
     for arguments, message in expected.items():
-        line = error_line(quantize(hub, tmp_path, "run", *arguments, "-q", token="hf_loopback_read"))
-        assert message in line
-    assert {path.name for path in tmp_path.iterdir()} == {"hf-home"}
+        assert message in error_line(place.quantize("run", *arguments, "-q", folder=folder, token=READ_TOKEN))
+    assert list(folder.iterdir()) == []
 
 
-def test_push_needs_a_token_that_may_write(hub: LoopbackHub, finished: Path, tmp_path: Path) -> None:
-    without = error_line(quantize(hub, tmp_path, "push", str(finished), "--to", TARGET, "-q", token=None))
-    assert "no token for the Hub" in without
-    reader = error_line(quantize(hub, tmp_path, "push", str(finished), "--to", TARGET, "-q", token="hf_loopback_read"))
-    assert "the token of reader may only read" in reader
-    hub.add_user("stranger", "hf_stranger")
-    stranger = error_line(quantize(hub, tmp_path, "push", str(finished), "--to", TARGET, "-q", token="hf_stranger"))
-    assert "stranger cannot make it under tester: publish under stranger" in stranger
+def test_push_needs_a_token_that_may_write(place: Place, tmp_path: Path) -> None:
+    folder = place.fresh(tmp_path)
+    place.hub.add_user("stranger", "hf_stranger")
+    expected = {
+        "": "no token for the Hub",
+        READ_TOKEN: "the token of reader may only read",
+        "hf_stranger": "stranger cannot make it under tester: publish under stranger",
+    }
+    for token, message in expected.items():
+        assert message in error_line(place.run("push", folder, "-q", token=token))
     with pytest.raises(LookupError):
-        hub.head(TARGET)
+        place.hub.head(TARGET)
 
 
-def test_damage_on_the_way_is_noticed_and_mended(hub: LoopbackHub, commit: str, tmp_path: Path) -> None:
+def test_damage_on_the_way_is_noticed_and_mended(place: Place, folder: Path) -> None:
     """Bytes of the right number but wrong content arrive once: the second download counts."""
-    hub.inject(Fault(method="GET", path=r"^/lfs/", times=1, kind="corrupt"))
-    made = quantize(hub, tmp_path, "run", "--device", "cpu", *QUICK_OPTIONS, "-q")
-    assert made.returncode == 0, made.stderr
-    siblings = HfApi(endpoint=hub.endpoint).model_info(MODEL, files_metadata=True).siblings or []
-    expected = {one.rfilename: one.lfs.sha256 for one in siblings if one.lfs}
-    files = json.loads((tmp_path / "distilgpt2-bnb-4bit" / "provenance.json").read_text())["source"]["files"]
-    assert {file["path"]: file["sha256"] for file in files}["model.safetensors"] == expected["model.safetensors"]
+    place.hub.inject(Fault(method="GET", path=r"^/lfs/", times=1, kind="corrupt"))
+    made = place.quantize(*RUN, folder=folder)
+    assert made.code == 0, made.err
+    files = json.loads((folder / NAME / "provenance.json").read_text())["source"]["files"]
+    digest = hashlib.sha256(place.hub.files(MODEL)["model.safetensors"]).hexdigest()
+    assert {file["path"]: file["sha256"] for file in files}["model.safetensors"] == digest
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_download_that_is_stopped(hub: LoopbackHub, commit: str, tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_a_download_that_is_stopped(place: Place, folder: Path, number: signal.Signals) -> None:
     """The weights never arrive; after the signal nothing is left but the Hub's cache, and the next run succeeds."""
-    hub.inject(Fault(method="GET", path=r"^/lfs/", kind="hang"))
-    arguments = ("run", "--device", "cpu", *QUICK_OPTIONS, "-q")
-    with subprocess.Popen(
-        [sys.executable, "-m", "quantize", *arguments],
-        cwd=tmp_path,
-        env=environment(hub, tmp_path, TOKEN),
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        while not any(request.fault for request in hub.requests):
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.send_signal(number)
-        hub.clear_faults()
-        said = process.stderr.read() if process.stderr else ""
-    assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL), said
-    assert "Traceback" not in said
-    assert not (tmp_path / "distilgpt2-bnb-4bit").exists()
-    assert quantize(hub, tmp_path, *arguments).returncode == 0
+    place.hub.inject(Fault(method="GET", path=r"^/lfs/", kind="hang", times=None))
+    seen = len(place.hub.requests)
+    child = place.warm.start(*RUN, cwd=folder, env={"HF_TOKEN": WRITE_TOKEN})
+    while not any(request.fault for request in place.hub.requests[seen:]):
+        time.sleep(0.01)
+    child.send(number)
+    place.hub.clear_faults()
+    ended = child.wait()
+    assert ended.code == (130 if number == signal.SIGINT else -signal.SIGKILL), ended.err
+    assert "Traceback" not in ended.err
+    assert not (folder / NAME).exists()
+    again = place.quantize(*RUN, folder=folder)
+    assert again.code == 0, again.err
 
 
-def test_lasting_damage_is_refused(hub: LoopbackHub, commit: str, tmp_path: Path) -> None:
-    hub.inject(Fault(method="GET", path=r"^/lfs/", times=99, kind="corrupt"))
-    line = error_line(quantize(hub, tmp_path, "run", "--device", "cpu", "-q"))
-    assert "model.safetensors of distilbert/distilgpt2 arrives with a wrong hash" in line
+def test_lasting_damage_is_refused(place: Place, folder: Path) -> None:
+    place.hub.inject(Fault(method="GET", path=r"^/lfs/", times=None, kind="corrupt"))
+    line = error_line(place.quantize("run", MODEL, "--device", "cpu", "-q", folder=folder))
+    assert f"model.safetensors of {MODEL} arrives with a wrong hash" in line

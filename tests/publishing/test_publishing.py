@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ import pytest
 
 from tests.hub import WRITE_TOKEN, Fault
 from tests.publishing.warm_process import Child
-from tests.publishing.workspace import COMMANDS, MODEL, NAME, TARGET, Place
+from tests.publishing.workspace import COMMANDS, MODEL, NAME, REPO, STEPS, TARGET, Place
 
 RUN = COMMANDS["run --push-to"]
 PUSH = COMMANDS["push"]
@@ -284,16 +285,16 @@ def test_a_token_with_foreign_letters_is_said_in_one_line(place: Place, tmp_path
 def test_a_new_commit_of_the_source_makes_a_new_package(place: Place, tmp_path: Path) -> None:
     folder = place.fresh(tmp_path)
     assert place.quantize(*RUN, folder=folder).code == 0
-    old = place.hub.files(MODEL)["README.md"]
+    card = place.hub.files(MODEL)["README.md"] + b"\nOne line more.\n"
+    newer = place.hub.commit(MODEL, {"README.md": card}, message="a better card")
     try:
-        newer = place.hub.commit(MODEL, {"README.md": old + b"\nOne line more.\n"}, message="a better card")
         done = place.quantize(*RUN, "--json", folder=folder)
         assert done.code == 0, done.err
         assert json.loads(done.out)["source_commit"] == newer and len(place.commits()) == 2
         assert b"One line more." in place.hub.files(TARGET)["README.md"]
         place.require_whole()
     finally:
-        place.hub.commit(MODEL, {"README.md": old}, message="as before")
+        place.restore_source()  # with another commit every later test would have to make its package anew
 
 
 def test_a_card_alone_is_refreshed(place: Place, tmp_path: Path) -> None:
@@ -366,12 +367,18 @@ def wait_for_fault(place: Place) -> None:
         time.sleep(0.01)
 
 
-MOMENTS = random.Random(20).sample(range(1, 26), 22)
-"""Before which request of a run the process is killed: the weights are made, everything about the Hub is not."""
+KILLED_AT = {
+    "what the source is": Fault("GET", rf"^/api/models/{MODEL}"),
+    **{name: Fault(*step) for name, step in STEPS.items()},
+    "send the last large file": Fault(*STEPS["send a large file"], skip=4),
+    "confirm the last large file": Fault(*STEPS["confirm a large file"], skip=4),
+    "what is there after the commit": Fault("GET", rf"^{REPO}/revision"),
+}
+"""Every kind of request of a run, whose weights are made; of large files there are five."""
 
 
-@pytest.mark.parametrize("number", MOMENTS)
-def test_sigkill_at_a_request(place: Place, tmp_path: Path, number: int) -> None:
+@pytest.mark.parametrize("request_name", KILLED_AT)
+def test_sigkill_at_a_request(place: Place, tmp_path: Path, request_name: str) -> None:
     """The Hub still gets the request that was on its way; the rerun ends with one commit."""
     folder = place.fresh(tmp_path)
     children: list[Child] = []
@@ -381,7 +388,7 @@ def test_sigkill_at_a_request(place: Place, tmp_path: Path, number: int) -> None
             time.sleep(0.001)
         children[0].send(signal.SIGKILL)
 
-    place.hub.inject(Fault("*", ".", kind="none", skip=number - 1, times=1, meanwhile=kill))
+    place.hub.inject(dataclasses.replace(KILLED_AT[request_name], kind="none", meanwhile=kill))
     children.append(place.start("run --push-to", folder))
     assert children[0].wait().code == -signal.SIGKILL
     again = place.run("run --push-to", folder)
@@ -390,11 +397,13 @@ def test_sigkill_at_a_request(place: Place, tmp_path: Path, number: int) -> None
     place.require_whole()
 
 
-@pytest.mark.parametrize("share", [random.Random(30 + number).random() for number in range(8)])
-def test_sigkill_at_a_moment(place: Place, tmp_path: Path, share: float) -> None:
-    """From fetching to publishing, at a random share of the seconds that a whole run takes here."""
+@pytest.mark.slow
+@pytest.mark.parametrize("third", range(3))
+def test_sigkill_at_a_moment(place: Place, tmp_path: Path, third: int) -> None:
+    """From fetching to publishing, at a random moment in each third of the seconds that a whole run takes here."""
     folder = place.fresh(tmp_path)
     shutil.rmtree(folder / NAME)
+    share = (third + random.Random(30 + third).random()) / 3
     child = place.start("run --push-to", folder)
     time.sleep(share * place.seconds)
     child.send(signal.SIGKILL)
@@ -437,6 +446,7 @@ def test_no_option_takes_a_token() -> None:
     assert "--push-to" in options and not [flag for flag in options if "token" in flag and flag != "--new-tokens"]
 
 
+@pytest.mark.slow
 def test_a_hub_without_xet_is_said_in_one_line(place: Place, tmp_path: Path) -> None:
     """With Xet on, the client asks for an address that this Hub does not have: its own error type becomes a line."""
     folder = place.fresh(tmp_path)

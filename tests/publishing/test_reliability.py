@@ -10,26 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.hub import READ_TOKEN, WRITE_TOKEN, Fault, LoopbackHub
-from tests.publishing.workspace import COMMANDS, EXPIRED_TOKEN, TARGET, Place
+from tests.publishing.workspace import COMMANDS, EXPIRED_TOKEN, REPO, STEPS, TARGET, Place
 
 PUBLISHING = tuple(COMMANDS)
 MAKING = ("run --push-to", "sync")
 DOCS = Path(__file__).parents[2] / "docs" / "reliability.md"
-
-REPO = f"/api/models/{TARGET}"
-STEPS = {
-    "who am I": ("GET", r"^/api/whoami-v2"),
-    "right to write": ("GET", rf"^{REPO}/auth-check"),
-    "what is there": ("GET", rf"^{REPO}(\?|/revision|$)"),
-    "is the card valid": ("POST", r"^/api/validate-yaml"),
-    "make the repo": ("POST", r"^/api/repos/create"),
-    "announce files": ("POST", rf"^{REPO}/preupload"),
-    "announce large files": ("POST", r"\.git/info/lfs/objects/batch"),
-    "send a large file": ("PUT", r"^/lfs/"),
-    "confirm a large file": ("POST", r"\.git/info/lfs/objects/verify"),
-    "commit": ("POST", rf"^{REPO}/commit"),
-}
-
 
 ASKED_FOR = {
     ("--tag", "v1"): {"branches and tags": ("GET", rf"^{REPO}/refs"), "make the tag": ("POST", rf"^{REPO}/tag")},
@@ -43,8 +28,9 @@ ASKED_FOR = {
 class Case:
     """A fault, and what the first try ends in; without it, every second try has to publish.
 
-    `commits` counts what the first try left in the repo; `line` has to be in its one error line. `afresh` begins with
-    an empty cache and no package; `options` go to both tries; `limit` is the largest file in bytes.
+    `commits` counts what the first try left in the repo; `line` has to be in its one error line. Without `fetched` the
+    cache is empty, so the source is fetched once more; without `made` there is no package yet. `options` go to both
+    tries; `limit` is the largest file in bytes.
     """
 
     name: str
@@ -55,7 +41,8 @@ class Case:
     commands: tuple[str, ...] = PUBLISHING
     options: tuple[str, ...] = ()
     token: str = WRITE_TOKEN
-    afresh: bool = False
+    fetched: bool = True
+    made: bool = True
     limit: int | None = None
     meanwhile: Callable[[LoopbackHub], object] | None = None
 
@@ -104,17 +91,17 @@ def cases() -> Iterator[Case]:
     yield Case("the token is expired", (), 1, 0, "the token is missing, expired", token=EXPIRED_TOKEN)
     weights = ("GET", r"^/lfs/model/distilbert")
     head = ("HEAD", r"^/distilbert/.*/resolve/")
-    yield Case("503 once: a file of the source", (Fault(*head),), commands=MAKING[:1], afresh=True)
-    yield Case("429 once: a file of the source", (Fault(*head, status=429),), commands=MAKING[:1], afresh=True)
-    yield Case("reset in the middle of a download", (Fault(*weights, kind="reset-body"),), commands=MAKING, afresh=True)
-    yield Case("download is cut short", (Fault(*weights, kind="cut"),), commands=MAKING, afresh=True)
-    yield Case("download has corrupt bytes", (Fault(*weights, kind="corrupt"),), commands=MAKING, afresh=True)
+    yield Case("503 once: a file of the source", (Fault(*head),), commands=MAKING[:1], fetched=False)
+    yield Case("429 once: a file of the source", (Fault(*head, status=429),), commands=MAKING[:1], fetched=False)
+    reset = Fault(*weights, kind="reset-body")
+    yield Case("reset in the middle of a download", (reset,), commands=MAKING, fetched=False, made=False)
+    yield Case("download is cut short", (Fault(*weights, kind="cut"),), commands=MAKING, fetched=False)
+    yield Case("download has corrupt bytes", (Fault(*weights, kind="corrupt"),), commands=MAKING, fetched=False)
     corrupt = Fault(*weights, kind="corrupt", times=None)
-    yield Case("downloads are always corrupt", (corrupt,), 1, 0, "wrong hash", commands=MAKING, afresh=True)
-    yield Case("no disk space for the source", (), 1, 0, "no space left", commands=MAKING, afresh=True, limit=1_000_000)
-    yield Case(
-        "no disk space for the receipt", (), 1, 1, "no space left", commands=("push", "run --push-to"), limit=2000
-    )
+    yield Case("downloads are always corrupt", (corrupt,), 1, 0, "wrong hash", commands=MAKING, fetched=False)
+    full = "no space left"
+    yield Case("no disk space for the source", (), 1, 0, full, commands=MAKING, fetched=False, limit=1_000_000)
+    yield Case("no disk space for the receipt", (), 1, 1, full, commands=("push", "run --push-to"), limit=2000)
 
 
 def somebody_pushes(hub: LoopbackHub) -> None:
@@ -125,12 +112,21 @@ def somebody_deletes(hub: LoopbackHub) -> None:
     hub.delete_repo(TARGET)
 
 
-CELLS = [pytest.param(case, name, id=f"{name}: {case.name}") for case in cases() for name in case.commands]
+def marks(case: Case, name: str) -> list[pytest.MarkDecorator]:
+    """Publishing is the same code in every command: the inner loop takes each case of it once, with `push`."""
+    return [] if name == case.commands[0] and case.made else [pytest.mark.slow]
+
+
+CELLS = [
+    pytest.param(case, name, id=f"{name}: {case.name}", marks=marks(case, name))
+    for case in cases()
+    for name in case.commands
+]
 
 
 @pytest.mark.parametrize(("case", "name"), CELLS)
 def test_fault(place: Place, tmp_path: Path, case: Case, name: str) -> None:
-    folder, hub = place.fresh(tmp_path, afresh=case.afresh), place.hub
+    folder, hub = place.fresh(tmp_path, fetched=case.fetched, made=case.made), place.hub
     if "right to write" in case.name or case.meanwhile or case.options:
         hub.create_repo(TARGET)
     for fault in case.faults:

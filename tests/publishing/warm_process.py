@@ -5,10 +5,12 @@ Run as a program it is that warm process: it reads one JSON order a line and ans
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import resource
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -18,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FASTER = 0.02
+FASTER = 0.005
 """Waits between two attempts shrink to this share, the client's and ours alike: tests do not sit them out."""
-DEADLINE = "2"
+DEADLINE = "1"
 """Seconds for an answer from the loopback Hub."""
 
 
@@ -39,6 +41,13 @@ class Child:
 
     def send(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
+
+    def wait_for(self, words: str) -> None:
+        """Until a line of stderr begins with `words`."""
+        err, limit = self._folder / f"{self._name}.err", time.monotonic() + 300
+        while not (err.exists() and any(line.startswith(words) for line in err.read_text("utf-8").splitlines())):
+            assert time.monotonic() < limit, words
+            time.sleep(0.002)
 
     def wait(self) -> Ended:
         status = int(self._warm.ask({"wait": self.pid}))
@@ -63,6 +72,15 @@ class Warm:
 
     def run(self, *arguments: str, cwd: Path, **options: Any) -> Ended:
         return self.start(*arguments, cwd=cwd, **options).wait()
+
+    def rehearse(self, *arguments: str, cwd: Path, env: Mapping[str, str]) -> None:
+        """Let the warm process itself run a command: what it imports and builds, every child then has from birth.
+
+        A command that computes with torch would leave threads behind that no child gets, and is none to rehearse.
+        """
+        order = {"argv": arguments, "cwd": str(cwd), "env": dict(env), "here": True}
+        code = int(self.ask({**order, "out": os.devnull, "err": os.devnull}))
+        assert code == 0, code
 
     def ask(self, order: dict[str, Any]) -> str:
         assert self._process.stdin and self._process.stdout
@@ -97,25 +115,44 @@ def _serve() -> None:
     from quantize.formats.bitsandbytes import checkpoint
 
     del accelerate, matplotlib, scipy, torch, transformers, AutoModelForCausalLM, AutoTokenizer, quantize, checkpoint
-    for line in sys.stdin:
+    ssl.create_default_context = functools.cache(ssl.create_default_context)  # type: ignore[assignment]
+    orders, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", buffering=1)
+    for line in orders:
         order = json.loads(line)
         if "wait" in order:
             answer = os.waitpid(order["wait"], 0)[1]
+        elif "here" in order:
+            answer = _rehearsed(order)
         else:
             answer = os.fork()
             if answer == 0:
-                _become(order)
-        print(answer, flush=True)
+                os._exit(_ended(order))  # taking the interpreter down would take longer than the work
+        print(answer, file=answers)
 
 
-def _become(order: dict[str, Any]) -> None:
-    """The child: the command line, as `quantize ARGV` in `cwd` would run."""
+def _rehearsed(order: dict[str, Any]) -> int:
+    from huggingface_hub import close_session
+
+    own, asleep = dict(os.environ), time.sleep
+    code = _ended(order)
+    close_session()  # two processes must not talk over one connection
+    os.environ.clear()
+    os.environ.update(own)
+    time.sleep = asleep
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return code
+
+
+def _ended(order: dict[str, Any]) -> int:
+    """The exit code of the command line, run as `quantize ARGV` in `cwd`."""
     for number, path in ((1, order["out"]), (2, order["err"])):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(opened, number)
+        os.close(opened)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.chdir(order["cwd"])
     os.environ.update(order["env"])
-    if order["limit"] is not None:
+    if order.get("limit") is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["limit"], order["limit"]))
     asleep = time.sleep
     time.sleep = lambda seconds: asleep(float(seconds) * FASTER)
@@ -126,7 +163,7 @@ def _become(order: dict[str, Any]) -> None:
     except SystemExit as ended:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(int(ended.code or 0))  # taking the interpreter down would take longer than the work
+        return int(ended.code or 0)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from tests.hub import WRITE_TOKEN, LoopbackHub
 from tests.hub.distilgpt2 import seed_distilgpt2
 from tests.publishing.warm_process import Child, Ended, Warm, warm_process
 
-MEASURING = ("--max-windows", "24", "--new-tokens", "8", "--require", "degraded")
+MEASURING = ("--max-windows", "16", "--new-tokens", "4", "--require", "degraded")
 QUICK_OPTIONS = ("--recipe", "rtn", *MEASURING)
 EXPIRED_TOKEN = "hf_loopback_expired"
 MODEL, TARGET = "distilbert/distilgpt2", "tester/distilgpt2-bnb-4bit"
@@ -23,8 +23,8 @@ NAME = "distilgpt2-bnb-4bit"
 CATALOGUE = f"""
 [defaults]
 recipe = "rtn"
-max_windows = 24
-new_tokens = 8
+max_windows = 16
+new_tokens = 4
 require = "degraded"
 
 [[model]]
@@ -37,11 +37,26 @@ COMMANDS = {
     "sync": ("sync", "catalogue.toml", "--device", "cpu"),
 }
 
+REPO = f"/api/models/{TARGET}"
+STEPS = {
+    "who am I": ("GET", r"^/api/whoami-v2"),
+    "right to write": ("GET", rf"^{REPO}/auth-check"),
+    "what is there": ("GET", rf"^{REPO}(\?|/revision|$)"),
+    "is the card valid": ("POST", r"^/api/validate-yaml"),
+    "make the repo": ("POST", r"^/api/repos/create"),
+    "announce files": ("POST", rf"^{REPO}/preupload"),
+    "announce large files": ("POST", r"\.git/info/lfs/objects/batch"),
+    "send a large file": ("PUT", r"^/lfs/"),
+    "confirm a large file": ("POST", r"\.git/info/lfs/objects/verify"),
+    "commit": ("POST", rf"^{REPO}/commit"),
+}
+"""What publishing asks the Hub, by method and path, in this order."""
+
 
 @dataclass(frozen=True)
 class Place:
     """What a test of publishing works with: `cache` is the Hub's cache, `package` is sealed and passed; `seconds`
-    is what making and publishing it took.
+    is what making and publishing it took; `source` is the folder that the Hub's model came from.
     """
 
     hub: LoopbackHub
@@ -49,15 +64,19 @@ class Place:
     cache: Path
     package: Path
     seconds: float
+    source: Path
 
-    def fresh(self, folder: Path, *, afresh: bool = False) -> Path:
-        """A folder to work in as a command leaves it before it publishes, or an empty one with an empty cache."""
+    def fresh(self, folder: Path, *, fetched: bool = True, made: bool = True) -> Path:
+        """A folder to work in as a command leaves it before it publishes.
+
+        Without `fetched` the Hub's cache is empty, without `made` there is no package yet.
+        """
         self.hub.clear_faults()
         self.hub.delete_repo(TARGET)
         (folder / "catalogue.toml").write_text(CATALOGUE)
-        if afresh:
+        if not fetched:
             shutil.rmtree(self.cache, ignore_errors=True)
-        else:
+        if made:
             shutil.copytree(self.package, folder / NAME)
             shutil.copytree(self.package, folder / "sync" / "packages" / TARGET.replace("/", "--"))
         return folder
@@ -71,6 +90,11 @@ class Place:
             return [commit.title for commit in self.hub.log(TARGET)][:-1]
         except LookupError:
             return []
+
+    def restore_source(self) -> None:
+        """The source's repo as it was in the beginning: the same commits."""
+        self.hub.delete_repo(MODEL)
+        seed_distilgpt2(self.hub, self.source)
 
     def start(self, name: str, folder: Path) -> Child:
         return self.warm.start(*COMMANDS[name], cwd=folder, env={"HF_TOKEN": WRITE_TOKEN})
@@ -98,4 +122,5 @@ def prepared(root: Path, pocket: Path) -> Iterator[Place]:
         made = warm.run(*COMMANDS["run --push-to"], cwd=root, env={"HF_TOKEN": WRITE_TOKEN})
         assert made.code == 0, made.err
         (root / NAME / "receipt.json").unlink()
-        yield Place(hub, warm, root / "home" / "hub", root / NAME, time.monotonic() - started)
+        warm.rehearse(*COMMANDS["push"], "--dry-run", cwd=root, env={"HF_TOKEN": WRITE_TOKEN})
+        yield Place(hub, warm, root / "home" / "hub", root / NAME, time.monotonic() - started, pocket)

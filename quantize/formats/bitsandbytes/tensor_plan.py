@@ -93,7 +93,7 @@ def _stored(checkout: Checkout, rename: Callable[[str], tuple[str, str]]) -> dic
             for key, entry in safetensors.entries(checkout.folder / file.path).items():
                 name, saved_name = rename(key)
                 if name in stored:
-                    raise NotKnown(f"{name} is there twice")
+                    raise NotKnown(f"{name} is stored twice")
                 stored[name] = saved_name, entry
     return stored
 
