@@ -31,7 +31,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "size_budget": st.integers(1, 9) | st.floats(1, 9),
     "passes": st.integers(0, 9),
     "epochs": st.integers(0, 9),
-    "hqq_iterations": st.integers(1, 99),
+    "hqq_iterations": st.integers(1, 2**40),
     "calibration": lines_of_text,
     "calibration_windows": st.integers(8, 2**40),
     "calibration_length": st.integers(16, 2**40),
