@@ -22,7 +22,8 @@ from tests.hub import LoopbackHub
 from tests.hub.distilgpt2 import seed_distilgpt2
 from tests.methods.test_calibrated import LITTLE, require_pipeline_and_lora
 from tests.package.test_card import run_snippets
-from tests.publishing.test_hub_run import MODEL, TARGET, quantize
+from tests.publishing.test_hub_run import as_a_person
+from tests.publishing.workspace import MODEL, TARGET
 
 pytestmark = pytest.mark.gpu
 SETTINGS = EvaluationSettings(new_tokens=16, require="degraded")
@@ -156,9 +157,10 @@ def test_the_calibrated_recipe(tmp_path: Path) -> None:
 def test_the_whole_job_over_http(tmp_path: Path) -> None:
     with LoopbackHub() as hub:
         seed_distilgpt2(hub, POCKET)
-        made = quantize(hub, tmp_path, "run", "--bits", "4", "--recipe", "rtn", "--require", "degraded", "--json")
+        arguments = ("run", "--bits", "4", "--recipe", "rtn", "--require", "degraded", "--json")
+        made = as_a_person(hub, tmp_path, "-m", "quantize", *arguments)
         assert made.returncode == 0, made.stderr
-        pushed = quantize(hub, tmp_path, "push", "distilgpt2-bnb-4bit", "--to", TARGET, "--json")
+        pushed = as_a_person(hub, tmp_path, "-m", "quantize", "push", "distilgpt2-bnb-4bit", "--to", TARGET, "--json")
         assert pushed.returncode == 0, pushed.stderr
         assert json.loads(pushed.stdout)["commit"] == hub.head(TARGET)
         assert MODEL in hub.files(TARGET)["README.md"].decode()
