@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Interval:
-    """A measured value and its 95 % interval."""
+    """A measured value and its 95 % confidence interval."""
 
     value: float
     low: float
@@ -16,7 +16,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class CardSample:
-    """One prompt and how each model went on."""
+    """One prompt and each model's continuation of it."""
 
     prompt: str
     original: str
@@ -46,7 +46,7 @@ class CardControl:
 
 @dataclass(frozen=True)
 class CardCalibration:
-    """The text that codes and scales were chosen on; `source` is `self` where the original wrote it."""
+    """The calibration text; `source` is `self` where the original generated it."""
 
     source: str
     windows: int
@@ -57,7 +57,7 @@ class CardCalibration:
 
 @dataclass(frozen=True)
 class CardAttempt:
-    """One recipe that was tried; size in bytes, measured values None where it failed a structural check."""
+    """One attempt of the recipe search; size in bytes, measured values None where it failed a structural check."""
 
     name: str
     size: int
@@ -70,7 +70,7 @@ class CardAttempt:
 
 @dataclass(frozen=True)
 class CardStandardPerplexity:
-    """A perplexity as papers state it, for both models."""
+    """A perplexity as papers report it, for both models."""
 
     name: str
     method: str
@@ -90,11 +90,11 @@ class CardDataset:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """Everything that a template may name. Sizes in bytes, divergences in nats, shares in 0..1.
+    """Everything that a template may use. Sizes in bytes, divergences in nats, shares in 0..1.
 
-    `key` says what the package is made of, as provenance.json does. `source_repo_id` and `source_commit` are None for
-    a local source; measured values are None in the card of a package that failed a structural check and was never
-    scored. `source_card` is the whole of the source's README; `corpus_dataset` is None for a text that is not from
+    `key` is the package key of provenance.json. `source_repo_id` and `source_commit` are None for
+    a local source; measured values are None in the card of a package that failed a structural check, or was not to be
+    measured. `source_card` is the whole of the source's README; `corpus_dataset` is None for a text that is not from
     the Hub. `method_description` says how codes were chosen. Of the quantized modules `block_32_modules` have blocks of
     32 weights; `half_precision_modules` of the kept ones are kept for the sake of accuracy.
     """

@@ -1,4 +1,4 @@
-"""The card's YAML front matter: what stays true of the source, and what is new."""
+"""The card's YAML front matter: what is inherited from the original, and what is new."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def build(facts: CardFacts, source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def forbids_derivatives(source: Mapping[str, Any]) -> str | None:
-    """The source's license where it allows no changed copies, such as cc-by-nc-nd-4.0."""
+    """The source's license where it forbids derivatives, such as cc-by-nc-nd-4.0."""
     named = [str(source.get(name) or "") for name in ("license", "license_name")]
     return next((name for name in named if any(mark in f"{name.lower()}-" for mark in FORBIDS_DERIVATIVES)), None)
 
@@ -57,7 +57,7 @@ def _tags(facts: CardFacts, source: Mapping[str, Any]) -> list[str]:
 
 
 def _results(facts: CardFacts) -> dict[str, Any]:
-    """Our own measurements of both models, as the Hub's model-index has them; never the source's results."""
+    """The measurements of both models, as the Hub's model-index has them; never results that the source reports."""
     assert facts.reference_perplexity and facts.candidate_perplexity and facts.perplexity_ratio
     assert facts.kld and facts.same_top
     measured = [
@@ -67,12 +67,12 @@ def _results(facts: CardFacts) -> dict[str, Any]:
         ("kl_divergence", "mean KL divergence from the original (nats)", facts.kld.value),
         ("same_top_token", "share of positions with the same most likely token", facts.same_top.value),
         *(
-            (one.name.replace(" ", "_"), f"{one.name} of the original", one.original)
-            for one in facts.standard_perplexities
+            (figure.name.replace(" ", "_"), f"{figure.name} of the original", figure.original)
+            for figure in facts.standard_perplexities
         ),
         *(
-            (one.name.replace(" ", "_"), f"{one.name} of this model", one.quantized)
-            for one in facts.standard_perplexities
+            (figure.name.replace(" ", "_"), f"{figure.name} of this model", figure.quantized)
+            for figure in facts.standard_perplexities
         ),
     ]
     return {
@@ -88,5 +88,5 @@ def _dataset(facts: CardFacts) -> dict[str, Any]:
     hub = facts.corpus_dataset
     if hub is None:
         return {"name": facts.corpus, "type": "text", **arguments}
-    place = {"type": hub.repo_id, "config": hub.config, "split": hub.split, "revision": hub.revision}
-    return {"name": f"{hub.repo_id} {hub.config}", **place, **arguments}
+    location = {"type": hub.repo_id, "config": hub.config, "split": hub.split, "revision": hub.revision}
+    return {"name": f"{hub.repo_id} {hub.config}", **location, **arguments}

@@ -1,4 +1,4 @@
-"""A card as a page of its own, about as the Hub shows it; nothing in it can run."""
+"""A card as an HTML page, about as the Hub shows it; no script in it can run."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def page(card: str, folder: Path) -> str:
     """One HTML file of a card's text, with its front matter folded away and the pictures in `folder` inside it."""
     from markdown_it import MarkdownIt
 
-    found = source_card.FRONT_MATTER.match(card)
-    header, body = (found.group(1), card[found.end() :]) if found else ("", card)
+    matter = source_card.FRONT_MATTER.match(card)
+    header, body = (matter.group(1), card[matter.end() :]) if matter else ("", card)
     content = MarkdownIt("commonmark", {"html": True}).enable("table").render(body)
     content = RELATIVE_IMAGE.sub(lambda image: image[1] + _embedded(folder, image[2]) + image[3], content)
     title = next((line.removeprefix("# ") for line in body.splitlines() if line.startswith("# ")), "model card")

@@ -18,13 +18,13 @@ TEMPLATE = "card.md.j2"
 
 
 class TemplateProblem(Exception):
-    """A template of one's own that does not render; the message says where."""
+    """A user's template that does not render; the message says where."""
 
 
 def render(facts: CardFacts, template: str | None = None) -> str:
     """The whole card: YAML front matter, then the text that `template`, or the default one, makes of the facts.
 
-    The source's own text is a value, never a template. Raises TemplateProblem for a template of one's own.
+    The source's own text is a value, never a template. Raises TemplateProblem for a `template` that does not render.
     """
     source = source_card.split(facts.source_card or "")
     values = _names(facts, source)
@@ -36,7 +36,7 @@ def render(facts: CardFacts, template: str | None = None) -> str:
 
 
 def names(facts: CardFacts) -> dict[str, Any]:
-    """Everything that a template may name: the facts, and what follows from the source's card."""
+    """Everything that a template may use: the facts, and what follows from the source's card."""
     return _names(facts, source_card.split(facts.source_card or ""))
 
 
@@ -61,13 +61,13 @@ def _names(facts: CardFacts, source: source_card.SourceCard) -> dict[str, Any]:
 
 
 def _template_line(error: Exception) -> int | None:
-    """The line of one's own template in which rendering failed; Jinja puts it into the traceback."""
+    """The line of a user's template in which rendering failed; Jinja puts it into the traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     return next((frame.lineno for frame in reversed(frames) if frame.filename == "<template>"), None)
 
 
 def _emissions(stated: Any) -> str | None:
-    """What a card says of its training's emissions, in a line: grams, or a mapping that has them."""
+    """The training emissions that a card states, in one line: grams, or a mapping that has them."""
     amount = stated.get("emissions") if isinstance(stated, dict) else stated
     return f"{amount} g CO2eq" if amount else None
 
@@ -78,10 +78,10 @@ def _tidy(text: str) -> str:
     lines: list[str] = []
     fence: str | None = None
     for line in head.splitlines():
-        found = source_card.FENCE.match(line)
-        if found and fence is None:
-            fence = found.group(1)
-        elif found and line.strip() == fence:
+        marker = source_card.FENCE.match(line)
+        if marker and fence is None:
+            fence = marker.group(1)
+        elif marker and line.strip() == fence:
             fence = None
         if line.strip() or fence or (lines and lines[-1].strip()):
             lines.append(line)

@@ -54,12 +54,12 @@ class _PlainLoader(yaml.SafeLoader):
 
 def split(card: str) -> SourceCard:
     """Front matter and body of a card; front matter that is not a mapping in plain YAML counts as none."""
-    found = FRONT_MATTER.match(card)
-    if not found:
+    matter = FRONT_MATTER.match(card)
+    if not matter:
         return SourceCard({}, card)
-    body = card[found.end() :]
+    body = card[matter.end() :]
     try:
-        metadata = yaml.load(found.group(1), _PlainLoader)
+        metadata = yaml.load(matter.group(1), _PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that no calendar has
         return SourceCard({}, body, _in_one_line(error))
     if metadata is None:
@@ -107,8 +107,8 @@ def _underlined(lines: list[str], line: str) -> int | None:
 
 
 def _demoted(line: str, by: int) -> str:
-    line = HEADING.sub(lambda found: found.group(1) + "#" * min(DEEPEST, len(found.group(2)) + by), line)
-    return HTML_HEADING.sub(lambda found: f"{found.group(1)}{min(DEEPEST, int(found.group(2)) + by)}", line)
+    line = HEADING.sub(lambda match: match.group(1) + "#" * min(DEEPEST, len(match.group(2)) + by), line)
+    return HTML_HEADING.sub(lambda match: f"{match.group(1)}{min(DEEPEST, int(match.group(2)) + by)}", line)
 
 
 def _outside_code(line: str, change: Callable[[str], str]) -> str:
@@ -117,14 +117,14 @@ def _outside_code(line: str, change: Callable[[str], str]) -> str:
 
 
 def _absolute(text: str, base: str) -> str:
-    def image(found: re.Match[str]) -> str:
-        return found["before"] + _joined(found["target"], base, "resolve")
+    def image(match: re.Match[str]) -> str:
+        return match["before"] + _joined(match["target"], base, "resolve")
 
-    def link(found: re.Match[str]) -> str:
-        return found["before"] + _joined(found["target"], base, "blob")
+    def link(match: re.Match[str]) -> str:
+        return match["before"] + _joined(match["target"], base, "blob")
 
-    def html(found: re.Match[str]) -> str:
-        return image(found) if found["name"].lower() == "src" else link(found)
+    def html(match: re.Match[str]) -> str:
+        return image(match) if match["name"].lower() == "src" else link(match)
 
     return HTML_TARGET.sub(html, DEFINITION.sub(link, LINK.sub(link, IMAGE.sub(image, text))))
 

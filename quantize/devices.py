@@ -1,4 +1,4 @@
-"""Where the work runs, and a description of it for the evidence."""
+"""Which device computes, how much memory it has left, and a description of it for the evidence."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ REPORTED = (
     "tokenizers",
 )
 
-FEWEST_SHARE, LARGEST_SHARE = 0.6, 0.9
+SMALLEST_SHARE, LARGEST_SHARE = 0.6, 0.9
+"""Of the free memory, the share that models may take at least, and at most."""
 WORKING_MEMORY = 1_500_000_000
-"""Bytes for logits, activations and the cache of a generation."""
+"""Bytes for logits, activations and the KV cache."""
 
 
 def choose(device: str) -> str:
-    """`auto` is the first CUDA or XPU device where there is one, otherwise the CPU; anything else is checked."""
+    """The name of a device: for `auto` the first CUDA or XPU device, without one the CPU. Raises DeviceError."""
     import torch
 
     if device == "auto":
@@ -38,7 +39,7 @@ def choose(device: str) -> str:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise DeviceError(
-            f"device {device!r} cannot be used here ({reason}); `quantize doctor` lists what can"
+            f"device {device!r} cannot be used here ({reason}); `quantize doctor` lists the devices that can"
         ) from error
     return str(torch.device(device))
 
@@ -55,7 +56,7 @@ def describe(device: str) -> Environment:
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what computes; the build tag (`+cpu`, `+cu130`) is part of them."""
+    """Installed versions of the libraries that compute, with their build tags (`+cpu`, `+cu130`)."""
     return {name: metadata.version(name) for name in REPORTED}
 
 
@@ -70,7 +71,7 @@ def device_name(device: str) -> str:
 
 
 def free_memory(device: str) -> int:
-    """Bytes that can still be taken on `device`."""
+    """Free bytes on `device`."""
     import torch
 
     if device.startswith("cuda"):
@@ -83,13 +84,13 @@ def free_memory(device: str) -> int:
 
 
 def usable_memory(device: str) -> int:
-    """Bytes that models may take on `device`: what is free, less what arithmetic needs and a reserve for others."""
+    """Bytes that models may take on `device`: the free ones, less working memory and a reserve for other processes."""
     free = free_memory(device)
-    return max(int(free * FEWEST_SHARE), int(free * LARGEST_SHARE) - WORKING_MEMORY)
+    return max(int(free * SMALLEST_SHARE), int(free * LARGEST_SHARE) - WORKING_MEMORY)
 
 
 def release(device: str) -> None:
-    """Give memory back to the device that is garbage by now, or that torch keeps for later."""
+    """Collect garbage, and return the memory that torch keeps for later to the device."""
     import gc
 
     gc.collect()
@@ -97,7 +98,7 @@ def release(device: str) -> None:
 
 
 def empty(device: str) -> None:
-    """Give memory back to the device that torch keeps for later, such as that of recordings which are gone."""
+    """Return the memory that torch keeps for later to the device, such as that of CUDA graphs which are gone."""
     import torch
 
     if torch.device(device).type != "cpu":
@@ -105,14 +106,14 @@ def empty(device: str) -> None:
 
 
 def steady_attention() -> Any:
-    """While it lasts, attention is not computed by cuDNN, which makes a new plan for every length of a growing text."""
+    """A context in which cuDNN does not compute attention: it would make a new plan for every length of a text."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def accelerators(device: str) -> dict[int | str, int]:
-    """Room on all devices of the kind of `device`, it first, by the number that accelerate knows them by."""
+    """Usable bytes on all devices of the kind of `device`, that one first, by the numbers that accelerate uses."""
     import torch
 
     kind, _, number = device.partition(":")
@@ -120,14 +121,14 @@ def accelerators(device: str) -> dict[int | str, int]:
         return {}
     first = int(number or 0)
     numbers = [first, *(other for other in range(getattr(torch, kind).device_count()) if other != first)]
-    return {one: usable_memory(f"{kind}:{one}") for one in numbers}
+    return {index: usable_memory(f"{kind}:{index}") for index in numbers}
 
 
-def name(place: object) -> str:
-    """What accelerate's device map calls a place, in words: a bare number is an accelerator's."""
+def name(device: object) -> str:
+    """A device of accelerate's device map by its full name: a bare number is an accelerator's."""
     import torch
 
-    return str(torch.device(place)) if isinstance(place, int) else str(place)
+    return str(torch.device(device)) if isinstance(device, int) else str(device)
 
 
 def _processor_name() -> str:

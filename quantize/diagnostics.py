@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import platform
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from quantize import devices, hub
+from quantize.files import free_space
 from quantize.formats.bitsandbytes import self_test
 
 
@@ -22,7 +22,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """Devices as `--device auto` prefers them; disk sizes in bytes. The token itself is never told."""
+    """Devices as `--device auto` prefers them; disk sizes in bytes. The token itself is never shown."""
 
     python: str
     versions: dict[str, str]
@@ -36,7 +36,7 @@ class Diagnostics:
 
 
 def diagnose() -> Diagnostics:
-    """Look at devices, versions, the Hub's settings and the disks, without any network."""
+    """Look at devices, versions, the Hub's settings and the disks, without network access."""
     names = list(dict.fromkeys([devices.choose("auto"), "cpu"]))
     return Diagnostics(
         python=platform.python_version(),
@@ -46,19 +46,14 @@ def diagnose() -> Diagnostics:
         endpoint=hub.endpoint(),
         token_present=hub.token_present(),
         hub_cache=str(hub.cache_folder()),
-        hub_cache_free=_free(hub.cache_folder()),
-        folder_free=_free(Path.cwd()),
+        hub_cache_free=free_space(hub.cache_folder()),
+        folder_free=free_space(Path.cwd()),
     )
 
 
 def _try_quantizing(device: str) -> str:
     """`yes`, or the reason why bitsandbytes cannot quantize on `device`."""
     try:
-        return "yes" if self_test.works_on(device) else "no: what it quantizes comes back wrong"
+        return "yes" if self_test.works_on(device) else "no: dequantized values are wrong"
     except (RuntimeError, ImportError, AttributeError) as error:
         return f"no: {(str(error) or type(error).__name__).splitlines()[0]}"
-
-
-def _free(folder: Path) -> int:
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    return shutil.disk_usage(existing).free

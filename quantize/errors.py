@@ -12,6 +12,7 @@
     ├── DeviceError               the device that was asked for, or its memory
     ├── StorageError              no space, no permission
     ├── PackageError              an output folder or a package that is not what it should be
+    │   └── NewerFormat           a package of a later version of quantize
     ├── PublishError              the upload
     │   └── Conflict              somebody else committed meanwhile
     └── ParityRefused             exit 3: the package was made and measured, and did not pass
@@ -75,6 +76,10 @@ class StorageError(QuantizeError):
 
 
 class PackageError(QuantizeError):
+    pass
+
+
+class NewerFormat(PackageError):
     pass
 
 

@@ -114,10 +114,10 @@ class StandardPerplexity:
 
 @dataclass(frozen=True)
 class CacheRecord:
-    """What it cost that the reference's answers, computed in `dtype`, were kept in `bits` bits a logit.
+    """The error of keeping the reference's logits, computed in `dtype`, in `bits` bits each.
 
     Over the windows scored: KLD (nats) of the kept against the exact distribution, mean and largest, and the mean
-    change of the right token's nll, which is the error of the reference's log-perplexity.
+    change of the correct token's nll, which is the error of the reference's log-perplexity.
     """
 
     bits: int

@@ -1,4 +1,4 @@
-"""Hashes of files, room for them, and locks on them."""
+"""Files of a model's folder: their names, sizes and hashes, the disk space that they need, and locks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ from pathlib import Path
 
 from quantize.errors import QuantizeError, StorageError, storage_errors
 from quantize.records import FileRecord
+
+CONFIG = "config.json"
+CARD = "README.md"
+PROVENANCE = "provenance.json"
+PARITY = "parity.json"
+RECEIPT = "receipt.json"
+FIGURES = "figures"
 
 CHUNK = 1 << 20
 
@@ -34,13 +41,22 @@ def records_of(folder: Path, *, without: tuple[str, ...] = ()) -> tuple[FileReco
 
 def require_space(folder: Path, needed: int, purpose: str) -> None:
     """Raise StorageError unless the disk that holds `folder` has `needed` bytes free."""
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_space(folder)
     if free < needed:
         raise StorageError(
-            f"{purpose} needs {needed / 1e9:.2f} GB and the disk of {existing} has {free / 1e9:.2f} GB free: "
-            f"make room or choose another place"
+            f"{purpose} needs {needed / 1e9:.2f} GB and the disk of {_existing(folder)} has {free / 1e9:.2f} GB free: "
+            f"free some space or choose another folder"
         )
+
+
+def free_space(folder: Path) -> int:
+    """Bytes that are free on the disk that holds `folder`, or would hold it."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    return next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What the commands do: a source becomes a package that is quantized, proved, documented and published."""
+"""What the commands do: a source becomes a package that is quantized, proved and documented."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from model_card import CardFacts
 from quantize import __version__, devices, files, methods, package, search, source
 from quantize.errors import ConfigError, PackageError, UnsupportedModel, storage_errors
 from quantize.evidence import Evidence
+from quantize.formats.bitsandbytes.config import ExpectedConfig
+from quantize.formats.safetensors import recorded_weight_bytes
 from quantize.grades import UNMEASURED
 from quantize.package import Package, card
-from quantize.parity import check_inputs, corpus_text, figures, measure, structure, unmeasured
+from quantize.parity import check_inputs, corpus_text, figures, measure, unmeasured
 from quantize.progress import Progress, Silent
 from quantize.records import (
     Checkout,
@@ -31,8 +33,8 @@ from quantize.records import (
 from quantize.serialization import now
 
 TOOL = "quantize-bnb"
-STOCK_NF4 = "stock NF4"
-CONTROLS = {"int8": Recipe(name="rtn", bits=8), STOCK_NF4: Recipe(name="rtn")}
+RTN_NF4 = "NF4 rounded to nearest"
+CONTROLS = {"int8": Recipe(name="rtn", bits=8), RTN_NF4: Recipe(name="rtn")}
 
 
 @dataclass(frozen=True)
@@ -62,96 +64,81 @@ class RunRequest:
 
 @dataclass(frozen=True)
 class RunResult:
-    """The finished package, and whether this run made it."""
+    """The finished package, and whether this run made it; a package that parity refused has not `passed`."""
 
     package: Package
     created: bool
 
 
+@dataclass(frozen=True)
+class VerifyRequest:
+    """What one `quantize verify` was asked for: `checkpoint` is a folder or a Hub repo, somebody else's as well.
+
+    `against` names the original, required unless the checkpoint is a package whose original is on the Hub.
+    """
+
+    checkpoint: str
+    against: str | None = None
+    settings: EvaluationSettings = field(default_factory=EvaluationSettings)
+    device: str = "auto"
+    trust_remote_code: bool = False
+    reference_cache: Path | None = None
+
+
+@dataclass(frozen=True)
+class CardRequest:
+    """What one `quantize card` was asked for: the package, and what its card shall say otherwise than before.
+
+    `against` is the original's folder where it is not on the Hub, `publisher` None the one on record, `template` a
+    Jinja file in place of the built-in one.
+    """
+
+    folder: Path
+    against: str | None = None
+    publisher: Publisher | None = None
+    template: Path | None = None
+
+
 def run(request: RunRequest, progress: Progress) -> RunResult:
-    """Fetch, quantize, measure, document and seal; a refused package is kept under a name that shows it."""
+    """Fetch, quantize, measure, document and seal; a refused package is kept under a name that shows it.
+
+    Raises QuantizeError, and leaves nothing half done.
+    """
     request = dataclasses.replace(request, recipe=methods.normalized(request.recipe))
     output = request.output or default_output(request.model, request.recipe)
     package.require_replaceable(output)
     device = devices.choose(request.device)
     with package.staging_folder(output) as staging:
-        progress.stage(f"source {request.model}")
-        checkout = source.fetch(
-            request.model,
-            revision=request.revision,
-            trust_remote_code=request.trust_remote_code,
-            progress=progress,
-        )
-        if not request.force:
-            done = package.finished(
-                output, checkout.source, request.recipe, request.settings, outdated=request.replace_outdated
-            )
-            if done and (request.unverified or done.evidence.verdict.grade != UNMEASURED):
-                return RunResult(done, created=False)
-        _require_derivable(checkout, request.allow_no_derivatives)
+        checkout = _fetch(request, progress)
+        finished = _finished(request, checkout, output)
+        if finished is not None:
+            return RunResult(finished, created=False)
         template = _read_template(request.card_template)
-        check_inputs(checkout, request.settings)
-        methods.check(checkout, request.recipe, corpus_text(request.settings))
-        files.require_space(staging, source.weight_bytes(checkout.source), "the package")
-        resume = output.with_name(f"{output.name}{package.UNFINISHED}")
-        judge = _judge(request, checkout, device, progress)
-        made = search.build(checkout, staging, request.recipe, request.settings, device, progress, resume, judge)
-        evidence = made.evidence
+        _check(request, checkout, staging)
+        resume, corpus = output.with_name(f"{output.name}{package.UNFINISHED}"), corpus_text(request.settings)
+        job = methods.Job(checkout, staging, request.recipe, device, progress, corpus, resume)
+        candidate = search.build(job, request.settings, _measurement(request, job))
         progress.stage("write card and provenance")
-        provenance = Provenance(
-            tool=TOOL,
-            tool_version=__version__,
-            created=now(),
-            source=checkout.source,
-            recipe=made.recipe,
-            quantized=made.quantized,
-            settings=request.settings,
-            environment=evidence.environment,
-            publisher=request.publisher,
-            name=request.name or output.name,
-            key=package_key(checkout.source.repo_id or checkout.source.name, checkout.source.pinned, request.recipe),
-            requested=None if made.recipe == request.recipe else request.recipe,
-        )
-        package.write_evidence(staging, evidence)
-        figures.draw(evidence, staging / package.FIGURES)
-        facts = card.facts(provenance, evidence, source.card_text(checkout), card.figure_names(staging))
-        package.write_card(staging, _rendered(facts, template, request.card_template))
-        provenance = package.seal(staging, provenance)
-        sound = evidence.verdict.passed or evidence.verdict.grade == UNMEASURED
+        provenance = _provenance(request, checkout, candidate, output.name)
+        sealed = _document(checkout, candidate, provenance, template, request.card_template)
+        verdict = candidate.evidence.verdict
+        sound = verdict.passed or verdict.grade == UNMEASURED
         final = package.move_into_place(staging, output, passed=sound)
-    return RunResult(Package(final, provenance, evidence), created=True)
+    return RunResult(Package(final, sealed, candidate.evidence), created=True)
 
 
-def verify(
-    reference: str,
-    against: str | None,
-    settings: EvaluationSettings,
-    device: str,
-    progress: Progress,
-    trust_remote_code: bool = False,
-    reference_cache: Path | None = None,
-) -> Evidence:
-    """Measure a package against its pinned source, or any bitsandbytes checkpoint against the source named.
-
-    `reference` is a folder or a Hub repo, somebody else's as well.
-    """
-    chosen = devices.choose(device)
-    progress.stage(f"checkpoint {reference}")
-    folder = source.fetch_checkpoint(reference, (package.PROVENANCE, package.PARITY), progress)
-    if (folder / package.PROVENANCE).is_file():
-        provenance = package.open_package(folder).provenance
-        checkout = source.refetch(provenance.source, against, trust_remote_code=trust_remote_code, progress=progress)
-        promise = _promise(provenance.recipe, provenance.quantized)
-    elif not (folder / "config.json").is_file():
-        raise PackageError(f"{reference} holds no model: it has no config.json")
-    elif against is None:
-        raise PackageError(f"{reference} has no {package.PROVENANCE}: name its original model with --against")
-    else:
-        checkout = source.fetch(against, revision=None, trust_remote_code=trust_remote_code, progress=progress)
-        promise = None
-    progress.stage(f"verify on {chosen}")
-    with _controls(checkout, CONTROLS if settings.controls else {}, chosen, progress) as controls:
-        return measure(checkout, folder, settings, chosen, progress, promise, controls, reference_cache)
+def verify(request: VerifyRequest, progress: Progress) -> Evidence:
+    """Measure a package against its pinned source, or any bitsandbytes checkpoint against the source named."""
+    device = devices.choose(request.device)
+    progress.stage(f"checkpoint {request.checkpoint}")
+    folder = source.fetch_checkpoint(request.checkpoint, (files.PROVENANCE, files.PARITY), progress)
+    checkout, expected = _original(request, folder, progress)
+    progress.stage(f"verify on {device}")
+    recipes = CONTROLS if request.settings.controls else {}
+    with _controls(checkout, recipes, device, progress) as controls:
+        return measure(
+            checkout, folder, request.settings, device, progress, expected, controls, request.reference_cache
+        )
 
 
 def draw_figures(evidence: Evidence, folder: Path) -> None:
@@ -160,33 +147,31 @@ def draw_figures(evidence: Evidence, folder: Path) -> None:
         figures.draw(evidence, folder)
 
 
-def card_names(folder: Path, against: str | None, publisher: Publisher | None = None) -> dict[str, Any]:
+def card_names(request: CardRequest) -> dict[str, Any]:
     """Everything that a card's template may name, for one package."""
-    return model_card.names(_facts(_published_by(package.open_package(folder), publisher), against))
+    return model_card.names(_facts(_opened(request), request.against))
 
 
-def write_page(made: Package, path: Path) -> None:
+def write_page(opened: Package, path: Path) -> None:
     """A package's card as one HTML file."""
-    text = model_card.page((made.folder / package.CARD).read_text("utf-8"), made.folder)
+    text = model_card.page((opened.folder / files.CARD).read_text("utf-8"), opened.folder)
     with storage_errors(path):
         path.write_text(text, "utf-8")
 
 
-def rewrite_card(
-    folder: Path, against: str | None, publisher: Publisher | None = None, card_template: Path | None = None
-) -> Package:
+def rewrite_card(request: CardRequest) -> Package:
     """Render the card of a package again from its evidence; nothing is measured."""
-    made = _published_by(package.open_package(folder), publisher)
-    package.require_unchanged(made, but=package.CARD)
-    text = rendered_card(made, against, card_template)
-    with storage_errors(folder):
-        package.write_card(folder, text)
-        return Package(folder, package.seal(folder, made.provenance), made.evidence)
+    opened = _opened(request)
+    package.require_unchanged(opened, but=files.CARD)
+    text = rendered_card(opened, request.against, request.template)
+    with storage_errors(request.folder):
+        package.write_card(request.folder, text)
+        return Package(request.folder, package.seal(request.folder, opened.provenance), opened.evidence)
 
 
-def rendered_card(made: Package, against: str | None, card_template: Path | None) -> str:
+def rendered_card(opened: Package, against: str | None, template: Path | None) -> str:
     """The text of a package's card as it would be written now."""
-    return _rendered(_facts(made, against), _read_template(card_template), card_template)
+    return _rendered(_facts(opened, against), _read_template(template), template)
 
 
 def default_output(model: str, recipe: Recipe) -> Path:
@@ -194,54 +179,130 @@ def default_output(model: str, recipe: Recipe) -> Path:
     return Path(f"{source.name_of(model)}-bnb-{recipe.bits}bit")
 
 
-def _judge(request: RunRequest, checkout: Checkout, device: str, progress: Progress) -> search.Measure:
-    """How a run measures what it made: a calibrated package always beside what stock would have given."""
+def _fetch(request: RunRequest, progress: Progress) -> Checkout:
+    progress.stage(f"source {request.model}")
+    return source.fetch(
+        request.model,
+        revision=request.revision,
+        trust_remote_code=request.trust_remote_code,
+        progress=progress,
+    )
 
-    def judge(folder: Path, recipe: Recipe, quantized: Quantized, settings: EvaluationSettings) -> Evidence:
+
+def _finished(request: RunRequest, checkout: Checkout, output: Path) -> Package | None:
+    """The package that an earlier run left at `output`, where it answers this request."""
+    if request.force:
+        return None
+    finished = package.finished(
+        output, checkout.source, request.recipe, request.settings, outdated=request.replace_outdated
+    )
+    if finished is None or request.unverified or finished.evidence.verdict.grade != UNMEASURED:
+        return finished
+    return None
+
+
+def _check(request: RunRequest, checkout: Checkout, staging: Path) -> None:
+    """Raise now what would otherwise end the run after hours: license, corpus, recipe, disk."""
+    _require_derivable(checkout, request.allow_no_derivatives)
+    check_inputs(checkout, request.settings)
+    methods.check(checkout, request.recipe, corpus_text(request.settings))
+    files.require_space(staging, recorded_weight_bytes(checkout.source.files), "the package")
+
+
+def _measurement(request: RunRequest, job: methods.Job) -> search.Measure:
+    """How a run measures its candidates: beside the method that a recipe improves on, where that was asked for."""
+
+    def measurement(folder: Path, recipe: Recipe, quantized: Quantized, settings: EvaluationSettings) -> Evidence:
+        checkout, expected = job.checkout, ExpectedConfig.of(recipe, quantized.half_precision_modules)
         if request.unverified:
-            return unmeasured(checkout, folder, settings, device, _promise(recipe, quantized))
-        wanted = CONTROLS if settings.controls else {}
-        if methods.get(recipe.name).improves_on == "rtn" and request.recipe.name == recipe.name:
-            wanted = {STOCK_NF4: CONTROLS[STOCK_NF4], **wanted}
-        with _controls(checkout, wanted, device, progress) as controls:
-            promise = _promise(recipe, quantized)
-            return measure(checkout, folder, settings, device, progress, promise, controls, request.reference_cache)
+            return unmeasured(checkout, folder, settings, job.device, expected)
+        baseline = methods.get(recipe.name).improves_on if recipe.name == request.recipe.name else None
+        recipes = {
+            name: control
+            for name, control in CONTROLS.items()
+            if settings.controls or (control.name, control.bits) == (baseline, 4)
+        }
+        with _controls(checkout, recipes, job.device, job.progress) as controls:
+            return measure(
+                checkout, folder, settings, job.device, job.progress, expected, controls, request.reference_cache
+            )
 
-    return judge
+    return measurement
 
 
 @contextmanager
 def _controls(
-    checkout: Checkout, wanted: Mapping[str, Recipe], device: str, progress: Progress
+    checkout: Checkout, recipes: Mapping[str, Recipe], device: str, progress: Progress
 ) -> Iterator[dict[str, Path]]:
-    """Folders of the alternatives `wanted`, made for the measurement and gone after it."""
-    with tempfile.TemporaryDirectory(prefix="quantize-controls-") as place:
-        folders = {name: Path(place) / name for name in wanted}
+    """Folders with other quantizations of the source by their names, deleted after the measurement."""
+    with tempfile.TemporaryDirectory(prefix="quantize-controls-") as parent:
+        folders = {name: Path(parent) / name for name in recipes}
         for name, folder in folders.items():
             progress.note(f"making the control {name}")
             folder.mkdir()
             with storage_errors(folder):
-                methods.quantize(methods.Job(checkout, folder, wanted[name], device, Silent()))
+                methods.quantize(methods.Job(checkout, folder, recipes[name], device, Silent()))
         yield folders
 
 
-def _promise(recipe: Recipe, quantized: Quantized) -> structure.Expected:
-    skips = dataclasses.replace(recipe, skip_modules=(*recipe.skip_modules, *quantized.half_precision_modules)).skips
-    return structure.Expected(recipe.bits, recipe.quant_type, recipe.double_quant, skips)
+def _original(request: VerifyRequest, folder: Path, progress: Progress) -> tuple[Checkout, ExpectedConfig | None]:
+    """What a checkpoint is measured against, and for a package the config that its recipe promises."""
+    against, trust = request.against, request.trust_remote_code
+    if (folder / files.PROVENANCE).is_file():
+        provenance = package.open_package(folder).provenance
+        checkout = source.refetch(provenance.source, against, trust_remote_code=trust, progress=progress)
+        return checkout, ExpectedConfig.of(provenance.recipe, provenance.quantized.half_precision_modules)
+    if not (folder / files.CONFIG).is_file():
+        raise PackageError(f"{request.checkpoint} holds no model: it has no {files.CONFIG}")
+    if against is None:
+        raise PackageError(f"{request.checkpoint} has no {files.PROVENANCE}: name its original model with --against")
+    return source.fetch(against, revision=None, trust_remote_code=trust, progress=progress), None
 
 
-def _published_by(made: Package, publisher: Publisher | None) -> Package:
-    """The package under another publisher's name, where one is given."""
-    if publisher is None:
-        return made
-    return dataclasses.replace(made, provenance=dataclasses.replace(made.provenance, publisher=publisher))
+def _provenance(request: RunRequest, checkout: Checkout, candidate: search.Candidate, name: str) -> Provenance:
+    """The record of a run, before its files are hashed."""
+    return Provenance(
+        tool=TOOL,
+        tool_version=__version__,
+        created=now(),
+        source=checkout.source,
+        recipe=candidate.recipe,
+        quantized=candidate.quantized,
+        settings=request.settings,
+        environment=candidate.evidence.environment,
+        publisher=request.publisher,
+        name=request.name or name,
+        key=package_key(checkout.source.repo_id or checkout.source.name, checkout.source.pinned, request.recipe),
+        requested=None if candidate.recipe == request.recipe else request.recipe,
+    )
 
 
-def _facts(made: Package, against: str | None) -> CardFacts:
+def _document(
+    checkout: Checkout, candidate: search.Candidate, provenance: Provenance, template: str | None, path: Path | None
+) -> Provenance:
+    """Write evidence, figures and card beside the weights, and seal all with hashes; `path` is the template's."""
+    staging, evidence = candidate.folder, candidate.evidence
+    package.write_evidence(staging, evidence)
+    figures.draw(evidence, staging / files.FIGURES)
+    facts = card.facts(provenance, evidence, source.card_text(checkout), card.figure_names(staging))
+    package.write_card(staging, _rendered(facts, template, path))
+    return package.seal(staging, provenance)
+
+
+def _opened(request: CardRequest) -> Package:
+    """The package that a card is rendered for, under the publisher's name that is given."""
+    opened = package.open_package(request.folder)
+    if request.publisher is None:
+        return opened
+    return dataclasses.replace(opened, provenance=dataclasses.replace(opened.provenance, publisher=request.publisher))
+
+
+def _facts(opened: Package, against: str | None) -> CardFacts:
     """What the card of a package is made from: its evidence, and its source's own card."""
-    text = source.read_card(made.provenance.source, against)
-    named = dataclasses.replace(made.provenance, name=made.provenance.name or made.folder.resolve().name)
-    return card.facts(named, made.evidence, text, card.figure_names(made.folder))
+    text = source.read_card(opened.provenance.source, against)
+    name = opened.provenance.name or opened.folder.resolve().name
+    provenance = dataclasses.replace(opened.provenance, name=name)
+    return card.facts(provenance, opened.evidence, text, card.figure_names(opened.folder))
 
 
 def _require_derivable(checkout: Checkout, allowed: bool) -> None:

@@ -1,4 +1,4 @@
-"""How a stage tells that it is working: the protocol, and the one that says nothing."""
+"""How a stage reports its progress: the protocol, and an implementation that shows nothing."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ Advance = Callable[[int], None]
 
 
 def ignore(amount: int) -> None:
-    """An `Advance` that nobody watches."""
+    """An `Advance` that shows nothing."""
 
 
 class Progress(Protocol):
-    """Shows which stage runs and how far it is; the console has the visible one."""
+    """Shows which stage runs and how far it is; quantize/cli implements it for the terminal."""
 
     def stage(self, title: str) -> None:
         """A new stage begins."""
 
     def note(self, text: str) -> None:
-        """Something that the person at the terminal should know."""
+        """A note for the user."""
 
     def task(self, title: str, total: int, unit: str = "") -> AbstractContextManager[Advance]:
-        """A countable piece of work; call the yielded function with the amount that was done."""
+        """A task of `total` units; call the yielded function with the units done since the last call."""
 
 
 class Silent:

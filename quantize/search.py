@@ -1,4 +1,4 @@
-"""Recipes from the simplest to the most elaborate, each judged by parity, until one is good enough; the best stays."""
+"""Recipe search: attempts from the plainest to the most elaborate until parity is content; the best candidate stays."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from quantize.errors import CorpusError, CorruptModel, UnsupportedModel
 from quantize.evidence import Attempt, Evidence
 from quantize.grades import GRADES, UNMEASURED, grade_at_least
 from quantize.methods import Job
-from quantize.parity import corpus_text, judge
-from quantize.progress import Progress
-from quantize.records import Checkout, EvaluationSettings, Quantized, Recipe
+from quantize.parity import gate
+from quantize.records import EvaluationSettings, Quantized, Recipe
 
-TRIES = "tries"
+ATTEMPTS = "attempts"
 Measure = Callable[[Path, Recipe, Quantized, EvaluationSettings], Evidence]
-"""Judges a folder that was made by a recipe."""
+"""Compares a folder that was written by a recipe with the original."""
 
 
 @dataclass(frozen=True)
-class Made:
+class Candidate:
     """A quantized model in a folder: by which recipe, and what was measured."""
 
     folder: Path
@@ -40,80 +39,90 @@ def attempts(recipe: Recipe) -> tuple[Recipe, ...]:
     return tuple(methods.normalized(attempt) for attempt in offered)
 
 
-def build(
-    checkout: Checkout,
-    staging: Path,
-    recipe: Recipe,
-    settings: EvaluationSettings,
-    device: str,
-    progress: Progress,
-    resume: Path,
-    measure: Measure,
-) -> Made:
-    """Fill `staging` with the best that the attempts of `recipe` give, and say which it was and what the others gave.
+def build(job: Job, settings: EvaluationSettings, measure: Measure) -> Candidate:
+    """Fill the folder `job.output` with the best that the attempts of `job.recipe` give.
 
-    Finished parts of a killed try are taken up from the folder `resume`.
+    For `auto` its evidence lists what each attempt gave. Finished parts of a killed run are taken up from the folder
+    `job.resume`. Raises what `methods.quantize` and `measure` raise.
     """
-    tried: list[Made] = []
-    aim = _stricter(recipe.target_grade, settings.require) if recipe.name == methods.AUTO else settings.require
-    for number, attempt in enumerate(attempts(recipe)):
-        folder = staging / TRIES / str(number)
-        folder.mkdir(parents=True)
-        progress.stage(f"quantize to {attempt.bits} bits on {device}: {attempt.name}")
-        kept = resume / str(number)
-        try:
-            quantized = methods.quantize(Job(checkout, folder, attempt, device, progress, corpus_text(settings), kept))
-        except (CorpusError, CorruptModel, UnsupportedModel):  # no other run could go on from there
-            shutil.rmtree(resume, ignore_errors=True)
-            raise
-        package.copy_carried(checkout, source.carried_files(checkout.source), folder)
-        progress.stage("verify against the source")
-        evidence = measure(folder, attempt, quantized, dataclasses.replace(settings, require=aim))
-        tried.append(Made(folder, attempt, quantized, evidence))
-        if grade_at_least(evidence.verdict.grade, aim) or evidence.verdict.grade == UNMEASURED:
+    searching = job.recipe.name == methods.AUTO
+    required = _stricter(job.recipe.target_grade, settings.require) if searching else settings.require
+    candidates: list[Candidate] = []
+    for number, recipe in enumerate(attempts(job.recipe)):
+        attempt = dataclasses.replace(
+            job,
+            output=job.output / ATTEMPTS / str(number),
+            recipe=recipe,
+            resume=job.resume_folder / str(number),
+        )
+        quantized = _quantize(attempt, job.resume_folder)
+        job.progress.stage("verify against the original")
+        evidence = measure(attempt.output, recipe, quantized, dataclasses.replace(settings, require=required))
+        candidates.append(Candidate(attempt.output, recipe, quantized, evidence))
+        if grade_at_least(evidence.verdict.grade, required) or evidence.verdict.grade == UNMEASURED:
             break
-    best = min(tried, key=_distance)
-    evidence = _judged(best, settings, measure)
-    for path in best.folder.iterdir():
-        path.rename(staging / path.name)
-    shutil.rmtree(staging / TRIES)
-    shutil.rmtree(resume, ignore_errors=True)
-    listed = tuple(_attempt(one, chosen=one is best) for one in tried) if recipe.name == methods.AUTO else ()
-    return dataclasses.replace(best, folder=staging, evidence=dataclasses.replace(evidence, attempts=listed))
+    best = min(candidates, key=_distance)
+    evidence = _final_evidence(best, settings, measure)
+    if searching:
+        listed = tuple(_attempt(candidate, chosen=candidate is best) for candidate in candidates)
+        evidence = dataclasses.replace(evidence, attempts=listed)
+    _keep(best.folder, job.output)
+    shutil.rmtree(job.resume_folder, ignore_errors=True)
+    return dataclasses.replace(best, folder=job.output, evidence=evidence)
 
 
-def _judged(best: Made, settings: EvaluationSettings, measure: Measure) -> Evidence:
-    """The best one's evidence under the grade that is required; measured further where it had stopped too early."""
+def _quantize(attempt: Job, resume: Path) -> Quantized:
+    """Write one attempt's weights, config and carried files into its folder."""
+    attempt.output.mkdir(parents=True)
+    attempt.progress.stage(f"quantize to {attempt.recipe.bits} bits on {attempt.device}: {attempt.recipe.name}")
+    try:
+        quantized = methods.quantize(attempt)
+    except (CorpusError, CorruptModel, UnsupportedModel):  # no other run could go on from its finished parts
+        shutil.rmtree(resume, ignore_errors=True)
+        raise
+    package.copy_carried(attempt.checkout, source.carried_files(attempt.checkout.source), attempt.output)
+    return quantized
+
+
+def _final_evidence(best: Candidate, settings: EvaluationSettings, measure: Measure) -> Evidence:
+    """The best candidate's evidence under the grade that is required, measured further where that stopped too early."""
     evidence = best.evidence
     if evidence.verdict.grade == UNMEASURED:
         return evidence
-    verdict = judge(evidence.checks, evidence.scores, settings.require)
-    stopped = evidence.corpus is not None and evidence.corpus.scored < evidence.corpus.windows
-    if evidence.verdict.required != settings.require and not verdict.passed and stopped:
+    verdict = gate(evidence.checks, evidence.scores, settings.require)
+    stopped_early = evidence.corpus is not None and evidence.corpus.scored < evidence.corpus.windows
+    if evidence.verdict.required != settings.require and not verdict.passed and stopped_early:
         return measure(best.folder, best.recipe, best.quantized, settings)
     return dataclasses.replace(evidence, verdict=verdict)
 
 
-def _distance(made: Made) -> tuple[bool, float]:
+def _keep(folder: Path, staging: Path) -> None:
+    """Move one attempt's files into the staging folder; the other attempts go."""
+    for path in folder.iterdir():
+        path.rename(staging / path.name)
+    shutil.rmtree(staging / ATTEMPTS)
+
+
+def _distance(candidate: Candidate) -> tuple[bool, float]:
     """What is structurally sound comes first, then the smaller divergence; perplexity alone does not count."""
-    scores = made.evidence.scores
-    sound = scores is not None and all(check.passed for check in made.evidence.checks)
+    scores = candidate.evidence.scores
+    sound = scores is not None and all(check.passed for check in candidate.evidence.checks)
     return not sound, scores.kld.mean.value if scores else float("inf")
 
 
-def _stricter(one: str, other: str) -> str:
-    return min(one, other, key=GRADES.index)
+def _stricter(*grades: str) -> str:
+    return min(grades, key=GRADES.index)
 
 
-def _attempt(made: Made, *, chosen: bool) -> Attempt:
-    scores = made.evidence.scores
+def _attempt(candidate: Candidate, *, chosen: bool) -> Attempt:
+    scores = candidate.evidence.scores
     return Attempt(
-        recipe=made.recipe,
-        grade=made.evidence.verdict.grade,
+        recipe=candidate.recipe,
+        grade=candidate.evidence.verdict.grade,
         perplexity_ratio=scores.perplexity_ratio if scores else None,
         kld=scores.kld.mean if scores else None,
         same_top=scores.same_top if scores else None,
-        weight_bytes=made.evidence.sizes.package_bytes,
-        seconds=made.quantized.seconds,
+        weight_bytes=candidate.evidence.sizes.package_bytes,
+        seconds=candidate.quantized.seconds,
         chosen=chosen,
     )

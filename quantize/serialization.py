@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from quantize.errors import PackageError
+from quantize.errors import NewerFormat, PackageError
 from quantize.evidence import Evidence
 from quantize.records import FORMAT_VERSION, Provenance, package_key
 
@@ -26,7 +26,7 @@ def to_json(record: object) -> str:
 def from_json(kind: type[Record], text: str, where: object) -> Record:
     """The record that `to_json` wrote, now or in an earlier version; `where` names the file for the error line.
 
-    Raises PackageError, also for a file that a newer version wrote.
+    Raises PackageError: NewerFormat where a later version of quantize wrote the file.
     """
     try:
         document = json.loads(text)
@@ -61,9 +61,11 @@ def _upgraded(kind: type, document: Any, where: object) -> Any:
     if kind not in UPGRADES or not isinstance(document, dict):
         return document
     version = document.get("format_version", 1)
-    if type(version) is not int or version > FORMAT_VERSION:
-        raise PackageError(
-            f"{where} has format version {version}, this quantize reads up to {FORMAT_VERSION}: "
+    if type(version) is not int or version < 1:
+        raise PackageError(f"{where} has {version!r} as its format version: restore it, or make the package again")
+    if version > FORMAT_VERSION:
+        raise NewerFormat(
+            f"{where} has format version {version}, and this quantize reads up to {FORMAT_VERSION}: "
             f"update it with `pip install --upgrade quantize-bnb`"
         )
     return document if version == FORMAT_VERSION else UPGRADES[kind](document)

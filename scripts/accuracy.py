@@ -1,10 +1,10 @@
-"""Measure what each part of the calibrated recipe does to a model, in the same file format and with the same bytes.
+"""Measure what each method, and each part of the calibrated one, does to a model; all write the same file format.
 
-    python scripts/accuracy.py MODEL --corpus wikitext=FILE             every variant
-    python scripts/accuracy.py MODEL --only stock --only calibrated     some
+    python scripts/accuracy.py MODEL --corpus wikitext=FILE             all variants
+    python scripts/accuracy.py MODEL --only hqq                         this one beside rtn
 
 Every variant is written as a checkpoint, loaded by stock transformers, and compared with the float model on texts that
-no calibration saw: the files given, Python's standard library, and what the model writes with another seed. Prints a
+are not calibrated on: the given files, Python's standard library, and what the model writes with another seed. Prints a
 table and, with --json, every figure.
 """
 
@@ -27,13 +27,14 @@ import torch
 from safetensors.torch import load_file
 
 from quantize import devices, methods, source
+from quantize.formats.bitsandbytes.loading import upcast
 from quantize.formats.bitsandbytes.packing import Packed
 from quantize.methods import Job
 from quantize.methods.calibration import calibration_text, quantizer
 from quantize.methods.calibration.options import CalibratedOptions
-from quantize.methods.calibration.quantizer import Method
-from quantize.methods.rounding.gptq import Search
-from quantize.parity.models import load_tokenizer, upcast
+from quantize.methods.calibration.quantizer import Ablation
+from quantize.methods.rounding.gptq import GptqOptions
+from quantize.parity.models import load_tokenizer
 from quantize.progress import Silent
 from quantize.records import Checkout, Recipe
 
@@ -41,66 +42,69 @@ OWN_SEED, STDLIB_SEED, BOOTSTRAP_SEED = 1000, 1, 7
 BOOTSTRAPS = 2000
 BATCH, EPOCHS = 4, 2
 LEARNING_EPOCHS, LEARNING_RATE = 20, 0.003
-PLAIN = Method(coupled=False, weighed=False, centred=False, temperatures=(1.0,))
-ABSMAX = replace(PLAIN, search=Search(factors=(1.0,), signed=False, sweeps=0))
-SIGNED = replace(PLAIN, search=Search(sweeps=0))
+PLAIN = Ablation(output_hessians=False, token_weights=False, bias_correction=False, temperatures=(1.0,))
+ABSMAX = replace(PLAIN, gptq=GptqOptions(scale_grid=(1.0,), signed=False, passes=0))
+SIGNED = replace(PLAIN, gptq=GptqOptions(passes=0))
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to quantize: a recipe, and which of its parts are used."""
+    """A recipe, and for the calibrated method which of its parts are used."""
 
     recipe: Recipe
-    method: Method | None = None
+    ablation: Ablation | None = None
     distilled: float | None = None
-    """Rate at which norms and biases then learn the float model's answers to the calibration text."""
+    """Learning rate at which norms and biases are then distilled on the calibration text."""
     learned: Callable[..., None] | None = None
-    """Learns the rounding of all matrices at once then."""
+    """Then learns the rounding of all matrices at once."""
 
 
 CALIBRATED = Recipe(name="calibrated")
-FULL = Method()
-THREE_SWEEPS = replace(FULL, search=Search(sweeps=3))
+FULL = Ablation()
+THREE_PASSES = replace(FULL, gptq=GptqOptions(passes=3))
 VARIANTS = {
-    "stock": Variant(Recipe(name="rtn")),
-    "compensated, scale = absmax": Variant(CALIBRATED, ABSMAX),
-    "+ scales of either sign": Variant(CALIBRATED, SIGNED),
-    "+ one sweep": Variant(CALIBRATED, PLAIN),
-    "+ biases take the mean": Variant(CALIBRATED, replace(PLAIN, centred=True)),
-    "+ tokens by their gradient": Variant(CALIBRATED, replace(PLAIN, centred=True, weighed=True)),
-    "+ rows coupled": Variant(CALIBRATED, replace(PLAIN, centred=True, weighed=True, coupled=True)),
-    "+ half the text at 1.4: calibrated": Variant(CALIBRATED, FULL),
+    "rtn": Variant(Recipe(name="rtn")),
+    "hqq": Variant(Recipe(name="hqq")),
+    "GPTQ, scale = absmax": Variant(CALIBRATED, ABSMAX),
+    "+ scale search, either sign": Variant(CALIBRATED, SIGNED),
+    "+ one pass of coordinate descent": Variant(CALIBRATED, PLAIN),
+    "+ bias correction": Variant(CALIBRATED, replace(PLAIN, bias_correction=True)),
+    "+ token weights": Variant(CALIBRATED, replace(PLAIN, bias_correction=True, token_weights=True)),
+    "+ output Hessian": Variant(
+        CALIBRATED, replace(PLAIN, bias_correction=True, token_weights=True, output_hessians=True)
+    ),
+    "+ half the text at temperature 1.4: calibrated": Variant(CALIBRATED, FULL),
     "calibrated, all text at 1.4": Variant(CALIBRATED, replace(FULL, temperatures=(1.4,))),
     "calibrated, text at 1, 1.4 and 2": Variant(CALIBRATED, replace(FULL, temperatures=(1.0, 1.4, 2.0))),
-    "calibrated, without coupling": Variant(CALIBRATED, replace(FULL, coupled=False)),
-    "calibrated, groups of 256": Variant(CALIBRATED, replace(FULL, search=Search(group=256))),
-    "calibrated, groups of 96": Variant(CALIBRATED, replace(FULL, search=Search(group=96))),
-    "calibrated, groups of 128": Variant(CALIBRATED, replace(FULL, search=Search(group=128))),
-    "calibrated, groups of 1024": Variant(CALIBRATED, replace(FULL, search=Search(group=1024))),
-    "calibrated, three sweeps": Variant(CALIBRATED, THREE_SWEEPS),
+    "calibrated, without output Hessian": Variant(CALIBRATED, replace(FULL, output_hessians=False)),
+    "calibrated, groups of 256": Variant(CALIBRATED, replace(FULL, gptq=GptqOptions(group=256))),
+    "calibrated, groups of 96": Variant(CALIBRATED, replace(FULL, gptq=GptqOptions(group=96))),
+    "calibrated, groups of 128": Variant(CALIBRATED, replace(FULL, gptq=GptqOptions(group=128))),
+    "calibrated, groups of 1024": Variant(CALIBRATED, replace(FULL, gptq=GptqOptions(group=1024))),
+    "calibrated, three passes": Variant(CALIBRATED, THREE_PASSES),
     "calibrated, twice the text": Variant(methods.replace(CALIBRATED, calibration_windows=256), FULL),
     "calibrated, windows of 1024": Variant(methods.replace(CALIBRATED, calibration_length=1024), FULL),
-    "calibrated, blocks of 32": Variant(CALIBRATED, replace(FULL, search=Search(block=32))),
-    "calibrated, distilled at 0.0001": Variant(CALIBRATED, FULL, 1e-4),
-    "calibrated, distilled at 0.001": Variant(CALIBRATED, FULL, 1e-3),
-    "calibrated, rounding learned in 4 readings": Variant(methods.replace(CALIBRATED, epochs=4), FULL),
-    "calibrated, rounding learned in 8 readings": Variant(methods.replace(CALIBRATED, epochs=8), FULL),
-    "calibrated, rounding learned in 20 readings": Variant(methods.replace(CALIBRATED, epochs=20), FULL),
+    "calibrated, blocks of 32": Variant(CALIBRATED, replace(FULL, gptq=GptqOptions(block=32))),
+    "calibrated, norms and biases distilled at 0.0001": Variant(CALIBRATED, FULL, 1e-4),
+    "calibrated, norms and biases distilled at 0.001": Variant(CALIBRATED, FULL, 1e-3),
+    "calibrated, rounding learned in 4 epochs": Variant(methods.replace(CALIBRATED, epochs=4), FULL),
+    "calibrated, rounding learned in 8 epochs": Variant(methods.replace(CALIBRATED, epochs=8), FULL),
+    "calibrated, rounding learned in 20 epochs": Variant(methods.replace(CALIBRATED, epochs=20), FULL),
     "calibrated, rounding learned on divergence": Variant(CALIBRATED, FULL, learned=learned_rounding.on_divergence),
-    "twice the text, three sweeps": Variant(methods.replace(CALIBRATED, calibration_windows=256), THREE_SWEEPS),
-    "twice the text, three sweeps, rounding learned in 4 readings": Variant(
-        methods.replace(CALIBRATED, calibration_windows=256, epochs=4), THREE_SWEEPS
+    "twice the text, three passes": Variant(methods.replace(CALIBRATED, calibration_windows=256), THREE_PASSES),
+    "twice the text, three passes, rounding learned in 4 epochs": Variant(
+        methods.replace(CALIBRATED, calibration_windows=256, epochs=4), THREE_PASSES
     ),
-    "twice the text, three sweeps, rounding learned in 8 readings": Variant(
-        methods.replace(CALIBRATED, calibration_windows=256, epochs=8), THREE_SWEEPS
+    "twice the text, three passes, rounding learned in 8 epochs": Variant(
+        methods.replace(CALIBRATED, calibration_windows=256, epochs=8), THREE_PASSES
     ),
     **{
         f"calibrated, {budget:.2f} x the bytes": Variant(methods.replace(CALIBRATED, size_budget=budget), FULL)
         for budget in (1.03, 1.06, 1.10, 1.20, 1.35)
     },
-    "stock, mlp.c_proj in half precision": Variant(Recipe(name="rtn", skip_modules=("mlp.c_proj",))),
-    "stock, last two blocks in half precision": Variant(Recipe(name="rtn", skip_modules=("h.4", "h.5"))),
-    "stock fp4": Variant(Recipe(name="rtn", quant_type="fp4")),
+    "rtn, mlp.c_proj in half precision": Variant(Recipe(name="rtn", skip_modules=("mlp.c_proj",))),
+    "rtn, last two decoder layers in half precision": Variant(Recipe(name="rtn", skip_modules=("h.4", "h.5"))),
+    "rtn fp4": Variant(Recipe(name="rtn", quant_type="fp4")),
     "calibrated fp4": Variant(replace(CALIBRATED, quant_type="fp4"), FULL),
 }
 
@@ -194,17 +198,17 @@ def packed_matrices(folder: Path, device: str) -> dict[str, Packed]:
 def measure(
     name: str, variant: Variant, checkout: Checkout, texts: dict[str, torch.Tensor], reference: Any, device: str
 ) -> Measured:
-    """Make, load and compare one variant; `seconds` are those of making it, calibration text included."""
+    """Quantize, load and compare one variant; `seconds` are those of quantizing, calibration text included."""
     with tempfile.TemporaryDirectory(prefix="accuracy-") as place:
         folder = Path(place) / "package"
         folder.mkdir()
         resume = Path(place) / "work"
         started = time.monotonic()
         job = Job(checkout, folder, variant.recipe, device, Silent(), resume=resume)
-        if variant.method is None:
+        if variant.ablation is None:
             methods.quantize(job)
         else:
-            quantizer.quantize(job, CalibratedOptions(**variant.recipe.options), variant.method)  # type: ignore[arg-type]
+            quantizer.quantize(job, CalibratedOptions.of(variant.recipe), variant.ablation)
         seconds = time.monotonic() - started
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         candidate = load(folder, device)
@@ -214,7 +218,8 @@ def measure(
             candidate.dequantize(dtype=torch.float32)
             candidate.float()
         candidate.requires_grad_(False)
-        text = load_file(resume / "tokens.safetensors")["tokens"] if resume.is_dir() else torch.empty(0)
+        tokens_file = resume / "tokens.safetensors"
+        text = load_file(tokens_file)["tokens"] if tokens_file.is_file() else torch.empty(0)
         if variant.distilled:
             candidate = distil(candidate, reference, text, variant.distilled, device)
         if variant.learned:
@@ -251,7 +256,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     names = list(rows[0]["texts"])
     lines = [
         "| variant | weights | seconds | "
-        + " | ".join(f"{name}: KLD, ratio to stock, perplexity, same top" for name in names)
+        + " | ".join(f"{name}: KLD, ratio to rtn, perplexity, same top" for name in names)
         + " |",
         f"|---|---:|---:|{'---|' * len(names)}",
     ]
@@ -268,10 +273,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 @click.command(help=__doc__)
 @click.argument("model")
 @click.option("--corpus", multiple=True, metavar="NAME=FILE", help="A text to measure on.")
-@click.option("--only", multiple=True, type=click.Choice(list(VARIANTS)), help="These variants; stock always.")
+@click.option("--only", multiple=True, type=click.Choice(list(VARIANTS)), help="These variants, beside rtn.")
 @click.option("--windows", default=48, show_default=True, help="Windows of each text.")
 @click.option("--length", default=512, show_default=True, help="Tokens in each.")
-@click.option("--calibration-windows", type=int, help="In place of what the recipe takes.")
+@click.option("--calibration-windows", type=int, help="Windows of calibration text; otherwise those of the recipe.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False))
 def main(
@@ -293,11 +298,11 @@ def main(
     texts = {name: spread_windows(tokenizer, text, windows, length) for name, text in given.items()}
     texts["stdlib"] = spread_windows(tokenizer, stdlib_text(2_000_000), windows, length)
     own = CalibratedOptions(calibration_windows=windows, calibration_seed=OWN_SEED)
-    texts["own"] = calibration_text.written(reference, own, length, device, False, Silent(), (1.0,))
+    texts["own"] = calibration_text.generated(reference, own, length, device, False, Silent(), (1.0,))
     rows: list[dict[str, Any]] = []
     base: Measured | None = None
     for name, variant in VARIANTS.items():
-        if only and name not in (*only, "stock"):
+        if only and name not in (*only, "rtn"):
             continue
         if calibration_windows:
             changed = methods.replace(variant.recipe, calibration_windows=calibration_windows)

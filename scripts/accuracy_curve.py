@@ -1,4 +1,4 @@
-"""Draw divergence against bytes from what scripts/accuracy.py measured.
+"""Plot divergence against bytes from the JSON of scripts/accuracy.py, of this version or earlier ones.
 
 python scripts/accuracy_curve.py docs/accuracy-h100.json docs/accuracy-curve.png
 """
@@ -12,28 +12,30 @@ from typing import Any
 import click
 
 SERIES = {
-    "stock NF4, and with modules in half precision": ("stock", "tab:grey", "s", "none"),
-    "calibrated, within a size budget": ("calibrated", "tab:blue", "o", "-"),
+    "NF4 rounded to nearest, and with modules in half precision": (("rtn", "stock"), "tab:grey", "s", "none"),
+    "calibrated, within a size budget": (("calibrated",), "tab:blue", "o", "-"),
 }
-LEFT_OUT = (
+EXCLUDED = (
     "fp4",
     "groups",
     "distilled",
     "text at",
     "all text",
     "coupling",
+    "output Hessian",
     "windows of",
     "blocks of",
     "sweeps",
+    "passes",
     "learned",
     "twice",
 )
 
 
-def points(rows: list[dict[str, Any]], name: str, text: str) -> list[tuple[float, float]]:
+def points(rows: list[dict[str, Any]], names: tuple[str, ...], text: str) -> list[tuple[float, float]]:
     """Megabytes and mean KLD of one series, the smallest first."""
-    named = {row["variant"].removeprefix("+ half the text at 1.4: "): row for row in rows}
-    chosen = [row for key, row in named.items() if key.startswith(name) and not any(one in key for one in LEFT_OUT)]
+    named = {row["variant"].rpartition(": ")[2]: row for row in rows}
+    chosen = [row for key, row in named.items() if key.startswith(names) and not any(word in key for word in EXCLUDED)]
     return sorted((row["weight_bytes"] / 1e6, row["texts"][text]["kld"]) for row in chosen)
 
 
@@ -50,8 +52,8 @@ def main(measured: Path, picture: Path) -> None:
     texts = {"wikitext": "WikiText-2 test", "stdlib": "Python's standard library", "own": "text of its own kind"}
     figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
     for axis, (text, title) in zip(axes, texts.items(), strict=True):
-        for label, (name, colour, mark, line) in SERIES.items():
-            sizes, divergences = zip(*points(rows, name, text), strict=True)
+        for label, (names, colour, mark, line) in SERIES.items():
+            sizes, divergences = zip(*points(rows, names, text), strict=True)
             axis.plot(sizes, divergences, color=colour, marker=mark, linestyle=line, label=label)
         axis.set(title=title, xlabel="weight file (MB)", ylim=(0, None))
         axis.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""Measure the tool against the obvious way to do the same, side by side in one run, as ratios.
+"""Measures `quantize` against the obvious way to do the same, side by side in one run, as ratios.
 
     python scripts/benchmark.py parity                                  the pocket model, on the built-in corpus
     python scripts/benchmark.py parity --shape distilgpt2 --windows 8   random weights of distilgpt2's shape
@@ -64,7 +64,7 @@ class Outcome:
 
 
 class Stopwatch(Silent):
-    """Progress that remembers when each task began."""
+    """Progress that records when each task began."""
 
     def __init__(self) -> None:
         self.begun: dict[str, float] = {}
@@ -77,7 +77,7 @@ class Stopwatch(Silent):
 
 @contextmanager
 def most_memory(device: str) -> Iterator[Callable[[], int]]:
-    """Tells the most bytes that were held on `device` inside the block, beyond what was held at its begin."""
+    """Yields a function that gives the most bytes held on `device` in the block, beyond those held at its start."""
     import psutil
     import torch
 
@@ -152,8 +152,8 @@ def guide(job: Job, stride: int) -> Outcome:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     started = time.perf_counter()
-    place = {"device_map": {"": job.device}}
-    models = [AutoModelForCausalLM.from_pretrained(folder, **place).eval() for folder in (job.source, job.candidate)]
+    options = {"device_map": {"": job.device}}
+    models = [AutoModelForCausalLM.from_pretrained(folder, **options).eval() for folder in (job.source, job.candidate)]
     text = windows_of(job, AutoTokenizer.from_pretrained(job.source)).reshape(1, -1)
     with torch.no_grad():
         for model in models:
@@ -200,7 +200,7 @@ CONTENDERS = {OURS: ours, **GUIDES, VERDICT: verdict}
 
 
 def quantized(source_folder: Path, folder: Path, device: str) -> Path:
-    """The source in plain NF4, as the stock recipe makes it."""
+    """The source in NF4, rounded to nearest."""
     from quantize import methods, package, source
 
     checkout = source.fetch(str(source_folder), revision=None, trust_remote_code=False, progress=Silent())
@@ -212,14 +212,14 @@ def quantized(source_folder: Path, folder: Path, device: str) -> Path:
 
 def take_turns(job: Job, names: list[str], rounds: int) -> dict[str, list[Outcome]]:
     """Every contender once a round, each in a new process."""
-    found: dict[str, list[Outcome]] = {name: [] for name in names}
+    outcomes: dict[str, list[Outcome]] = {name: [] for name in names}
     for turn in range(rounds):
         for name in names:
             click.echo(f"round {turn + 1} of {rounds}: {name}", err=True)
             command = [sys.executable, __file__, "contender", name, json.dumps(asdict(job))]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            found[name].append(Outcome(**json.loads(done.stdout.splitlines()[-1])))
-    return found
+            outcomes[name].append(Outcome(**json.loads(done.stdout.splitlines()[-1])))
+    return outcomes
 
 
 @click.group()
@@ -245,7 +245,7 @@ def contender(name: str, job: str) -> None:
 @click.option("--device", default="auto", show_default=True)
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
-def evidence(
+def parity(
     model: str, shape: str | None, corpus: str, window: int, windows: int, device: str, rounds: int, as_json: bool
 ) -> None:
     """Scoring a pair of models, and the way to a verdict, against the Hugging Face guide's loop for each of them."""
@@ -253,15 +253,15 @@ def evidence(
 
     from quantize import devices
 
-    place = devices.choose(device)
+    chosen = devices.choose(device)
     with tempfile.TemporaryDirectory(prefix="quantize-benchmark-") as folder:
         original = making.made_up(shape, Path(folder) / shape) if shape else Path(model).resolve()
-        candidate = quantized(original, Path(folder) / "nf4", place)
+        candidate = quantized(original, Path(folder) / "nf4", chosen)
         context = AutoConfig.from_pretrained(original).max_position_embeddings
-        job = Job(str(original), str(candidate), corpus, min(window, context), windows, place)
-        found = take_turns(job, list(CONTENDERS), rounds)
-    work = {name: median(outcome.seconds for outcome in outcomes) for name, outcomes in found.items()}
-    whole = {name: median(one.seconds + one.loading for one in outcomes) for name, outcomes in found.items()}
+        job = Job(str(original), str(candidate), corpus, min(window, context), windows, chosen)
+        runs = take_turns(job, list(CONTENDERS), rounds)
+    work = {name: median(run.seconds for run in outcomes) for name, outcomes in runs.items()}
+    whole = {name: median(run.seconds + run.loading for run in outcomes) for name, outcomes in runs.items()}
     rows = [
         {
             "contender": name,
@@ -272,13 +272,13 @@ def evidence(
             "peak MB beyond the models": round(max(outcome.peak_bytes for outcome in outcomes) / 1e6),
             **{key: round(value, 5) for key, value in outcomes[0].figures.items()},
         }
-        for name, outcomes in found.items()
+        for name, outcomes in runs.items()
     ]
     ratios = {
         **{f"scoring: {name}": round(work[name] / work[OURS], 2) for name in GUIDES},
         **{f"from loading to the verdict: {name}": round(whole[name] / whole[VERDICT], 2) for name in GUIDES},
     }
-    report = {"model": shape or original.name, "window": job.window, **asdict(devices.describe(place))}
+    report = {"model": shape or original.name, "window": job.window, **asdict(devices.describe(chosen))}
     if as_json:
         click.echo(json.dumps({**report, "rounds": rounds, "rows": rows, "times faster": ratios}, indent=2))
         return
@@ -312,7 +312,7 @@ def making_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @benchmark.command()
 @making_options
-@click.option("--only-ours", is_flag=True, help="Where the other would not fit.")
+@click.option("--only-ours", is_flag=True, help="Only ours, if the other would not fit.")
 @click.option("--gpu-limit", default=0.0, help="Bytes of GPU memory that torch may take.")
 def quantizing(
     model: str | None,
@@ -324,7 +324,7 @@ def quantizing(
     gpu_limit: float,
 ) -> None:
     """The 4-bit files of MODEL, or of random weights: ours against from_pretrained and save_pretrained."""
-    names = [making.OURS] if only_ours else [making.STOCK, making.OURS]
+    names = [making.OURS] if only_ours else [making.THREE_LINES, making.OURS]
     compare_makers(names, model, shape, device, rounds, json_file, gpu_limit=gpu_limit)
 
 
@@ -341,31 +341,31 @@ def compare_makers(
 ) -> None:
     from quantize import devices
 
-    place = devices.choose(device)
+    chosen = devices.choose(device)
     with tempfile.TemporaryDirectory(prefix="quantize-benchmark-") as folder:
         original = Path(model).resolve() if model else making.made_up(shape, Path(folder) / shape)
-        found: dict[str, list[Cost]] = {name: [] for name in names}
+        runs: dict[str, list[Cost]] = {name: [] for name in names}
         for turn in range(rounds):
             for name in names:
                 click.echo(f"round {turn + 1} of {rounds}: {name}", err=True)
                 output = Path(folder) / f"{names.index(name)}-{turn}"
-                given = json.dumps(asdict(Task(str(original), str(output), place, **details)))
-                command = [sys.executable, __file__, "maker", name, given]
+                task = json.dumps(asdict(Task(str(original), str(output), chosen, **details)))
+                command = [sys.executable, __file__, "maker", name, task]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                found[name].append(Cost(**json.loads(done.stdout.splitlines()[-1])))
-                for made in Path(folder).glob(f"{output.name}*"):
-                    shutil.rmtree(made)
-    report = {"model": Path(model).name if model else shape, **asdict(devices.describe(place)), "rounds": rounds}
-    costs = {name: {key: median(getattr(one, key) for one in all_) for key in KEYS} for name, all_ in found.items()}
+                runs[name].append(Cost(**json.loads(done.stdout.splitlines()[-1])))
+                for finished_folder in Path(folder).glob(f"{output.name}*"):
+                    shutil.rmtree(finished_folder)
+    report = {"model": Path(model).name if model else shape, **asdict(devices.describe(chosen)), "rounds": rounds}
+    costs = {name: {key: median(getattr(run, key) for run in all_) for key in KEYS} for name, all_ in runs.items()}
     first, last = costs[names[0]], costs[names[-1]]
-    beyond = {name: one["memory"] - one["libraries"] for name, one in costs.items()}
+    beyond = {name: cost["memory"] - cost["libraries"] for name, cost in costs.items()}
     ratios = {key: round(last[key] / first[key], 3) for key in KEYS if first[key]}
     ratios["memory beyond the libraries"] = round(beyond[names[-1]] / beyond[names[0]], 3)
     click.echo(f"{report['model']}, {report['device_name']}, median of {rounds} rounds")
-    for name, one in costs.items():
-        words = ", ".join(f"{key} {value / 1e9:.3f} GB" for key, value in one.items() if key != "seconds")
+    for name, cost in costs.items():
+        words = ", ".join(f"{key} {value / 1e9:.3f} GB" for key, value in cost.items() if key != "seconds")
         click.echo(
-            f"  {name}: {one['seconds']:.2f} s, {words}, memory beyond the libraries {beyond[name] / 1e9:.3f} GB"
+            f"  {name}: {cost['seconds']:.2f} s, {words}, memory beyond the libraries {beyond[name] / 1e9:.3f} GB"
         )
     for key, ratio in ratios.items() if len(names) > 1 else ():
         click.echo(f"{ratio:7.3f} x the {key}")
@@ -390,12 +390,12 @@ def rounding(rounds: int) -> None:
             theirs, mine, same = [], [], True
             for _ in range(rounds):
                 begun = time.perf_counter()
-                stock = torch.ops.bitsandbytes.quantize_4bit.default(matrix, 64, quant_type, torch.uint8)
+                reference = torch.ops.bitsandbytes.quantize_4bit.default(matrix, 64, quant_type, torch.uint8)
                 between = time.perf_counter()
                 own = cpu_kernel.quantize(matrix, values, 64)
                 theirs.append(between - begun)
                 mine.append(time.perf_counter() - between)
-                same &= all(map(torch.equal, stock, own))
+                same &= all(map(torch.equal, reference, own))
             speeds = [matrix.numel() / median(times) / 1e6 for times in (theirs, mine)]
             click.echo(
                 f"  {quant_type} of {str(dtype)[6:]:8} bitsandbytes {speeds[0]:4.0f}, ours {speeds[1]:4.0f}: "
@@ -404,7 +404,7 @@ def rounding(rounds: int) -> None:
 
 
 class Ledger(Silent):
-    """Progress that adds up how long each task took."""
+    """Progress that adds up the seconds of each task."""
 
     def __init__(self) -> None:
         self.tasks: dict[str, float] = {}

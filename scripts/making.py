@@ -1,4 +1,4 @@
-"""Making a 4-bit checkpoint, ours against the three lines that everybody writes, each in a process of its own.
+"""Makes a 4-bit checkpoint: ours against the usual three lines, each in its own process.
 
 `benchmark.py` has the commands; here are the contenders and the models of random weights that they work on.
 """
@@ -54,7 +54,7 @@ class Cost:
 
 
 def made_up(shape: str, folder: Path) -> Path:
-    """A model of random weights in bfloat16 (GPT-2's in float32, as it lies on the Hub), with the pocket tokenizer."""
+    """A model of random weights in bfloat16 (GPT-2's in float32, as on the Hub), with the pocket tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -67,7 +67,7 @@ def made_up(shape: str, folder: Path) -> Path:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     tied = set(model.all_tied_weights_keys)
     numbers = torch.randn(SEED_NUMBERS, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
-    slots = [Slot(name, dtype, tuple(one.shape)) for name, one in model.state_dict().items() if name not in tied]
+    slots = [Slot(name, dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items() if name not in tied]
     groups = in_files(slots, lambda slot: slot.size, SHARD)
     folder.mkdir(parents=True)
     names = file_names(len(groups))
@@ -86,7 +86,7 @@ def made_up(shape: str, folder: Path) -> Path:
     return folder
 
 
-def stock(task: Task) -> None:
+def three_lines(task: Task) -> None:
     """The three lines: load in 4 bits, save."""
     _load_in_4_bits(task).save_pretrained(task.output)
 
@@ -117,12 +117,12 @@ def obvious_job(task: Task) -> None:
     model.save_pretrained(task.output)
     original = AutoModelForCausalLM.from_pretrained(task.source, device_map={"": task.device}).eval()
     text = AutoTokenizer.from_pretrained(task.source)(corpus.load(task.corpus).text, return_tensors="pt", verbose=False)
-    for one in (original, model.eval()):
-        guide_loop(one, text.input_ids, min(1024, one.config.max_position_embeddings), task.device)
+    for contender in (original, model.eval()):
+        guide_loop(contender, text.input_ids, min(1024, contender.config.max_position_embeddings), task.device)
 
 
 def our_job(task: Task) -> None:
-    """`quantize run --recipe stock`: hashes, structure, verdict, generation, figures and card included."""
+    """`quantize run --recipe rtn`: hashes, structure, verdict, generation, figures and card included."""
     from quantize import pipeline
     from quantize.progress import Silent
     from quantize.records import EvaluationSettings, Recipe
@@ -166,9 +166,14 @@ def _load_in_4_bits(task: Task) -> Any:
     )
 
 
-OURS, STOCK = "ours", "from_pretrained, save_pretrained"
+OURS, THREE_LINES = "ours", "from_pretrained, save_pretrained"
 OUR_JOB, OBVIOUS = "quantize run", "the obvious script"
-CONTENDERS: dict[str, Callable[[Task], None]] = {STOCK: stock, OURS: ours, OBVIOUS: obvious_job, OUR_JOB: our_job}
+CONTENDERS: dict[str, Callable[[Task], None]] = {
+    THREE_LINES: three_lines,
+    OURS: ours,
+    OBVIOUS: obvious_job,
+    OUR_JOB: our_job,
+}
 
 
 def cost(name: str, task: Task) -> Cost:
@@ -178,6 +183,9 @@ def cost(name: str, task: Task) -> Cost:
     import transformers  # noqa: F401 - loaded before the clock starts, for every contender alike
     from bitsandbytes import functional  # noqa: F401
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: F401
+
+    from quantize import pipeline  # noqa: F401
+    from quantize.formats.bitsandbytes import checkpoint  # noqa: F401
 
     on_gpu = task.device.startswith("cuda")
     if on_gpu:
@@ -207,9 +215,9 @@ def cost(name: str, task: Task) -> Cost:
 
 def _most_memory() -> int:
     """Most bytes that this process ever held; unlike `getrusage` it does not count what its parent held before."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert peak is not None
+    return int(peak[1]) * 1024
 
 
 def line(name: str, task: str) -> str:

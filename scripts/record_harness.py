@@ -1,6 +1,6 @@
-"""Record what lm-evaluation-harness itself says about the pocket model, for tests/test_conventions.py.
+"""Records what lm-evaluation-harness itself reports for the pocket model, for tests/parity/test_standard_perplexity.py.
 
-Run it in an environment of its own, since the harness brings many dependencies that nothing else here needs:
+Run it in a separate environment, since the harness brings many dependencies that nothing else here needs:
 
     python -m venv /tmp/harness && /tmp/harness/bin/pip install torch==2.13.0 'lm_eval[hf]' datasets
     /tmp/harness/bin/python scripts/record_harness.py
@@ -43,8 +43,8 @@ def evaluate(model: Path, pages: list[str]) -> dict[str, float]:
             "metric_list": [{"metric": name} for name in FIGURES],
         }
         arguments = {"pretrained": str(model), "dtype": "float32"}
-        found = simple_evaluate("hf", model_args=arguments, tasks=[task], device="cpu", batch_size=1)
-    return {name: found["results"]["pages"][f"{name},none"] for name in FIGURES}
+        report = simple_evaluate("hf", model_args=arguments, tasks=[task], device="cpu", batch_size=1)
+    return {name: report["results"]["pages"][f"{name},none"] for name in FIGURES}
 
 
 def main(arguments: list[str]) -> None:

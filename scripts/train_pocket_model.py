@@ -1,4 +1,4 @@
-"""Trains the pocket GPT-2 that the tests quantize, from nothing but text that every Python carries.
+"""Trains the pocket GPT-2 that the tests quantize, on text that comes with every Python alone.
 
 The text is the docstrings of the standard library and the topics of Python's own help. About half of the
 topics are reserved: they are the toolkit's built-in evaluation text, so neither the tokenizer nor the model
@@ -80,7 +80,7 @@ PLAN = Plan()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 END = "<|endoftext|>"
 PROMPT = "Hello, I'm a language model,"
-LEFT_OUT = {"staging-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 DEFAULT_FOLDER = Path("tests/models/pocket-gpt2")
 
 
@@ -179,7 +179,7 @@ def mean_loss(model: Any, tokens: torch.Tensor) -> float:
 
 
 def train(model: Any, tokens: torch.Tensor, validation: torch.Tensor, steps: int) -> Training:
-    """Trains for so many steps and leaves the model as it was when it did best on the validation text."""
+    """Trains for `steps` steps and leaves the model with the weights that were best on the validation text."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=PLAN.peak_rate, betas=(0.9, 0.95), weight_decay=PLAN.weight_decay
     )

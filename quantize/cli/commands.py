@@ -7,38 +7,23 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from quantize import __version__
-from quantize.cli.options import (
-    FOLDER,
-    Command,
-    Output,
-    against_option,
-    cache_option,
-    device_option,
-    evaluation_options,
-    output_options,
-    publisher_options,
-    recipe_options,
-    repo_ids,
-    target_options,
-    template_option,
-    trust_option,
-)
+from quantize import __version__, publishing
+from quantize.cli.display import Display
+from quantize.cli.options import FILE, FOLDER, former_flags, options_of
 from quantize.errors import ParityRefused, QuantizeError
+from quantize.files import CARD
 from quantize.grades import UNMEASURED
 from quantize.options import DEFAULT_MODEL
-from quantize.publishing.records import Target
-from quantize.records import EvaluationSettings, Recipe
+from quantize.publishing import Destination, PublishRequest, SyncRequest
+from quantize.records import Publisher
 from quantize.serialization import to_json
 
 if TYPE_CHECKING:
     from quantize.pipeline import RunRequest
-    from quantize.publishing.delivery import Wanted
-    from quantize.records import Publisher
 
 INTERRUPTED = 130
 ENVIRONMENT = {
@@ -62,48 +47,19 @@ def cli() -> None:
     """
 
 
-@cli.command(cls=Command)
+@cli.command(context_settings=former_flags("run"))
 @click.argument("model", default=DEFAULT_MODEL)
-@click.option("--revision", help="Branch, tag or commit of a Hub model; resolved once to a commit.")
-@click.option("--output", "-o", "folder", type=FOLDER, help="The package; default: MODEL-bnb-4bit here.")
-@recipe_options
-@device_option
-@trust_option
-@click.option("--force", is_flag=True, help="Replace a finished package.")
-@click.option(
-    "--unverified", is_flag=True, help="Measure nothing, say so on the card, and never publish: for what fits nowhere."
-)
-@cache_option
-@template_option
-@click.option(
-    "--allow-no-derivatives", is_flag=True, help="Go on although the license forbids changed copies: you may do so."
-)
-@target_options("--push-to", required=False)
-@click.option("--refresh-card", is_flag=True, help="With --push-to: render a published card again, and push it alone.")
-@evaluation_options
-@output_options
-@publisher_options
+@options_of("run")
 def run(
     model: str,
-    revision: str | None,
-    folder: Path | None,
-    recipe: Recipe,
-    device: str,
-    trust_remote_code: bool,
-    force: bool,
-    unverified: bool,
-    reference_cache: Path | None,
-    card_template: Path | None,
-    allow_no_derivatives: bool,
-    target: Target | None,
+    destination: Destination | None,
     verify_download: bool,
     dry_run: bool,
     refresh_card: bool,
-    publisher: Publisher | None,
-    settings: EvaluationSettings,
-    output: Output,
+    display: Display,
+    **request: Any,
 ) -> None:
-    """Quantize MODEL, prove it against the original, write its card, leave a finished package.
+    """Quantize MODEL, compare it with the original, write its card, and leave a finished package.
 
     MODEL is a Hub id or a local folder.
 
@@ -115,81 +71,47 @@ def run(
     """
     from quantize import pipeline
 
-    if refresh_card and target is None:
-        raise click.UsageError("--refresh-card needs --push-to REPO")
-    if unverified and target is not None:
+    if request["unverified"] and destination is not None:
         raise click.UsageError("--unverified and --push-to exclude each other: what is published has been measured")
-    request = pipeline.RunRequest(
-        model,
-        revision,
-        folder,
-        recipe,
-        settings,
-        device,
-        trust_remote_code,
-        force,
-        reference_cache,
-        publisher,
-        card_template,
-        allow_no_derivatives,
-        unverified=unverified,
-    )
-    if target is None:
-        _run(request, output)
+    asked = pipeline.RunRequest(model, **request)
+    if destination is None:
+        _run(asked, display)
     else:
-        from quantize.publishing.delivery import Wanted
-
-        _deliver(Wanted(request, target, refresh_card, verify_download, dry_run), output)
+        _deliver(PublishRequest(asked, destination, refresh_card, verify_download, dry_run), display)
 
 
-def _run(request: RunRequest, output: Output) -> None:
+def _run(request: RunRequest, display: Display) -> None:
     from quantize import pipeline
     from quantize.cli import console
 
-    result = pipeline.run(request, output.progress)
-    made = result.package
+    result = pipeline.run(request, display.progress)
+    package, evidence = result.package, result.package.evidence
     if not result.created:
-        output.progress.note(f"{made.folder} is already finished: nothing to do (--force makes it again)")
-    output.show(
-        {"package": str(made.folder), "created": result.created, "parity": made.evidence},
-        lambda terminal: console.show_parity(terminal, made.evidence),
-        lambda terminal: console.show_package(terminal, made),
+        display.progress.note(f"{package.folder} is already finished: nothing to do (use --force to replace it)")
+    display.show(
+        {"package": str(package.folder), "created": result.created, "parity": evidence},
+        lambda terminal: console.show_evidence(terminal, evidence),
+        lambda terminal: console.show_package(terminal, package),
     )
-    if not made.evidence.verdict.passed and made.evidence.verdict.grade != UNMEASURED:
-        reason = made.evidence.verdict.reasons[0]
-        raise ParityRefused(f"{request.model} was refused: {reason}; the evidence is in {made.folder}")
+    if not evidence.verdict.passed and evidence.verdict.grade != UNMEASURED:
+        reason = evidence.verdict.reasons[0]
+        raise ParityRefused(f"{request.model} was refused: {reason}; the evidence is in {package.folder}")
 
 
-def _deliver(wanted: Wanted, output: Output) -> None:
+def _deliver(request: PublishRequest, display: Display) -> None:
     from quantize.cli import console
-    from quantize.publishing import delivery
 
-    done = delivery.deliver(wanted, output.progress)
-    output.show(done.summary(), lambda terminal: console.show_delivery(terminal, done))
+    delivery = publishing.deliver(request, display.progress)
+    display.show(delivery.summary(), lambda terminal: console.show_delivery(terminal, delivery))
 
 
-@cli.command(cls=Command)
+@cli.command(context_settings=former_flags("verify"))
 @click.argument("checkpoint")
-@against_option
-@click.option("--figures", type=FOLDER, help="Write the figures into this folder.")
-@device_option
-@trust_option
-@cache_option
-@evaluation_options
-@output_options
-def verify(
-    checkpoint: str,
-    against: str | None,
-    figures: Path | None,
-    device: str,
-    trust_remote_code: bool,
-    reference_cache: Path | None,
-    settings: EvaluationSettings,
-    output: Output,
-) -> None:
-    """Measure a package again, or any bitsandbytes checkpoint --against its original.
+@options_of("verify")
+def verify(checkpoint: str, figures: Path | None, display: Display, **request: Any) -> None:
+    """Compare a package, or any bitsandbytes checkpoint, with its original.
 
-    CHECKPOINT is a folder or a Hub repo, somebody else's as well.
+    CHECKPOINT is a folder or a Hub repo, also one that was made with other tools.
 
     \b
     quantize verify distilgpt2-bnb-4bit
@@ -198,25 +120,17 @@ def verify(
     from quantize import pipeline
     from quantize.cli import console
 
-    evidence = pipeline.verify(
-        checkpoint, against, settings, device, output.progress, trust_remote_code, reference_cache
-    )
+    evidence = pipeline.verify(pipeline.VerifyRequest(checkpoint, **request), display.progress)
     if figures is not None:
         pipeline.draw_figures(evidence, figures)
-    output.show(evidence, lambda terminal: console.show_parity(terminal, evidence))
+    display.show(evidence, lambda terminal: console.show_evidence(terminal, evidence))
     if not evidence.verdict.passed:
         raise ParityRefused(f"{checkpoint} was refused: {evidence.verdict.reasons[0]}")
 
 
-@cli.command(cls=Command)
+@cli.command(context_settings=former_flags("card"))
 @click.argument("folder", type=FOLDER)
-@against_option
-@template_option
-@click.option("--facts", is_flag=True, help="Print as JSON what a template may name, and change nothing.")
-@click.option("--preview", is_flag=True, help="Also show the card here.")
-@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Also write the card as a page.")
-@output_options
-@publisher_options
+@options_of("card")
 def card(
     folder: Path,
     against: str | None,
@@ -225,7 +139,7 @@ def card(
     preview: bool,
     html: Path | None,
     publisher: Publisher | None,
-    output: Output,
+    display: Display,
 ) -> None:
     """Render a package's card again from its evidence, without measuring.
 
@@ -236,24 +150,24 @@ def card(
     from quantize import pipeline
     from quantize.cli import console
 
+    request = pipeline.CardRequest(folder, against, publisher, card_template)
     if facts:
-        click.echo(to_json(pipeline.card_names(folder, against, publisher)), nl=False)
+        click.echo(to_json(pipeline.card_names(request)), nl=False)
         return
-    made = pipeline.rewrite_card(folder, against, publisher, card_template)
+    package = pipeline.rewrite_card(request)
     if html is not None:
-        pipeline.write_page(made, html)
-    output.show(
-        {"card": str(made.folder / "README.md")},
-        lambda terminal: console.show_card(terminal, made, preview),
+        pipeline.write_page(package, html)
+    display.show(
+        {"card": str(package.folder / CARD)},
+        lambda terminal: console.show_card(terminal, package, preview),
     )
 
 
-@cli.command(cls=Command)
+@cli.command(context_settings=former_flags("push"))
 @click.argument("folder", type=FOLDER)
-@target_options("--to", required=True)
-@output_options
-def push(folder: Path, target: Target, verify_download: bool, dry_run: bool, output: Output) -> None:
-    """Publish a package that passed and is unchanged since, in one commit.
+@options_of("push")
+def push(folder: Path, destination: Destination, verify_download: bool, dry_run: bool, display: Display) -> None:
+    """Publish a package that passed and has not been changed since, in one commit.
 
     The token comes from HF_TOKEN or `hf auth login`.
 
@@ -263,49 +177,20 @@ def push(folder: Path, target: Target, verify_download: bool, dry_run: bool, out
     quantize push distilgpt2-bnb-4bit --to somebody/model --pr
     """
     from quantize.cli import console
-    from quantize.publishing import delivery
 
     if dry_run:
-        planned = delivery.plan(folder, target)
-        output.show(planned, lambda terminal: console.show_plan(terminal, planned))
+        plan = publishing.plan(folder, destination)
+        display.show(plan, lambda terminal: console.show_plan(terminal, plan))
         return
-    receipt = delivery.push(folder, target, output.progress, verify_download=verify_download)
-    output.show(receipt, lambda terminal: console.show_receipt(terminal, receipt))
+    receipt = publishing.push(folder, destination, display.progress, verify_download=verify_download)
+    display.show(receipt, lambda terminal: console.show_receipt(terminal, receipt))
 
 
-@cli.command(cls=Command)
-@click.argument("catalogue", type=click.Path(path_type=Path, dir_okay=False))
-@click.option(
-    "--output",
-    "-o",
-    "folder",
-    type=FOLDER,
-    default=Path("sync"),
-    show_default=True,
-    help="For evidence and unfinished work.",
-)
-@click.option("--only", multiple=True, metavar="REPO", callback=repo_ids, help="This target. May be repeated.")
-@click.option("--max-models", type=click.IntRange(1), help="Make at most this many; the rest waits for the next time.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done; nothing is fetched, made or published.")
-@click.option("--refresh-card", is_flag=True, help="Also render published cards again, and push those that differ.")
-@click.option("--verify-download", is_flag=True, help="Fetch what was published again, load it and score a sample.")
-@device_option
-@output_options
-@publisher_options
+@cli.command(context_settings=former_flags("sync"))
+@click.argument("catalogue", type=FILE)
+@options_of("sync")
 @click.pass_context
-def sync(
-    context: click.Context,
-    catalogue: Path,
-    folder: Path,
-    only: tuple[str, ...],
-    max_models: int | None,
-    dry_run: bool,
-    refresh_card: bool,
-    verify_download: bool,
-    device: str,
-    publisher: Publisher | None,
-    output: Output,
-) -> None:
+def sync(context: click.Context, /, catalogue: Path, display: Display, **request: Any) -> None:
     """Keep the models of a CATALOGUE up to date on the Hub; safe to run every night.
 
     Exit codes: 0 all up to date or published, 1 some failed, 3 some refused by parity.
@@ -315,21 +200,19 @@ def sync(
     quantize sync catalogue.toml --only you/distilgpt2-bnb-4bit --dry-run
     """
     from quantize.cli import console
-    from quantize.publishing import sync as room
 
-    job = room.Job(catalogue, folder, only, max_models, dry_run, refresh_card, verify_download, device, publisher)
-    report = room.sync(job, output.progress)
-    output.show(report, lambda terminal: console.show_report(terminal, report))
-    for one in report.outcomes if output.quiet else ():
-        if one.state not in room.OK:
-            click.echo(f"{one.state}: {one.target}: {one.detail}", err=True)
+    report = publishing.sync(SyncRequest(catalogue, **request), display.progress)
+    display.show(report, lambda terminal: console.show_report(terminal, report))
+    for outcome in report.outcomes if display.quiet else ():
+        if not outcome.ok:
+            click.echo(f"{outcome.state}: {outcome.repo}: {outcome.detail}", err=True)
     context.exit(report.exit_code)
 
 
-@cli.command(cls=Command)
-@output_options
-def doctor(output: Output) -> None:
-    """Show what this machine has: devices, backends, versions, token, disk.
+@cli.command(context_settings=former_flags("doctor"))
+@options_of("doctor")
+def doctor(display: Display) -> None:
+    """Show devices, backends, versions, token and disks of this machine.
 
     \b
     quantize doctor --json
@@ -337,8 +220,8 @@ def doctor(output: Output) -> None:
     from quantize import diagnostics
     from quantize.cli import console
 
-    found = diagnostics.diagnose()
-    output.show(found, lambda terminal: console.show_diagnostics(terminal, found))
+    report = diagnostics.diagnose()
+    display.show(report, lambda terminal: console.show_diagnostics(terminal, report))
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -353,7 +236,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted: nothing half done was left; run the same command again to go on", err=True)
+        click.echo("interrupted: no partial result was left behind; run the same command again to continue", err=True)
         sys.exit(INTERRUPTED)
     except QuantizeError as error:
         click.echo(f"error: {error}", err=True)

@@ -16,12 +16,11 @@ from rich.text import Text
 from model_card import nats, split
 from quantize.diagnostics import Diagnostics
 from quantize.evidence import Estimate, Evidence
+from quantize.files import CARD
 from quantize.grades import LIMITS, UNMEASURED
-from quantize.package import CARD, Package
+from quantize.package import Package
 from quantize.progress import Advance
-from quantize.publishing.delivery import Delivery
-from quantize.publishing.records import Plan, Receipt
-from quantize.publishing.sync import Report
+from quantize.publishing import Delivery, Plan, Receipt, SyncReport
 
 PLAIN_WIDTH = 100
 
@@ -62,7 +61,7 @@ class Terminal:
             yield lambda amount: progress.advance(bar, amount)
 
 
-def show_parity(console: Console, evidence: Evidence) -> None:
+def show_evidence(console: Console, evidence: Evidence) -> None:
     """The table of results and the verdict."""
     failed = [check for check in evidence.checks if not check.passed]
     for check in evidence.checks if failed else []:
@@ -83,9 +82,11 @@ def show_parity(console: Console, evidence: Evidence) -> None:
 
 
 def show_package(console: Console, package: Package) -> None:
-    """What was made and where it lies."""
-    sizes, recipe = parity_sizes(package.evidence), package.provenance.recipe
-    console.print(f"{package.provenance.source.name} in {recipe.bits} bits: {sizes}", soft_wrap=True)
+    """The size of a package, and its folder."""
+    sizes, bits = package.evidence.sizes, package.provenance.recipe.bits
+    shrunk = f"{sizes.source_bytes / 1e6:.1f} MB -> {sizes.package_bytes / 1e6:.1f} MB"
+    average = f"{sizes.bits_per_parameter:.2f} bits per parameter with unquantized layers"
+    console.print(f"{package.provenance.source.name} in {bits} bits: {shrunk}, {average}", soft_wrap=True)
     console.print(f"package: {package.folder}", soft_wrap=True)
 
 
@@ -100,10 +101,8 @@ def show_receipt(console: Console, receipt: Receipt) -> None:
     done = "published" if receipt.created_commit else "already there, nothing to do"
     console.print(f"{done}: {receipt.pull_request or receipt.url}", soft_wrap=True)
     if proof := receipt.downloaded:
-        console.print(
-            f"fetched again: {proof.files} files, all hashes agree; a sample costs {proof.sample_nll:.4f} nats a token",
-            soft_wrap=True,
-        )
+        sample = f"loss on a sample text: {proof.sample_nll:.4f} nats per token"
+        console.print(f"downloaded again: {proof.files} files, all hashes match; {sample}", soft_wrap=True)
 
 
 def show_plan(console: Console, plan: Plan) -> None:
@@ -119,65 +118,56 @@ def show_plan(console: Console, plan: Plan) -> None:
         console.print(table)
     kept = sum(change.action == "keep" for change in plan.changes)
     sent = sum(change.size for change in plan.changes if change.action in ("create", "replace"))
-    where = "a new pull request" if plan.pull_request and not plan.revision else plan.revision or "main"
-    made = " (would be made)" if plan.creates_repo else ""
-    console.print(f"{plan.repo_id}{made}, {where}", soft_wrap=True)
-    console.print(f"{sent / 1e6:.1f} MB to send, {kept} files are there already; nothing was changed", soft_wrap=True)
+    branch = "a new pull request" if plan.pull_request and not plan.revision else plan.revision or "main"
+    created = " (would be created)" if plan.creates_repo else ""
+    console.print(f"{plan.repo_id}{created}, {branch}", soft_wrap=True)
+    console.print(f"{sent / 1e6:.1f} MB to upload, {kept} files are already there; nothing was changed", soft_wrap=True)
 
 
 def show_delivery(console: Console, delivery: Delivery) -> None:
-    """What came of `run --push-to`."""
+    """What became of `run --push-to`."""
     if delivery.package and delivery.receipt and delivery.receipt.created_commit:
-        show_parity(console, delivery.package.evidence)
+        show_evidence(console, delivery.package.evidence)
         show_package(console, delivery.package)
     if delivery.receipt:
         show_receipt(console, delivery.receipt)
     else:
-        console.print(f"{delivery.state}: {delivery.source} at {delivery.target}", soft_wrap=True)
+        console.print(f"{delivery.state}: {delivery.source} at {delivery.repo}", soft_wrap=True)
 
 
-def show_report(console: Console, report: Report) -> None:
-    """What came of every entry of a catalogue."""
+def show_report(console: Console, report: SyncReport) -> None:
+    """What became of every entry of a catalogue."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("target", "state", "detail"):
+    for name in ("repo", "state", "detail"):
         table.add_column(name, overflow="fold")
-    for one in report.outcomes:
-        table.add_row(one.target, one.state, one.detail)
+    for outcome in report.outcomes:
+        table.add_row(outcome.repo, outcome.state, outcome.detail)
     console.print(table)
 
 
-def show_diagnostics(console: Console, found: Diagnostics) -> None:
+def show_diagnostics(console: Console, report: Diagnostics) -> None:
+    """Versions, devices, the Hub's settings and free disk space."""
     table = Table(show_header=False, title="this machine", title_justify="left")
-    table.add_row("python", found.python)
-    for name, version in found.versions.items():
+    table.add_row("python", report.python)
+    for name, version in report.versions.items():
         table.add_row(name, version)
-    for device in found.devices:
+    for device in report.devices:
         table.add_row(device.name, f"{device.processor}, {device.free_memory / 1e9:.1f} GB free")
-    table.add_row(f"4-bit on {found.devices[0].name}", found.bitsandbytes_works)
-    table.add_row("Hub", found.endpoint)
-    table.add_row("token", "present" if found.token_present else "none: only needed to push or for gated models")
-    table.add_row("Hub cache", f"{found.hub_cache}, {found.hub_cache_free / 1e9:.1f} GB free")
-    table.add_row("this folder", f"{found.folder_free / 1e9:.1f} GB free")
+    table.add_row(f"4-bit on {report.devices[0].name}", report.bitsandbytes_works)
+    table.add_row("Hub", report.endpoint)
+    table.add_row("token", "present" if report.token_present else "none; needed only to push and for gated models")
+    table.add_row("Hub cache", f"{report.hub_cache}, {report.hub_cache_free / 1e9:.1f} GB free")
+    table.add_row("this folder", f"{report.folder_free / 1e9:.1f} GB free")
     console.print(table)
-
-
-def parity_sizes(evidence: Evidence) -> str:
-    """Sizes in one phrase."""
-    sizes = evidence.sizes
-    return (
-        f"{sizes.source_bytes / 1e6:.1f} MB -> {sizes.package_bytes / 1e6:.1f} MB, "
-        f"{sizes.bits_per_parameter:.2f} bits per parameter"
-    )
 
 
 def _scores_table(evidence: Evidence) -> Table:
-    scores, generated, text = evidence.scores, evidence.generation, evidence.corpus
-    assert scores is not None and text is not None
-    ratio_limit, kld_limit = LIMITS[evidence.verdict.required]
-    enough = " decided" if text.scored < text.windows and evidence.looks[-1].certain else ""
-    caption = f"{text.scored} of {text.windows} windows of {text.window} tokens of {text.name}{enough}; 95 % intervals"
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
-    for name in ("metric", "reference", "candidate", "interval", "limit", "pass"):
+    scores, generation, corpus = evidence.scores, evidence.generation, evidence.corpus
+    assert scores is not None and corpus is not None
+    required = evidence.verdict.required
+    ratio_limit, kld_limit = LIMITS[required]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=_caption(evidence), caption_justify="left")
+    for name in ("metric", "original", "this model", "95 % interval", f"limit for {required}", "pass"):
         table.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
     ratio, kld, top = scores.perplexity_ratio, scores.kld.mean, scores.same_top
     table.add_row(
@@ -195,8 +185,8 @@ def _scores_table(evidence: Evidence) -> Table:
         _mark(ratio, ratio_limit),
     )
     table.add_row("mean KLD (nats)", "0", nats(kld.value), _range(kld), f"{kld_limit}", _mark(kld, kld_limit))
-    table.add_row("same top token", "1", f"{top.value:.4f}", _range(top))
-    table.add_row("RMS delta p", "0", f"{scores.delta_p_rms.value:.4f}", _range(scores.delta_p_rms))
+    table.add_row("same most likely token", "1", f"{top.value:.4f}", _range(top))
+    table.add_row("RMS change of p(token)", "0", f"{scores.delta_p_rms.value:.4f}", _range(scores.delta_p_rms))
     for control in evidence.controls:
         table.add_row(
             f"  {control.name}: ratio", "1", f"{control.perplexity_ratio.value:.4f}", _range(control.perplexity_ratio)
@@ -206,10 +196,18 @@ def _scores_table(evidence: Evidence) -> Table:
         table.add_row(figure.name, f"{figure.reference:.4f}", f"{figure.candidate:.4f}")
     if evidence.reference_cache is not None:
         table.add_row("  reference cache: KLD", "0", nats(evidence.reference_cache.mean_kld))
-    if generated is not None:
-        table.add_row("greedy equal at 16", "1", f"{generated.identical_at_16:.2f}")
-        table.add_row("cached agreement", "1", f"{generated.cached_agreement:.4f}")
+    if generation is not None:
+        table.add_row("same first 16 tokens, greedy", "1", f"{generation.identical_at_16:.2f}")
+        table.add_row("same next token, with KV cache", "1", f"{generation.cached_agreement:.4f}")
     return table
+
+
+def _caption(evidence: Evidence) -> str:
+    corpus = evidence.corpus
+    assert corpus is not None
+    enough = corpus.scored < corpus.windows and evidence.looks[-1].certain
+    scored = f"scored {corpus.scored} of {corpus.windows} windows of {corpus.window} tokens of {corpus.name}"
+    return f"{scored}, enough for the verdict" if enough else scored
 
 
 def _range(estimate: Estimate, digits: int = 4) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from quantize.errors import CorruptModel
+from quantize.records import FileRecord
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,29 @@ TYPES = {
 PART = 1 << 22
 """Elements that are read together where a tensor need not be whole."""
 LONGEST_HEADER = 100_000_000
-INDEX = "model.safetensors.index.json"
+SUFFIX = ".safetensors"
+SINGLE_FILE = f"model{SUFFIX}"
+INDEX = f"{SINGLE_FILE}.index.json"
+
+
+def is_weights(path: str) -> bool:
+    """Whether a file of that name holds weights."""
+    return path.endswith(SUFFIX)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a model's folder, in the order of their names."""
+    return sorted(folder.glob(f"*{SUFFIX}"))
+
+
+def weight_bytes(folder: Path) -> int:
+    """Size of the weight files of a model's folder."""
+    return sum(path.stat().st_size for path in weight_files(folder))
+
+
+def recorded_weight_bytes(files: Iterable[FileRecord]) -> int:
+    """Size of the weight files among those that are recorded."""
+    return sum(file.size for file in files if is_weights(file.path))
 
 
 @dataclass(frozen=True)
@@ -47,36 +70,36 @@ class Entry:
 
         if self.kind not in TYPES:
             raise CorruptModel(f"{self.file.name} holds tensors of the type {self.kind}, which is not known here")
-        found: torch.dtype = getattr(torch, TYPES[self.kind])
-        return found
+        dtype: torch.dtype = getattr(torch, TYPES[self.kind])
+        return dtype
 
 
 def entries(file: Path) -> dict[str, Entry]:
     """What a safetensors file holds, by name; raises CorruptModel where it was cut short or is none."""
     size = file.stat().st_size
     try:
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
             if length > min(size, LONGEST_HEADER):
                 raise ValueError("its header is longer than the file")
-            header = json.loads(opened.read(length))
+            header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         first, end = 8 + length, 0
-        found = {}
-        for name, one in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            found[name] = Entry(file, one["dtype"], tuple(one["shape"]), first + end)
-            _, end = _checked(found[name], one["data_offsets"], end)
+        listed = {}
+        for name, fields in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            listed[name] = Entry(file, fields["dtype"], tuple(fields["shape"]), first + end)
+            _, end = _checked(listed[name], fields["data_offsets"], end)
         if first + end != size:
             raise ValueError(f"it has {size:,} bytes, and should have {first + end:,}")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CorruptModel(f"{file.name} is damaged ({error}): fetch it again") from error
-    return found
+    return listed
 
 
 def _checked(entry: Entry, offsets: list[int], end: int) -> list[int]:
     """The `offsets` of a tensor, which begins at the `end` of the one before and is as long as its shape says."""
-    wanted = entry.numel * entry.dtype.itemsize if entry.kind in TYPES else offsets[1] - end
-    if offsets != [end, end + wanted]:
+    size = entry.numel * entry.dtype.itemsize if entry.kind in TYPES else offsets[1] - end
+    if offsets != [end, end + size]:
         raise ValueError("its tensors do not lie where its header says")
     return offsets
 
@@ -91,20 +114,20 @@ def parts(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def read(entry: Entry, first: int, count: int, pinned: bool) -> torch.Tensor:
     """`count` elements [count] of a tensor from the element `first` on, read into memory of their own."""
     size = entry.dtype.itemsize
-    buffer = _room(count * size, pinned)
-    view, place = memoryview(buffer.numpy().data), entry.start + first * size
+    buffer = _buffer(count * size, pinned)
+    view = memoryview(buffer.numpy().data)
     with entry.file.open("rb", buffering=0) as file:
-        file.seek(place)
+        file.seek(entry.start + first * size)
         done = 0
         while done < len(view):
-            got = file.readinto(view[done:])
-            if not got:
+            length = file.readinto(view[done:])
+            if not length:
                 raise CorruptModel(f"{entry.file.name} ends before its tensors do: the source is damaged")
-            done += got
+            done += length
     return buffer.view(entry.dtype)
 
 
-def _room(size: int, pinned: bool) -> torch.Tensor:
+def _buffer(size: int, pinned: bool) -> torch.Tensor:
     """Memory of `size` bytes that goes back to the system as soon as nobody needs it, where `malloc` might keep it."""
     import torch
 
@@ -136,9 +159,9 @@ class Shard:
     def __init__(self, file: Path, slots: Sequence[Slot]) -> None:
         self.file = file
         known = sorted(
-            (slot for slot in slots if slot.shape is not None), key=lambda one: (-one.dtype.itemsize, one.name)
+            (slot for slot in slots if slot.shape is not None), key=lambda slot: (-slot.dtype.itemsize, slot.name)
         )
-        self.loose = {slot.name: b"" for slot in slots if slot.shape is None}
+        self.late = {slot.name: b"" for slot in slots if slot.shape is None}
         self.slots = {slot.name: slot for slot in known}
         self.starts: dict[str, int] = {}
         end = 0
@@ -146,8 +169,8 @@ class Shard:
             self.starts[slot.name] = end
             end += slot.size
         self.end = end
-        # of the header, a multiple of 8: what is known, and enough for what is not
-        self.room = -(-len(self._header(dict.fromkeys(self.loose, 0))) // 8) * 8 + 32 * len(self.loose)
+        # a multiple of 8: enough for what is known, and for what is not
+        self.header_size = -(-len(self._header(dict.fromkeys(self.late, 0))) // 8) * 8 + 32 * len(self.late)
 
     def __enter__(self) -> Shard:
         self.descriptor = os.open(self.file.with_suffix(".part"), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -158,15 +181,16 @@ class Shard:
         import torch
 
         data = values.contiguous().view(-1).view(torch.uint8).numpy()
-        if name in self.loose:
-            self.loose[name] = data.tobytes()
+        if name in self.late:
+            self.late[name] = data.tobytes()
             return
         if values.dtype != self.slots[name].dtype:
             raise ValueError(f"{name} is {values.dtype}, not {self.slots[name].dtype}")
-        place, view = 8 + self.room + self.starts[name] + first * values.dtype.itemsize, memoryview(data.data)
+        start = 8 + self.header_size + self.starts[name] + first * values.dtype.itemsize
+        view = memoryview(data.data)
         done = 0
         while done < len(view):
-            done += os.pwrite(self.descriptor, view[done:], place + done)
+            done += os.pwrite(self.descriptor, view[done:], start + done)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
@@ -177,10 +201,10 @@ class Shard:
             self.file.with_suffix(".part").unlink(missing_ok=True)
 
     def _finish(self) -> None:
-        tail = b"".join(self.loose[name] for name in sorted(self.loose))
-        header = self._header({name: len(data) for name, data in self.loose.items()}).ljust(self.room)
-        os.pwrite(self.descriptor, tail, 8 + self.room + self.end)
-        os.pwrite(self.descriptor, self.room.to_bytes(8, "little") + header, 0)
+        tail = b"".join(self.late[name] for name in sorted(self.late))
+        header = self._header({name: len(data) for name, data in self.late.items()}).ljust(self.header_size)
+        os.pwrite(self.descriptor, tail, 8 + self.header_size + self.end)
+        os.pwrite(self.descriptor, self.header_size.to_bytes(8, "little") + header, 0)
         self.file.with_suffix(".part").rename(self.file)
 
     def _header(self, lengths: Mapping[str, int]) -> bytes:
@@ -196,8 +220,8 @@ class Shard:
 
 
 def _kind(dtype: torch.dtype) -> str:
-    called = str(dtype).removeprefix("torch.")
-    return next(kind for kind, name in TYPES.items() if name == called)
+    torch_name = str(dtype).removeprefix("torch.")
+    return next(kind for kind, name in TYPES.items() if name == torch_name)
 
 
 def in_files(items: Iterable[Item], size: Callable[[Item], int], largest: int) -> list[list[Item]]:
@@ -216,14 +240,14 @@ def in_files(items: Iterable[Item], size: Callable[[Item], int], largest: int) -
 def file_names(count: int) -> list[str]:
     """What transformers calls the weight files of a model that has so many."""
     if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+        return [SINGLE_FILE]
+    return [f"model-{number:05}-of-{count:05}{SUFFIX}" for number in range(1, count + 1)]
 
 
 def write_index(folder: Path, names: list[str]) -> None:
     """Say which of the weight files `names` holds which tensor."""
     held = {name: entries(folder / name) for name in names}
-    size = sum(entry.numel * entry.dtype.itemsize for found in held.values() for entry in found.values())
-    places = {key: name for name, found in held.items() for key in found}
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+    size = sum(entry.numel * entry.dtype.itemsize for listed in held.values() for entry in listed.values())
+    weight_map = {key: name for name, listed in held.items() for key in listed}
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")

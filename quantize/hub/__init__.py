@@ -1,4 +1,4 @@
-"""The one door to the Hub: everything that the client is asked."""
+"""Everything that is asked of the Hub goes through this module."""
 
 from __future__ import annotations
 
@@ -83,17 +83,17 @@ def account() -> Account:
     if token is None:
         raise AccessDenied("no token for the Hub: log in with `hf auth login` or set HF_TOKEN")
     if not token.isascii():
-        raise AccessDenied("the token for the Hub has a letter that no token has: copy it once more")
+        raise AccessDenied("the token for the Hub contains a non-ASCII character: copy it again")
 
     @retried
     def ask() -> dict[str, Any]:
         with translated("the account"):
             return dict(api().whoami())
 
-    found = ask()
-    role = (found.get("auth") or {}).get("accessToken", {}).get("role")
-    groups = {str(group.get("name")) for group in found.get("orgs") or ()}
-    return Account(str(found["name"]), frozenset({str(found["name"]), *groups}), role == READ_ONLY)
+    answer = ask()
+    role = (answer.get("auth") or {}).get("accessToken", {}).get("role")
+    groups = {str(group.get("name")) for group in answer.get("orgs") or ()}
+    return Account(str(answer["name"]), frozenset({str(answer["name"]), *groups}), role == READ_ONLY)
 
 
 @retried
@@ -122,10 +122,10 @@ def head(repo_id: str, revision: str | None) -> str:
 def refs(repo_id: str) -> tuple[dict[str, str], dict[str, str]]:
     """Branches and tags, each with its commit."""
     with translated(repo_id):
-        found = api().list_repo_refs(repo_id)
+        listing = api().list_repo_refs(repo_id)
     return (
-        {branch.name: branch.target_commit for branch in found.branches},
-        {tag.name: tag.target_commit for tag in found.tags},
+        {branch.name: branch.target_commit for branch in listing.branches},
+        {tag.name: tag.target_commit for tag in listing.tags},
     )
 
 
@@ -140,10 +140,10 @@ def history(repo_id: str, revision: str | None) -> tuple[str, ...]:
 def open_pull_request(repo_id: str, author: str, mark: str) -> int | None:
     """The number of the author's open pull request whose title ends with `mark`."""
     with translated(repo_id):
-        found = api().get_repo_discussions(
+        discussions = api().get_repo_discussions(
             repo_id, author=author, discussion_type="pull_request", discussion_status="open"
         )
-        return next((one.num for one in found if one.title.endswith(mark)), None)
+        return next((request.num for request in discussions if request.title.endswith(mark)), None)
 
 
 def read_json(repo_id: str, commit: str, file: RemoteFile) -> dict[str, Any]:

@@ -53,9 +53,9 @@ def set_deadlines() -> None:
     seconds = timeout()
 
     def client() -> Any:
-        made = default_client_factory()
-        made.timeout = seconds
-        return made
+        http_client = default_client_factory()
+        http_client.timeout = seconds
+        return http_client
 
     set_client_factory(client)
 
@@ -120,7 +120,7 @@ def _meaning(error: BaseException, repo_id: str, revision: str | None) -> Quanti
         case json.JSONDecodeError():
             return HubUnreachable(f"the Hub at {here} answers for {repo_id} with something else than JSON: try again")
         case errors.OfflineModeIsEnabled():
-            return HubUnreachable(f"HF_HUB_OFFLINE forbids to ask the Hub for {repo_id}: unset it", passing=False)
+            return HubUnreachable(f"HF_HUB_OFFLINE forbids asking the Hub for {repo_id}: unset it", passing=False)
         case _ if type(error) is ConnectionError:  # raised by nothing but the client's Xet code
             return HubUnreachable(
                 f"the Xet storage of the Hub at {here} cannot be reached for {repo_id}: try again, or do without it by "

@@ -16,14 +16,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantize.errors import ConfigError
-from quantize.methods.method import Job, Method
-from quantize.options import RECIPE, Choice, Option
+from quantize.methods.method import Job, Method, no_attempts
+from quantize.options import OTHERS, RECIPE, SOURCE, Choice, Option
 from quantize.records import Checkout, Quantized, Recipe, Scalar
 
 __all__ = [
     "AUTO",
     "Job",
     "Method",
+    "all_options",
     "check",
     "get",
     "names",
@@ -43,7 +44,7 @@ AUTO = "auto"
 @functools.cache
 def registered() -> tuple[Method, ...]:
     """All methods, the plainest first."""
-    modules = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
+    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
     methods = [module.METHOD for module in modules if hasattr(module, "METHOD")]
     return tuple(sorted(methods, key=lambda method: (method.order, method.name)))
 
@@ -67,25 +68,42 @@ def get(name: str) -> Method:
     raise ConfigError(f"there is no recipe {name!r}: choose one of {', '.join(names())}")
 
 
-def options(name: str = AUTO) -> tuple[Option, ...]:
-    """The options of a method, or for `auto` those of all, each once."""
-    of = registered() if name == AUTO else (get(name),)
-    return tuple(dict.fromkeys(option for method in of for option in method.options))
+def tried_by_auto() -> tuple[Method, ...]:
+    """The methods of which `auto` makes attempts."""
+    return tuple(method for method in registered() if method.attempts is not no_attempts)
+
+
+def options(name: str | None = None) -> tuple[Option, ...]:
+    """The options of a method, of those that `auto` tries, or without a name of all methods; each once."""
+    if name is None:
+        owners = registered()
+    elif name == AUTO:
+        owners = tried_by_auto()
+    else:
+        owners = (get(name),)
+    return tuple(dict.fromkeys(option for method in owners for option in method.options))
 
 
 def recipe_options() -> tuple[Option, ...]:
     """All options that fill a recipe: which method, what every method has, what is a method's own."""
     summaries = "; ".join(f"{method.name} {method.summary}" for method in registered())
+    tried = " and ".join(method.name for method in tried_by_auto())
     which = Option(
         "--recipe",
         "name",
         Choice(names()),
-        f"{summaries}; {AUTO} tries them until --target is reached.",
+        f"{summaries}; {AUTO} tries {tried} until --target is reached.",
         Recipe,
         former_values=tuple(former_names().items()),
         key="recipe",
     )
-    return (which, *RECIPE, *options())
+    bits, *shared = RECIPE
+    return (bits, which, *shared, *options())
+
+
+def all_options() -> tuple[Option, ...]:
+    """Every option of every command, in the order in which they are listed."""
+    return (*SOURCE, *recipe_options(), *OTHERS)
 
 
 def recipe_of(values: Mapping[str, Any]) -> Recipe:
@@ -104,11 +122,11 @@ def replace(recipe: Recipe, **values: Any) -> Recipe:
 def normalized(recipe: Recipe) -> Recipe:
     """The recipe with the present name of its method, and with only those of its options that change something.
 
-    `auto` may have the options of all methods. Raises ConfigError for a value or an option that the method does not
-    have.
+    `auto` may have the options of all methods that it tries. Raises ConfigError for a value or an option that the
+    method does not have.
     """
     name = recipe.name if recipe.name == AUTO else get(recipe.name).name
-    own = {option.field: option for option in (options(name))}
+    own = {option.field: option for option in options(name)}
     every = {option.field: option for option in options()}
     changed: dict[str, Scalar] = {}
     for field, value in sorted(recipe.options.items()):

@@ -1,4 +1,4 @@
-"""GPTQ with a search of scales of either sign, by Hessians on both sides, on text that the model writes itself."""
+"""Two-sided GPTQ with a scale search, on text that the model writes itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def quantize(job: Job) -> Quantized:
     """Write the source with chosen codes, scales and biases, in the stock files."""
     from quantize.methods.calibration import quantizer
 
-    return quantizer.quantize(job, CalibratedOptions(**job.recipe.options))  # type: ignore[arg-type]
+    return quantizer.quantize(job, CalibratedOptions.of(job.recipe))
 
 
 def check(checkout: Checkout, recipe: Recipe, corpus: str) -> None:
@@ -26,33 +26,33 @@ def check(checkout: Checkout, recipe: Recipe, corpus: str) -> None:
 
     from quantize.methods.calibration import calibration_text
 
-    asked = CalibratedOptions(**recipe.options)  # type: ignore[arg-type]
+    options = CalibratedOptions.of(recipe)
     if recipe.name == METHOD.name:
         METHOD.require_bits(recipe)
-    if asked.size_budget > 1 and recipe.bits != 4:
+    if options.size_budget > 1 and recipe.bits != 4:
         raise ConfigError("a size budget is for 4-bit weights: leave it out with 8 bits")
-    if recipe.bits == 4 and asked.calibration != SELF:
+    if recipe.bits == 4 and options.calibration != SELF:
         trust = {"local_files_only": True, "trust_remote_code": checkout.source.remote_code}
         config = AutoConfig.from_pretrained(checkout.folder, **trust)
-        calibration_text.given(asked, config, AutoTokenizer.from_pretrained(checkout.folder, **trust), corpus)
+        calibration_text.from_text(options, config, AutoTokenizer.from_pretrained(checkout.folder, **trust), corpus)
 
 
 def attempts(recipe: Recipe) -> tuple[Recipe, ...]:
-    """As asked for, then with more text and care and learned rounding, and last, under a budget, with more bytes."""
+    """As requested; then with more text, more passes and learned rounding; last, with a size budget, more bytes."""
     if recipe.bits != 4:
         return ()
-    asked = CalibratedOptions(**recipe.options)  # type: ignore[arg-type]
-    plain = dataclasses.replace(asked, size_budget=1.0)
+    options = CalibratedOptions.of(recipe)
+    plain = dataclasses.replace(options, size_budget=1.0)
     refined = dataclasses.replace(
         plain,
-        calibration_windows=2 * asked.calibration_windows,
-        passes=max(asked.passes, REFINED_PASSES),
-        epochs=max(asked.epochs, REFINED_EPOCHS),
+        calibration_windows=2 * options.calibration_windows,
+        passes=max(options.passes, REFINED_PASSES),
+        epochs=max(options.epochs, REFINED_EPOCHS),
     )
-    larger = dataclasses.replace(refined, size_budget=asked.size_budget)
-    tried = (plain, refined, larger) if asked.size_budget > 1 else (plain, refined)
+    larger = dataclasses.replace(refined, size_budget=options.size_budget)
+    tried = (plain, refined, larger) if options.size_budget > 1 else (plain, refined)
     return tuple(
-        dataclasses.replace(recipe, name=METHOD.name, options=dataclasses.asdict(options)) for options in tried
+        dataclasses.replace(recipe, name=METHOD.name, options=dataclasses.asdict(attempt)) for attempt in tried
     )
 
 
@@ -61,7 +61,7 @@ def describe(recipe: Recipe, quantized: Quantized) -> str:
     if text is None:
         return ""
     origin = "that the original wrote itself" if text.source == SELF else f"of `{text.source}`"
-    epochs = CalibratedOptions(**recipe.options).epochs  # type: ignore[arg-type]
+    epochs = CalibratedOptions.of(recipe).epochs
     learned = f", and rounding was then learned in {epochs} epochs on that text" if epochs else ""
     return (
         f"Codes, scales and biases were not rounded to nearest but chosen so that the model's outputs change least, on "

@@ -10,14 +10,14 @@ from quantize.records import Quantized, Recipe
 
 
 def quantize(job: Job) -> Quantized:
-    """Write what `from_pretrained` with `BitsAndBytesConfig` and `save_pretrained` would write."""
+    """Write what stock transformers and bitsandbytes would write."""
     from quantize.formats.bitsandbytes import checkpoint
     from quantize.resume import ResumeFolder
 
     started = time.monotonic()
     dtype = checkpoint.half_precision(job.checkout, job.recipe, job.progress)
-    made_of = {"source": job.checkout.source.fingerprint(), "recipe": job.recipe, "dtype": dtype, "device": job.device}
-    folder = ResumeFolder.begin(job.resume_folder, made_of).folder
+    inputs = {"source": job.checkout.source.fingerprint(), "recipe": job.recipe, "dtype": dtype, "device": job.device}
+    folder = ResumeFolder.begin(job.resume_folder, inputs).folder
     written = checkpoint.write(job.checkout, job.output, job.recipe, dtype, job.device, job.progress, folder)
     seconds = round(time.monotonic() - started, 3)
     return Quantized(written.modules, written.kept_modules, dtype, job.device, seconds)

@@ -1,10 +1,10 @@
-"""Records become the flat facts that a card is rendered from."""
+"""Turns a package's records into the flat facts that its card is rendered from."""
 
 from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from model_card import (
 )
 from quantize import hub, methods
 from quantize.evidence import Attempt, Estimate, Evidence
+from quantize.files import FIGURES
 from quantize.grades import LIMITS, UNMEASURED
-from quantize.options import SETTINGS, Option
+from quantize.options import Option
 from quantize.records import CalibrationText, EvaluationSettings, Provenance, Recipe, Source
 
 
@@ -32,7 +33,7 @@ def facts(
     source_card: str | None,
     figures: tuple[str, ...],
 ) -> CardFacts:
-    """What the card of a package may say, from its evidence and its source's own card."""
+    """The facts of a package's card, from its records and its source's own card."""
     source, quantized, recipe = provenance.source, provenance.quantized, provenance.recipe
     scores, generated, text = evidence.scores, evidence.generation, evidence.corpus
     ratio_limit, kld_limit = LIMITS[evidence.verdict.required]
@@ -52,7 +53,7 @@ def facts(
         recipe=recipe.name,
         method_description=methods.get(recipe.name).describe(recipe, quantized),
         calibration=_calibration(quantized.calibration_text),
-        attempts=tuple(_attempt(one) for one in evidence.attempts),
+        attempts=tuple(_attempt(attempt) for attempt in evidence.attempts),
         bits=recipe.bits,
         quant_type=recipe.quant_type,
         double_quant=recipe.double_quant,
@@ -86,18 +87,18 @@ def facts(
         delta_p_rms=_interval(scores.delta_p_rms) if scores else None,
         controls=tuple(
             CardControl(
-                one.name,
-                one.weight_bytes,
-                _interval(one.perplexity_ratio),
-                _interval(one.kld),
-                _interval(one.same_top),
-                one.grade,
+                control.name,
+                control.weight_bytes,
+                _interval(control.perplexity_ratio),
+                _interval(control.kld),
+                _interval(control.same_top),
+                control.grade,
             )
-            for one in evidence.controls
+            for control in evidence.controls
         ),
         standard_perplexities=tuple(
-            CardStandardPerplexity(one.name, one.method, one.reference, one.candidate)
-            for one in evidence.standard_perplexities
+            CardStandardPerplexity(figure.name, figure.method, figure.reference, figure.candidate)
+            for figure in evidence.standard_perplexities
         ),
         ratio_limit=ratio_limit,
         kld_limit=kld_limit,
@@ -108,10 +109,11 @@ def facts(
         new_tokens=generated.new_tokens if generated else 0,
         seed=provenance.settings.seed,
         greedy_samples=tuple(
-            CardSample(one.prompt, one.reference_greedy, one.candidate_greedy, one.first_divergence) for one in samples
+            CardSample(sample.prompt, sample.reference_greedy, sample.candidate_greedy, sample.first_divergence)
+            for sample in samples
         ),
         sampled_samples=tuple(
-            CardSample(one.prompt, one.reference_sampled, one.candidate_sampled, None) for one in samples
+            CardSample(sample.prompt, sample.reference_sampled, sample.candidate_sampled, None) for sample in samples
         ),
         figures=figures,
         device_name=evidence.environment.device_name,
@@ -125,28 +127,20 @@ def facts(
 
 def command(source: Source, recipe: Recipe, settings: EvaluationSettings, *, measured: bool = True) -> str:
     """The one command that makes this package again: every option that differs from its default."""
-    words = ["quantize", "run", source.repo_id or f"./{source.name}"]
-    if source.commit:
-        words += ["--revision", source.commit]
-    words += ["--bits", str(recipe.bits)]
-    if recipe.bits == 4:
-        words += ["--recipe", recipe.name]
-    values = {item.name: getattr(recipe, item.name) for item in dataclasses.fields(recipe)} | dict(recipe.options)
-    words += _changed([one for one in methods.recipe_options() if one.field not in ("name", "bits")], values)
-    words += _changed(SETTINGS, dataclasses.asdict(settings))
-    if source.remote_code:
-        words += ["--trust-remote-code"]
-    if not measured:
-        words += ["--unverified"]
-    return shlex.join(words)
+    values = {item.name: getattr(recipe, item.name) for item in dataclasses.fields(recipe)}
+    values |= {**recipe.options, **dataclasses.asdict(settings)}
+    values |= {"revision": source.commit, "trust_remote_code": source.remote_code, "unverified": not measured}
+    words = _changed(methods.all_options(), values, always=("bits", "name"))
+    return shlex.join(["quantize", "run", source.repo_id or f"./{source.name}", *words])
 
 
-def _changed(options: Iterable[Option], values: Mapping[str, Any]) -> list[str]:
-    """The words of the reproducible options whose values are not their defaults."""
+def _changed(options: Iterable[Option], values: Mapping[str, Any], always: Collection[str] = ()) -> list[str]:
+    """The words of the options that a card repeats: those that are not at their defaults, and those in `always`."""
     return [
         word
         for option in options
-        if option.reproduced and values.get(option.field, option.default) != option.default
+        if option.on_card and option.field in values
+        if option.field in always or values[option.field] != option.default
         for word in option.words(values[option.field])
     ]
 
@@ -155,22 +149,22 @@ def _calibration(text: CalibrationText | None) -> CardCalibration | None:
     return CardCalibration(text.source, text.windows, text.length, text.seed, text.sha256) if text else None
 
 
-def _attempt(one: Attempt) -> CardAttempt:
-    name = shlex.join([one.recipe.name, *_changed(methods.options(), one.recipe.options)])
+def _attempt(attempt: Attempt) -> CardAttempt:
+    name = shlex.join([attempt.recipe.name, *_changed(methods.options(), attempt.recipe.options)])
     return CardAttempt(
         name=name,
-        size=one.weight_bytes,
-        perplexity_ratio=_interval(one.perplexity_ratio) if one.perplexity_ratio else None,
-        kld=_interval(one.kld) if one.kld else None,
-        same_top=_interval(one.same_top) if one.same_top else None,
-        grade=one.grade,
-        chosen=one.chosen,
+        size=attempt.weight_bytes,
+        perplexity_ratio=_interval(attempt.perplexity_ratio) if attempt.perplexity_ratio else None,
+        kld=_interval(attempt.kld) if attempt.kld else None,
+        same_top=_interval(attempt.same_top) if attempt.same_top else None,
+        grade=attempt.grade,
+        chosen=attempt.chosen,
     )
 
 
 def figure_names(folder: Path) -> tuple[str, ...]:
     """Figures of a package as its card names them."""
-    return tuple(sorted(path.relative_to(folder).as_posix() for path in folder.glob("figures/*.png")))
+    return tuple(sorted(path.relative_to(folder).as_posix() for path in folder.glob(f"{FIGURES}/*.png")))
 
 
 def _interval(estimate: Estimate) -> Interval:

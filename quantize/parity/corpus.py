@@ -38,7 +38,7 @@ SPELLING = (
     (r" 's", "'s"),
 )
 FEWEST_WINDOWS = 8
-"""Below this an interval over windows says nothing."""
+"""With fewer windows an interval over them says nothing."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Corpus:
 
 
 def load(name: str) -> Corpus:
-    """The built-in corpus, WikiText-2, or a UTF-8 text file; raises CorpusError, and never takes one for another."""
+    """The built-in corpus, WikiText-2, or a UTF-8 text file; raises CorpusError rather than fall back to another."""
     if name == BUILTIN:
         return Corpus(BUILTIN, builtin_text())
     if name == WIKITEXT:
@@ -92,14 +92,14 @@ def load(name: str) -> Corpus:
 
 
 def corpus_text(settings: EvaluationSettings) -> str:
-    """What a package is judged by: nothing that it is made from may repeat it."""
+    """The text that a package is evaluated on: nothing that it is made from may repeat it."""
     return load(settings.corpus).text
 
 
 def builtin_text() -> str:
-    """English technical prose that every Python brings: its language reference, as `help()` shows it.
+    """English technical prose that comes with every Python: its language reference, as `help()` shows it.
 
-    The topics share paragraphs; each is taken once. Half of the topics, chosen by the hash of their name and so
+    The topics share paragraphs; each is used once. Half of the topics, chosen by the hash of their name and so
     the same in every version of Python, are reserved for measuring: a test model may be trained on the others.
     """
     from pydoc_data.topics import topics
@@ -150,8 +150,8 @@ def is_reserved(topic: str) -> bool:
 
 
 def _leading_token(tokenizer: Any) -> list[int]:
-    begins = tokenizer.bos_token_id
-    return [begins] if begins is not None and tokenizer("x").input_ids[:1] == [begins] else []
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("x").input_ids[:1] == [bos] else []
 
 
 def windows_of(corpus: Corpus, tokenizer: Any, window: int, most: int, seed: int) -> tuple[torch.Tensor, CorpusRecord]:
@@ -169,7 +169,7 @@ def windows_of(corpus: Corpus, tokenizer: Any, window: int, most: int, seed: int
     if count < FEWEST_WINDOWS:
         raise CorpusError(
             f"corpus {corpus.name} has {len(ids)} tokens, which makes {count} windows of {window}: "
-            f"at least {FEWEST_WINDOWS} are needed; take a longer text or a smaller --window"
+            f"at least {FEWEST_WINDOWS} are needed; use a longer text or a smaller --window"
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most]
     record = CorpusRecord(

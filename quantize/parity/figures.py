@@ -36,7 +36,7 @@ def draw(evidence: Evidence, folder: Path) -> tuple[str, ...]:
 
 def _ratio(scores: Scores) -> Figure:
     """The perplexity ratio with its interval over the bands of the grades."""
-    figure, axes = _canvas("Perplexity: quantized / original")
+    figure, axes = _canvas("Perplexity: this model / original")
     ratio = scores.perplexity_ratio
     left = min(0.99, ratio.low - 0.005)
     right = max(1.06, ratio.high + 0.01)
@@ -56,19 +56,19 @@ def _ratio(scores: Scores) -> Figure:
     )
     axes.text(ratio.value, 0.52, f"{ratio.value:.4f}", ha="center", fontsize=12, color=INK)
     axes.axvline(1.0, color=INK, lw=1, ls=":")
-    axes.set(xlim=(left, right), ylim=(0, 1.3), yticks=[], xlabel="ratio with its 95 % interval")
+    axes.set(xlim=(left, right), ylim=(0, 1.3), yticks=[], xlabel="ratio with its 95 % confidence interval")
     return figure
 
 
 def _kld_distribution(scores: Scores) -> Figure:
     """How many tokens diverge by how much, on a logarithmic axis."""
-    figure, axes = _canvas("Divergence per token")
+    figure, axes = _canvas("KL divergence per token")
     edges, counts = scores.kld_histogram.edges, scores.kld_histogram.counts
     total = sum(counts)
     axes.stairs([100 * count / total for count in counts], edges, fill=True, color=ACCENT, alpha=0.75)
     axes.set_xscale("log")
     kld = scores.kld
-    marks = {"median": kld.percentiles["p50"], "mean": kld.mean.value, "99 %": kld.percentiles["p99"]}
+    marks = {"median": kld.percentiles["p50"], "mean": kld.mean.value, "99th percentile": kld.percentiles["p99"]}
     for style, (name, value) in zip((":", "-", "--"), marks.items(), strict=True):
         axes.axvline(max(value, edges[0]), color=INK, lw=1.4, ls=style, label=f"{name} {value:.2g}")
     axes.legend(loc="upper left", frameon=False)
@@ -79,27 +79,29 @@ def _kld_distribution(scores: Scores) -> Figure:
 
 def _kld_by_position(evidence: Evidence) -> Figure:
     """Whether the models drift apart as the context grows."""
-    figure, axes = _canvas("Divergence by position in the window")
+    figure, axes = _canvas("KL divergence by position in the window")
     assert evidence.scores is not None and evidence.corpus is not None
     values, window = evidence.scores.kld_by_position, evidence.corpus.window
     edges = [1 + (window - 1) * index / len(values) for index in range(len(values) + 1)]
     axes.stairs(values, edges, fill=True, color=ACCENT, alpha=0.75)
     axes.axhline(evidence.scores.kld.mean.value, color=INK, lw=1.4, label=f"mean {evidence.scores.kld.mean.value:.2g}")
     axes.legend(loc="upper right", frameon=False)
-    axes.set(xlim=(1, window), ylim=(0, max(values) * 1.35), xlabel="tokens read before", ylabel="mean KLD (nats)")
+    axes.set(
+        xlim=(1, window), ylim=(0, max(values) * 1.35), xlabel="tokens of context", ylabel="mean KL divergence (nats)"
+    )
     return figure
 
 
 def _weight_errors(errors: dict[str, float]) -> Figure:
-    """How far each quantized matrix lies from its source's, in the order of the model."""
-    figure, axes = _canvas("Weight error by module")
+    """How far each quantized matrix is from the source's, in the order of the model."""
+    figure, axes = _canvas("Weight error by layer")
     kinds = [".".join(name.split(".")[-2:]) for name in errors]
     for kind, marker in zip(dict.fromkeys(kinds), itertools.cycle("osD^vPX*"), strict=False):
-        points = [(place, 100 * error) for place, error in enumerate(errors.values()) if kinds[place] == kind]
+        points = [(index, 100 * error) for index, error in enumerate(errors.values()) if kinds[index] == kind]
         axes.plot(*zip(*points, strict=True), marker, ms=6, label=kind)
     axes.legend(loc="lower right", frameon=False, ncols=4, fontsize=9)
     top = 100 * max(errors.values())
-    axes.set(ylim=(0, top * 1.25), xlabel="module, first to last", ylabel="relative error (%)")
+    axes.set(ylim=(0, top * 1.25), xlabel="layer, first to last", ylabel="relative error (%)")
     return figure
 
 

@@ -25,8 +25,8 @@ def prompts() -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class _Continued:
-    """How one model goes on after one prompt, in tokens: greedily, and sampled under the seed."""
+class _Continuation:
+    """How one model continues one prompt, in tokens: greedily, and sampled under the seed."""
 
     greedy: list[int]
     sampled: list[int]
@@ -35,34 +35,21 @@ class _Continued:
 def compare(pair: Pair, new_tokens: int, seed: int, advance: Callable[[int], None]) -> Generation:
     """Continue every prompt by up to `new_tokens` tokens with both models and compare.
 
-    Each model does all its work before the other is asked, and `advance` is told of each prompt it has done.
+    One model does all its work before the other begins, and `advance` is called with the number of prompts done.
     """
     with devices.steady_attention():
         return _compare(pair, new_tokens, seed, advance)
 
 
 def _compare(pair: Pair, new_tokens: int, seed: int, advance: Callable[[int], None]) -> Generation:
-    asked = prompts()
-    encoded = [_encode(pair, prompt) for prompt in asked]
+    encoded = [_encode(pair, prompt) for prompt in prompts()]
     limit = max(1, min(new_tokens, pair.context - max(ids.shape[1] for ids in encoded)))
-    originals = _continue_both(pair, pair.reference, encoded, limit, seed, advance)
-    copies = _continue_both(pair, pair.candidate, encoded, limit, seed, advance)
-    texts = [original.greedy for original in originals]
+    references = _continue_both(pair, pair.reference, encoded, limit, seed, advance)
+    candidates = _continue_both(pair, pair.candidate, encoded, limit, seed, advance)
+    texts = [reference.greedy for reference in references]
     prefill = [_prefill_agreement(pair.candidate, ids, text) for ids, text in zip(encoded, texts, strict=True)]
     cached = _cached_agreement(pair, pair.candidate, encoded, texts)
-    samples = tuple(
-        Sample(
-            prompt=prompt,
-            reference_greedy=_text(pair, original.greedy),
-            candidate_greedy=_text(pair, copy.greedy),
-            first_divergence=first_divergence(original.greedy, copy.greedy),
-            reference_sampled=_text(pair, original.sampled),
-            candidate_sampled=_text(pair, copy.sampled),
-            reference_sampled_nll=_nll(pair.reference, ids, original.sampled),
-            candidate_sampled_nll=_nll(pair.reference, ids, copy.sampled),
-        )
-        for prompt, ids, original, copy in zip(asked, encoded, originals, copies, strict=True)
-    )
+    samples = _samples(pair, encoded, references, candidates)
     return Generation(
         new_tokens=new_tokens,
         seed=seed,
@@ -73,9 +60,30 @@ def _compare(pair: Pair, new_tokens: int, seed: int, advance: Callable[[int], No
         identical_at_32=_identical(samples, 32),
         prefill_agreement=_mean(prefill),
         cached_agreement=_mean(cached),
-        reference_repetition=_mean([repetition(original.greedy) for original in originals]),
-        candidate_repetition=_mean([repetition(copy.greedy) for copy in copies]),
+        reference_repetition=_mean([repetition(reference.greedy) for reference in references]),
+        candidate_repetition=_mean([repetition(candidate.greedy) for candidate in candidates]),
         samples=samples,
+    )
+
+
+def _samples(
+    pair: Pair,
+    encoded: list[torch.Tensor],
+    references: list[_Continuation],
+    candidates: list[_Continuation],
+) -> tuple[Sample, ...]:
+    return tuple(
+        Sample(
+            prompt=prompt,
+            reference_greedy=_text(pair, reference.greedy),
+            candidate_greedy=_text(pair, candidate.greedy),
+            first_divergence=first_divergence(reference.greedy, candidate.greedy),
+            reference_sampled=_text(pair, reference.sampled),
+            candidate_sampled=_text(pair, candidate.sampled),
+            reference_sampled_nll=_nll(pair.reference, ids, reference.sampled),
+            candidate_sampled_nll=_nll(pair.reference, ids, candidate.sampled),
+        )
+        for prompt, ids, reference, candidate in zip(prompts(), encoded, references, candidates, strict=True)
     )
 
 
@@ -87,8 +95,8 @@ def repetition(tokens: list[int], size: int = REPETITION_GRAM) -> float:
 
 def first_divergence(left: list[int], right: list[int]) -> int | None:
     """Tokens that agree before the first that does not; None when both are equal."""
-    for position, (one, other) in enumerate(zip(left, right, strict=False)):
-        if one != other:
+    for position, (token, other) in enumerate(zip(left, right, strict=False)):
+        if token != other:
             return position
     return None if len(left) == len(right) else min(len(left), len(right))
 
@@ -100,14 +108,19 @@ def _encode(pair: Pair, prompt: str) -> torch.Tensor:
 
 def _continue_both(
     pair: Pair, model: Any, encoded: list[torch.Tensor], limit: int, seed: int, advance: Callable[[int], None]
-) -> list[_Continued]:
-    greedy, sampled = (_continue(pair, model, encoded, limit, chosen) for chosen in (None, seed))
+) -> list[_Continuation]:
+    greedy, sampled = (_continue(pair, model, encoded, limit, choice) for choice in (None, seed))
     advance(len(encoded))
-    return [_Continued(one, other) for one, other in zip(greedy, sampled, strict=True)]
+    return [_Continuation(*texts) for texts in zip(greedy, sampled, strict=True)]
 
 
 def _continue(
-    pair: Pair, model: Any, encoded: list[torch.Tensor], limit: int, seed: int | None, follow: _Follow | None = None
+    pair: Pair,
+    model: Any,
+    encoded: list[torch.Tensor],
+    limit: int,
+    seed: int | None,
+    forcing: _TeacherForcing | None = None,
 ) -> list[list[int]]:
     """New tokens after each of `encoded` [1, length], side by side and one at a time with the cache.
 
@@ -117,15 +130,15 @@ def _continue(
     from transformers import GenerationConfig, set_seed
 
     sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_k": TOP_K, "top_p": TOP_P}
-    ends = pair.tokenizer.eos_token_id
+    eos = pair.tokenizer.eos_token_id
     config = GenerationConfig(
         max_new_tokens=limit,
-        eos_token_id=ends,
-        pad_token_id=ends or 0,
+        eos_token_id=eos,
+        pad_token_id=eos or 0,
         **({"do_sample": False} if seed is None else sampling),
     )
     longest = max(ids.shape[1] for ids in encoded)
-    padded = [torch.nn.functional.pad(ids, (longest - ids.shape[1], 0), value=ends or 0) for ids in encoded]
+    padded = [torch.nn.functional.pad(ids, (longest - ids.shape[1], 0), value=eos or 0) for ids in encoded]
     masks = [torch.nn.functional.pad(torch.ones_like(ids), (longest - ids.shape[1], 0)) for ids in encoded]
     if seed is not None:
         set_seed(seed)
@@ -134,17 +147,17 @@ def _continue(
             torch.cat(padded),
             attention_mask=torch.cat(masks),
             generation_config=config,
-            logits_processor=[follow] if follow else [],
+            logits_processor=[forcing] if forcing else [],
         )
-    return [_until(row[longest:].tolist(), ends) for row in output]
+    return [_until(row[longest:].tolist(), eos) for row in output]
 
 
-def _until(tokens: list[int], end: int | None) -> list[int]:
-    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+def _until(tokens: list[int], eos: int | None) -> list[int]:
+    return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
 
 
-class _Follow:
-    """Lets a model write given texts, and notes what it would have written in their place."""
+class _TeacherForcing:
+    """A logits processor that makes a model write given texts, and records its own top token at each position."""
 
     def __init__(self, texts: list[list[int]], start: int) -> None:
         self.texts, self.start = texts, start
@@ -153,12 +166,12 @@ class _Follow:
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         import torch
 
-        place = input_ids.shape[1] - self.start
+        position = input_ids.shape[1] - self.start
         forced = torch.full_like(scores, -torch.inf)
         for row, (text, top) in enumerate(zip(self.texts, scores.argmax(-1).tolist(), strict=True)):
-            if place < len(text):
+            if position < len(text):
                 self.tops[row].append(top)
-            forced[row, text[place] if place < len(text) else top] = 0.0
+            forced[row, text[position] if position < len(text) else top] = 0.0
         return forced
 
 
@@ -171,11 +184,11 @@ def _prefill_agreement(model: Any, ids: torch.Tensor, continuation: list[int]) -
 
 
 def _cached_agreement(pair: Pair, model: Any, encoded: list[torch.Tensor], texts: list[list[int]]) -> list[float]:
-    follow = _Follow(texts, max(ids.shape[1] for ids in encoded))
-    _continue(pair, model, encoded, max(1, *map(len, texts)), None, follow)
+    forcing = _TeacherForcing(texts, max(ids.shape[1] for ids in encoded))
+    _continue(pair, model, encoded, max(1, *map(len, texts)), None, forcing)
     return [
         _mean([float(top == right) for top, right in zip(tops, text, strict=True)])
-        for tops, text in zip(follow.tops, texts, strict=True)
+        for tops, text in zip(forcing.tops, texts, strict=True)
     ]
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from quantize import devices
 from quantize.errors import DeviceError
+from quantize.formats.bitsandbytes import loading
+from quantize.formats.safetensors import weight_bytes
 from quantize.records import Checkout
 
 HALF = {"BF16": "bfloat16"}
@@ -43,14 +45,14 @@ class Pair:
         self.reference_dtype, self.candidate_dtype = "none", "none"
         self.reference_devices: tuple[str, ...] = ()
         self._upcast = False
-        self._seats: dict[str, Placed] = {}
+        self._loaded: dict[str, Placed] = {}
         self._offload = TemporaryDirectory(prefix="quantize-offload-")
 
     def __enter__(self) -> Pair:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._seats.clear()
+        self._loaded.clear()
         self._offload.cleanup()
 
     @property
@@ -59,12 +61,12 @@ class Pair:
 
     @property
     def placed_reference(self) -> Placed:
-        beside = 0 if self.alone or "candidate" in self._seats else weight_bytes(self.folder)
-        return self._seat("reference", lambda: self._load_reference(beside))
+        beside = 0 if self.alone or "candidate" in self._loaded else weight_bytes(self.folder)
+        return self._load_once("reference", lambda: self._load_reference(beside))
 
     @property
     def candidate(self) -> Any:
-        return self._seat("candidate", self._load_candidate).model
+        return self._load_once("candidate", self._load_candidate).model
 
     @functools.cached_property
     def _config(self) -> Any:
@@ -86,7 +88,7 @@ class Pair:
 
     @contextmanager
     def weights_beside_candidate(self) -> Iterator[tuple[Any, Any]]:
-        """Reference and candidate together, for their weights; one at a time the reference gets what room is left."""
+        """Reference and candidate together, for their weights; one at a time the reference gets what memory is left."""
         candidate = self.candidate
         if self.alone:
             yield self._load_reference(0).model, candidate
@@ -99,25 +101,25 @@ class Pair:
             self._clear()
         placed = load_candidate(folder, self.device, self.checkout.source.remote_code, dtype)
         if self._upcast and dtype is None:
-            upcast(placed.model)
+            loading.upcast(placed.model)
         return placed.model
 
     def upcast(self) -> None:
         """Load the candidate again to compute in float32 from now on, and others in its place as well."""
         self._upcast = True
-        self._seats.pop("candidate", None)
+        self._loaded.pop("candidate", None)
 
-    def _seat(self, name: str, load: Callable[[], Placed]) -> Placed:
-        if name not in self._seats:
+    def _load_once(self, name: str, load: Callable[[], Placed]) -> Placed:
+        if name not in self._loaded:
             if self.alone:
                 self._clear()
-            self._seats[name] = load()
-        return self._seats[name]
+            self._loaded[name] = load()
+        return self._loaded[name]
 
     def _clear(self) -> None:
         import torch
 
-        self._seats.clear()
+        self._loaded.clear()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -131,7 +133,7 @@ class Pair:
         placed = load_candidate(self.folder, self.device, self.trust)
         self.candidate_dtype = placed.dtype
         if self._upcast:
-            upcast(placed.model)
+            loading.upcast(placed.model)
             self.candidate_dtype = "float32"
         return placed
 
@@ -142,10 +144,10 @@ def load_reference(checkout: Checkout, device: str, beside: int, offload: Path) 
     `beside` bytes are left free on `device` for another model. Spread means accelerate's device map: further
     accelerators, the CPU's memory, and at last the folder `offload` on disk.
     """
-    source, room = checkout.source, devices.usable_memory(device) - beside
+    source, free = checkout.source, devices.usable_memory(device) - beside
     half = HALF.get(source.dtype, "float16")
     for dtype, width in (("float32", 4), (half, 2)):
-        if source.parameters * width <= room:
+        if source.parameters * width <= free:
             return _load(checkout.folder, source.remote_code, {"": device}, dtype=dtype)
     memory = {**devices.accelerators(device), "cpu": devices.usable_memory("cpu")}
     first = next(iter(memory))
@@ -174,29 +176,6 @@ def load_candidate(folder: Path, device: str, trust_remote_code: bool, dtype: st
     return _load(folder, trust_remote_code, "auto", max_memory=memory, **options)
 
 
-def weight_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def upcast(model: Any) -> None:
-    """Let a model that was just loaded onto the CPU compute in float32, over exactly the weights that it stores.
-
-    Kernels of bitsandbytes for CPUs unpack a matrix anew for every call, and some round activations and scales to
-    bfloat16. Here 4-bit matrices are unpacked once by transformers, where memory allows, and only products and sums
-    are done in more digits: every value stays the stored one.
-    """
-    import torch
-
-    if getattr(model, "is_loaded_in_4bit", False) and 4 * model.num_parameters() <= devices.usable_memory("cpu"):
-        model.dequantize(dtype=torch.float32)
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.float()
-        if type(module).__name__ == "Linear4bit":
-            module.compute_dtype, module.support_avx512bf16_for_cpu = torch.float32, False
-
-
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
@@ -222,6 +201,6 @@ def _load(folder: Path, trust_remote_code: bool, device_map: Any, **options: Any
             f"a time, or --device cpu"
         ) from error
     model.generation_config = GenerationConfig()  # its own may ask for sampling or penalties where none are wanted
-    where = device_map if isinstance(device_map, dict) else model.hf_device_map
-    places = tuple(dict.fromkeys(devices.name(place) for place in where.values()))
-    return Placed(model.eval(), str(model.dtype).removeprefix("torch."), places)
+    device_of = device_map if isinstance(device_map, dict) else model.hf_device_map
+    used = tuple(dict.fromkeys(devices.name(device) for device in device_of.values()))
+    return Placed(model.eval(), str(model.dtype).removeprefix("torch."), used)

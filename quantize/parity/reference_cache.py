@@ -1,9 +1,9 @@
-"""The reference's answers on disk, for pairs that do not fit in memory together and for further candidates.
+"""The reference's logits on disk, for pairs that do not fit in memory together and for further candidates.
 
-The file is one line of JSON, which says whose answers these are, and after it one record a window. Log-probabilities
-are kept as 16-bit codes between the least and the largest of their position, without clipping: steps of about
-0.0005 nats. What that rounding costs is measured on every position when it is written, kept beside it, and reported.
-A file that a killed run cut short ends at its last whole window, and is continued from there.
+The file is one line of JSON, which says whose logits these are, and then one record per window. Log-probabilities are
+kept as 16-bit codes between the least and the largest of their position, without clipping: steps of about 0.0005 nats.
+The error of that rounding is measured at every position when it is written, stored beside it, and reported. A file that
+a killed run cut short ends at its last whole window, and is continued from there.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LONGEST_HEADER = 4096
 
 @dataclass(frozen=True)
 class Contents:
-    """What has to agree before kept answers may stand in for a reference's own."""
+    """What has to agree before stored logits may stand in for a reference's own."""
 
     source: str
     corpus: str
@@ -47,12 +47,12 @@ class Contents:
 
 
 class ReferenceCache:
-    """Answers of a reference in `path`; satisfies scoring.ReferenceLogits for the windows that it holds."""
+    """Log-probabilities of a reference in `path`; satisfies scoring.ReferenceLogits for the windows that it holds."""
 
     def __init__(self, path: Path, contents: Contents, dtype: Callable[[], str]) -> None:
-        """Open the file, or begin it for a reference whose arithmetic has the type that `dtype` gives.
+        """Open the file, or create it for a reference whose arithmetic has the type that `dtype` gives.
 
-        Raises CorpusError where it holds answers to something else.
+        Raises CorpusError where it holds logits of something else.
         """
         self.path, self.contents = path, contents
         if not path.exists() or path.stat().st_size == 0:
@@ -77,14 +77,14 @@ class ReferenceCache:
 
     def _agreed(self, header: bytes) -> str:
         try:
-            found = json.loads(header)
-            dtype = str(found.pop("dtype"))
+            stored = json.loads(header)
+            dtype = str(stored.pop("dtype"))
         except (ValueError, KeyError, AttributeError):
-            found, dtype = None, ""
-        if found != asdict(self.contents):
+            stored, dtype = None, ""
+        if stored != asdict(self.contents):
             raise CorpusError(
-                f"{self.path} holds no answers of this reference to these windows (another source, text, window or "
-                f"seed): name another --reference-cache, or remove it"
+                f"{self.path} holds no logits of this original on these windows (another source, text, window or "
+                f"seed): choose another --reference-cache file, or delete it"
             )
         return dtype
 
@@ -98,15 +98,15 @@ class ReferenceCache:
         return (self.path.stat().st_size - self._begin) // self._record.itemsize
 
     def extend(self, reference: Placed, windows: torch.Tensor, device: str) -> None:
-        """Append what `reference` says about those of `windows` [count, window] that the file does not hold yet."""
+        """Append the logits of `reference` on those of `windows` [count, window] that the file does not hold yet."""
         import torch
 
         if reference.dtype != self.dtype:
             raise CorpusError(
-                f"{self.path} holds answers in {self.dtype} and the reference fits only in {reference.dtype} now: "
-                f"name another --reference-cache"
+                f"{self.path} holds logits in {self.dtype}, and the original now fits only in {reference.dtype}: "
+                f"choose another --reference-cache file"
             )
-        busy = CorpusError(f"another run is writing {self.path}: wait for it, or name another --reference-cache")
+        busy = CorpusError(f"another run is writing {self.path}: wait for it, or choose another --reference-cache file")
         with locked(self.path, busy), storage_errors(self.path), self.path.open("r+b") as file, torch.inference_mode():
             held = self.windows
             size = self._record.itemsize
@@ -114,26 +114,26 @@ class ReferenceCache:
             file.truncate(self._begin + held * size)
             file.seek(0, os.SEEK_END)
             for window in windows[held:]:
-                answer = reference.model(window[None].to(device)).logits[0, :-1]
-                file.write(self._pack(answer, window[1:].to(answer.device)).view(np.uint8).data)
+                logits = reference.model(window[None].to(device)).logits[0, :-1]
+                file.write(self._pack(logits, window[1:].to(logits.device)).view(np.uint8).data)
 
     def logits(self, start: int, tokens: torch.Tensor) -> torch.Tensor:
         """Log-probabilities [count, window - 1, vocabulary], which are logits too; raises CorpusError when damaged."""
         import torch
 
-        answers = []
+        stack = []
         for index in range(start, start + len(tokens)):
             record = self._read(index)
             if zlib.crc32(record["codes"]) != record["checksum"]:
-                raise CorpusError(f"{self.path} is damaged at window {index}: remove it and run again")
+                raise CorpusError(f"{self.path} is damaged at window {index}: delete it and run again")
             values = record["codes"].astype(np.float32)
             values *= record["step"][:, None]
             values += record["low"][:, None]
-            answers.append(torch.from_numpy(values))
-        return torch.stack(answers).to(tokens.device)
+            stack.append(torch.from_numpy(values))
+        return torch.stack(stack).to(tokens.device)
 
     def record(self, windows: int) -> CacheRecord:
-        """What rounding cost over the first `windows` windows."""
+        """The error of rounding over the first `windows` windows."""
         records = [self._read(index) for index in range(windows)]
         kld = np.stack([record["kld"] for record in records])
         return CacheRecord(
@@ -148,20 +148,20 @@ class ReferenceCache:
     def _read(self, index: int) -> Any:
         return np.memmap(self.path, self._record, "r", self._begin + index * self._record.itemsize, (1,))[0]
 
-    def _pack(self, answer: torch.Tensor, targets: torch.Tensor) -> np.ndarray[Any, Any]:
+    def _pack(self, logits: torch.Tensor, targets: torch.Tensor) -> np.ndarray[Any, Any]:
         import torch
 
         packed = np.zeros(1, self._record)
         record = packed[0]
-        rows = scoring.slice_of(self.vocabulary, answer.device)
-        for start in range(0, len(answer), rows):
+        rows = scoring.slice_of(self.vocabulary, logits.device)
+        for start in range(0, len(logits), rows):
             part = slice(start, start + rows)
-            exact = torch.log_softmax(answer[part], dim=-1, dtype=torch.float64)
+            exact = torch.log_softmax(logits[part], dim=-1, dtype=torch.float64)
             low, high = exact.amin(-1).float(), exact.amax(-1).float()
             step = ((high - low) / CODES).clamp_min(torch.finfo(torch.float32).tiny)
             codes = ((exact - low[:, None]) / step[:, None]).round_().clamp_(0, CODES)
             kept = codes.float() * step[:, None] + low[:, None]
-            nll, kept_nll, kld, _, _ = scoring.compare_logits(answer[part], kept, targets[part])
+            nll, kept_nll, kld, _, _ = scoring.compare_logits(logits[part], kept, targets[part])
             record["codes"][part] = codes.to(torch.int32).cpu().numpy()
             for name, value in (("low", low), ("step", step), ("kld", kld), ("nll_shift", kept_nll - nll)):
                 record[name][part] = value.cpu().numpy()
@@ -170,6 +170,6 @@ class ReferenceCache:
 
 
 def contents_of(source: Source, corpus: CorpusRecord, seed: int, vocabulary: int) -> Contents:
-    """The description of a reference's answers to the windows of a corpus."""
+    """The description of a reference's logits on the windows of a corpus."""
     fingerprint = hashlib.sha256(json.dumps(sorted(source.fingerprint().items())).encode()).hexdigest()
     return Contents(fingerprint, corpus.sha256, corpus.window, seed, vocabulary)

@@ -1,4 +1,4 @@
-"""A few texts under one model: what shows that a checkpoint which was fetched computes what its package does."""
+"""The loss of one model on a few texts, which shows that a downloaded checkpoint computes what its package does."""
 
 from __future__ import annotations
 

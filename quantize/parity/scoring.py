@@ -1,4 +1,4 @@
-"""Both models read the same windows, and every token's figures are kept."""
+"""Both models read the same windows, and every token is scored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SLICE_LOGITS = {"cpu": 1 << 20, "gpu": 1 << 22}
 
 
 class ReferenceLogits(Protocol):
-    """What the reference says about windows: the model itself, or what was kept of its answers."""
+    """Where the reference's logits come from: the model itself, or what was kept of its logits."""
 
     @property
     def vocabulary(self) -> int: ...
@@ -31,7 +31,7 @@ class ReferenceLogits(Protocol):
 
 @dataclass(frozen=True)
 class LiveReference:
-    """The reference answers while it is asked."""
+    """The reference model, run on demand."""
 
     model: Any
 
@@ -40,19 +40,19 @@ class LiveReference:
         return vocabulary_of(self.model)
 
     def logits(self, start: int, tokens: torch.Tensor) -> torch.Tensor:
-        answer: torch.Tensor = self.model(tokens).logits
-        return answer
+        logits: torch.Tensor = self.model(tokens).logits
+        return logits
 
 
 @dataclass(frozen=True)
 class KeptLogits:
-    """Answers that were given before, [windows, window, vocabulary]."""
+    """Logits that were computed before, [windows, window, vocabulary]."""
 
     kept: torch.Tensor
 
     @classmethod
     def of(cls, model: Any, windows: torch.Tensor, device: str) -> KeptLogits:
-        """What `model` says about a few `windows`, kept in float32 on the CPU."""
+        """The logits of `model` on a few `windows`, kept in float32 on the CPU."""
         import torch
 
         with torch.inference_mode():
@@ -63,13 +63,13 @@ class KeptLogits:
         """The same, read one token at a time with the cache."""
         import torch
 
-        answers, state = [], None
+        logits, cache = [], None
         with torch.inference_mode():
             for token in torch.split(windows.to(device), 1, dim=1):
-                answer = model(token, past_key_values=state, use_cache=True)
-                state = answer.past_key_values
-                answers.append(answer.logits.float().cpu())
-        return cls(torch.cat(answers, dim=1))
+                output = model(token, past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                logits.append(output.logits.float().cpu())
+        return cls(torch.cat(logits, dim=1))
 
     @property
     def vocabulary(self) -> int:
@@ -113,17 +113,17 @@ def score(
 ) -> TokenScores:
     """Score `windows` [count, window] in batches that bound memory whatever the corpus.
 
-    `first` is the place of these windows in the order in which the corpus is read.
+    `first` is the index of the first of these windows in the order in which the corpus is read.
     """
     import torch
 
     batch_size = batch_of(windows.shape[1] * reference.vocabulary, device)
     # Figures go into one array: small pieces of their own, left between large ones, would break up the heap.
     figures = torch.empty(5, len(windows), windows.shape[1] - 1, dtype=torch.float64, device=device)
-    places = torch.split(figures, batch_size, dim=1)
+    batches = torch.split(figures, batch_size, dim=1)
     with torch.inference_mode():
-        for place, tokens in zip(places, torch.split(windows.to(device), batch_size), strict=True):
-            _score_batch(reference.logits(first, tokens), candidate(tokens).logits, tokens, place)
+        for batch, tokens in zip(batches, torch.split(windows.to(device), batch_size), strict=True):
+            _score_batch(reference.logits(first, tokens), candidate(tokens).logits, tokens, batch)
             first += len(tokens)
             advance(len(tokens))
     nll_reference, nll_candidate, kld, same_top, delta_p = figures.cpu().numpy()
@@ -156,19 +156,19 @@ def nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     rows = slice_of(logits.shape[-1] * len(logits), logits.device)
     parts = zip(torch.split(logits, rows, dim=1), torch.split(targets, rows, dim=1), strict=True)
     columns = [
-        torch.log_softmax(part, dim=-1, dtype=torch.float64).gather(-1, right.unsqueeze(-1)).squeeze(-1)
-        for part, right in parts
+        torch.log_softmax(part, dim=-1, dtype=torch.float64).gather(-1, target.unsqueeze(-1)).squeeze(-1)
+        for part, target in parts
     ]
     return -torch.cat(columns, dim=1)
 
 
 def batch_of(logits: int, device: object) -> int:
-    """How many windows of so many logits each to read at once."""
+    """Windows to read at once, at `logits` logits each."""
     return max(1, BATCH_LOGITS[_kind(device)] // logits)
 
 
 def slice_of(logits: int, device: object) -> int:
-    """How many positions of so many logits each to turn into log-probabilities at once."""
+    """Positions to turn into log-probabilities at once, at `logits` logits each."""
     return max(1, SLICE_LOGITS[_kind(device)] // logits)
 
 
@@ -191,8 +191,8 @@ def compare_logits(
     reference, candidate = reference[..., :shared], candidate[..., :shared]
     log_p = torch.log_softmax(reference, dim=-1, dtype=torch.float64)
     log_q = torch.log_softmax(candidate, dim=-1, dtype=torch.float64)
-    right = targets.unsqueeze(-1)
-    log_p_right, log_q_right = log_p.gather(-1, right).squeeze(-1), log_q.gather(-1, right).squeeze(-1)
+    index = targets.unsqueeze(-1)
+    log_p_target, log_q_target = log_p.gather(-1, index).squeeze(-1), log_q.gather(-1, index).squeeze(-1)
     same_top = reference.argmax(-1) == candidate.argmax(-1)
     kld = (log_p.exp() * (log_p - log_q)).sum(-1)
-    return -log_p_right, -log_q_right, kld, same_top, log_q_right.exp() - log_p_right.exp()
+    return -log_p_target, -log_q_target, kld, same_top, log_q_target.exp() - log_p_target.exp()

@@ -1,12 +1,12 @@
 """When to stop: windows come in random order, so scoring ends as soon as the verdict is certain.
 
-The total error of 5 % is spent over the looks: half of it evenly on the early ones, half on the last. By the union
-bound all looks' intervals then hold at once with at least 95 %, however often one looks and whatever made one stop
-(Bonferroni-type alpha spending, after Lan and DeMets 1983).
+The total error of 5 % is divided among the looks: half of it evenly over the early ones, half for the last. By the
+union bound all looks' intervals then hold at once with at least 95 %, however many looks there are and whatever made
+scoring stop (Bonferroni-type alpha spending, after Lan and DeMets 1983).
 
 One look's interval is the hull of two: Student's, and Hall's (1992), which corrects for skewness. Window means of
-divergences lean to the right, and Student's interval alone would then pass bad models too often; a simulation in
-tests/test_sequential.py shows the error rates.
+divergences are skewed to the right, and Student's interval alone would then pass bad models too often; a simulation
+in tests/parity/test_sequential.py shows the error rates.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Stop:
 
 
 def plan(windows: int, *, full: bool = False) -> tuple[Stop, ...]:
-    """Where to look at a corpus of so many windows; the last time, or the only one when `full`, at all of them."""
+    """After how many of `windows` windows to look; the last look, the only one when `full`, is at all of them."""
     if full:
         return (Stop(windows, ERROR),)
     early: list[int] = []
@@ -53,7 +53,7 @@ def plan(windows: int, *, full: bool = False) -> tuple[Stop, ...]:
 
 
 def look(tokens: TokenScores, stop: Stop, required: str) -> Look:
-    """What `tokens`, the scores up to `stop`, say about the verdict."""
+    """The intervals of `tokens`, the scores up to `stop`, and whether they settle the verdict."""
     difference = tokens.nll_candidate - tokens.nll_reference
     log_ratio = interval(difference.mean(axis=1), stop.error)
     kld = interval(np.maximum(tokens.kld, 0.0).mean(axis=1), stop.error)
@@ -65,14 +65,15 @@ def interval(means: NDArray[np.float64], error: float) -> Estimate:
     """Mean of window means [count] with its interval of level 1 - `error`."""
     from scipy import special
 
-    count, middle = len(means), float(means.mean())
-    spread = float(means.std(ddof=1)) / math.sqrt(count)
-    if spread <= 1e-15 * max(1.0, abs(middle)):
-        return Estimate(middle, middle, middle)
-    reach = float(special.stdtrit(count - 1, 1 - error / 2))
-    lean = _skewness(means) / math.sqrt(count)
-    bounds = [middle - spread * _halls_inverse(sign * reach, lean) for sign in (-1, 1)]
-    return Estimate(middle, min(middle - spread * reach, *bounds), max(middle + spread * reach, *bounds))
+    count, mean = len(means), float(means.mean())
+    standard_error = float(means.std(ddof=1)) / math.sqrt(count)
+    if standard_error <= 1e-15 * max(1.0, abs(mean)):
+        return Estimate(mean, mean, mean)
+    quantile = float(special.stdtrit(count - 1, 1 - error / 2))
+    skewness = _skewness(means) / math.sqrt(count)
+    halls = [mean - standard_error * _halls_inverse(sign * quantile, skewness) for sign in (-1, 1)]
+    margin = standard_error * quantile
+    return Estimate(mean, min(mean - margin, *halls), max(mean + margin, *halls))
 
 
 def is_certain(ratio: Estimate, kld: Estimate, required: str) -> bool:
@@ -90,11 +91,11 @@ def _skewness(values: NDArray[np.float64]) -> float:
     return coefficient * math.sqrt(count * (count - 1)) / (count - 2)
 
 
-def _halls_inverse(quantile: float, lean: float) -> float:
-    """The studentized mean whose skewness-corrected value is `quantile`; `lean` is skewness / sqrt(n).
+def _halls_inverse(quantile: float, skewness: float) -> float:
+    """The studentized mean whose skewness-corrected value is `quantile`; `skewness` is that of the sample / sqrt(n).
 
-    Hall's cubic g(t) = t + a t^2 / 3 + a^2 t^3 / 27 + a / 6 with a = `lean`, inverted in closed form.
+    Hall's cubic g(t) = t + a t^2 / 3 + a^2 t^3 / 27 + a / 6 with a = `skewness`, inverted in closed form.
     """
-    if abs(lean) < 1e-9:
+    if abs(skewness) < 1e-9:
         return quantile
-    return float(3 / lean * (np.cbrt(1 + lean * (quantile - lean / 6)) - 1))
+    return float(3 / skewness * (np.cbrt(1 + skewness * (quantile - skewness / 6)) - 1))

@@ -1,6 +1,6 @@
-"""Two published ways to state a perplexity, so that a model's numbers can be held against papers.
+"""Two published ways to state a perplexity, so that a model's numbers can be compared with papers.
 
-Neither judges anything here. Each reads the whole text once with one model, in segments of which only the last
+Neither counts for the verdict. Each reads the whole text once with one model, in segments of which only the last
 tokens are scored.
 """
 
@@ -30,7 +30,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Reading:
-    """One convention's segments for a text, and how their nll sums (nats) become the figures that it names."""
+    """One standard perplexity's segments of a text, and how their nll sums (nats) become the figures that it names."""
 
     method: str
     segments: tuple[Segment, ...]
@@ -39,7 +39,7 @@ class Reading:
 
 
 def readings(corpus: Corpus, tokenizer: Any, context: int) -> tuple[Reading, ...]:
-    """Both standard_perplexities for a model that reads `context` tokens."""
+    """Both standard perplexities for a model that reads `context` tokens."""
     return sliding_window(corpus, tokenizer, context, min(STRIDE, context // 2)), harness(corpus, tokenizer, context)
 
 
@@ -91,7 +91,7 @@ def harness(corpus: Corpus, tokenizer: Any, context: int) -> Reading:
 def figures(
     model: Any, readings: Sequence[Reading], device: str, advance: Callable[[int], None] = lambda amount: None
 ) -> list[float]:
-    """What `model` reaches by each reading, in the order of their names."""
+    """The perplexities of `model` by each reading, in the order of their names."""
     return [
         figure for reading in readings for figure in reading.figures(nll_sums(model, reading.segments, device, advance))
     ]
@@ -107,7 +107,7 @@ def nll_sums(model: Any, segments: Sequence[Segment], device: str, advance: Call
             for batch in _batches(list(group), scoring.batch_of(length * vocabulary, device)):
                 tokens = torch.tensor([segment.tokens for segment in batch], device=device)
                 nll = scoring.nll(model(tokens[:, :-1]).logits, tokens[:, 1:])
-                sums += [float(row[len(row) - one.scored :].sum()) for row, one in zip(nll, batch, strict=True)]
+                sums += [float(row[len(row) - segment.scored :].sum()) for row, segment in zip(nll, batch, strict=True)]
                 advance(len(batch))
     return sums
 

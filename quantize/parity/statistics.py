@@ -85,7 +85,7 @@ def mean_estimates(columns: Sequence[NDArray[np.generic]], seed: int) -> list[Es
 
 
 def exponential(estimate: Estimate) -> Estimate:
-    """exp of an estimate in nats; beyond `LARGEST_LOG` a model is so broken that the number says nothing."""
+    """exp of an estimate in nats, capped at exp(`LARGEST_LOG`): beyond that a model is broken in any case."""
     values = (estimate.value, estimate.low, estimate.high)
     return Estimate(*(float(np.exp(min(value, LARGEST_LOG))) for value in values))
 

@@ -1,4 +1,4 @@
-"""Grades and the gate: the unfavourable end of an interval decides, never the point estimate."""
+"""The gate: the worse end of an interval decides on the grade, never the point estimate."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from quantize.grades import CHANGED, GRADES, IMPLAUSIBLE_RATIO, LIMITS, UNMEASUR
 
 
 def unmeasured(checks: Sequence[Check], required: str) -> Verdict:
-    """The verdict on a candidate that nobody wanted to be measured: it never passes."""
+    """The verdict on a candidate that was not to be measured: it never passes."""
     reasons = [f"{check.name}: {check.detail}" for check in checks if not check.passed]
     return Verdict(GRADES[-1] if reasons else UNMEASURED, required, False, (*reasons, "it was not measured"))
 
 
-def judge(checks: Sequence[Check], scores: Scores | None, required: str) -> Verdict:
+def gate(checks: Sequence[Check], scores: Scores | None, required: str) -> Verdict:
     """The verdict on a candidate that has to reach the grade `required`."""
     reasons = [f"{check.name}: {check.detail}" for check in checks if not check.passed]
     if scores is None:
@@ -23,7 +23,8 @@ def judge(checks: Sequence[Check], scores: Scores | None, required: str) -> Verd
     grade = grade_of(ratio.low, ratio.high, kld.high)
     if grade == CHANGED:
         reasons.append(
-            f"perplexity ratio {ratio.value:.4f} may lie below {IMPLAUSIBLE_RATIO}: this is another model, not a copy"
+            f"perplexity ratio {ratio.value:.4f} may lie below {IMPLAUSIBLE_RATIO}: this is another model, not a "
+            f"quantized version of the original"
         )
     elif not grade_at_least(grade, required):
         ratio_limit, kld_limit = LIMITS[required]

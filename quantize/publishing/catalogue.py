@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
-import re
 import textwrap
 import tomllib
 from collections.abc import Iterable, Iterator
@@ -14,13 +12,13 @@ from typing import Any
 
 from quantize import methods
 from quantize.errors import ConfigError
-from quantize.options import HUB_ID, SETTINGS, Flag, Kind, Text
+from quantize.options import SETTINGS, Kind, Option, Text
+from quantize.publishing.toml_lines import Table, tables_of
 from quantize.records import EvaluationSettings, Recipe
 
-Problem = tuple[int, str]
-"""The line that it stands in, and what is wrong there."""
-Model = tuple[int, dict[str, Any]]
-"""The line where it begins, and what is written there."""
+Remark = tuple[int, str]
+"""A line, and what is wrong with it, or is called otherwise now."""
+Keys = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Entry:
 
     line: int
     source: str
-    target: str
+    repo: str
     revision: str | None = None
     recipe: Recipe = field(default_factory=Recipe)
     settings: EvaluationSettings = field(default_factory=EvaluationSettings)
@@ -38,8 +36,16 @@ class Entry:
     max_source_gb: float | None = None
 
 
-def read(path: Path) -> tuple[Entry, ...]:
-    """The catalogue's entries in their order. Raises ConfigError, which names every problem with its line."""
+@dataclass(frozen=True)
+class Catalogue:
+    """The entries in their order, and a note about each former name of a key or a value that was used."""
+
+    entries: tuple[Entry, ...]
+    notes: tuple[str, ...]
+
+
+def read(path: Path) -> Catalogue:
+    """The catalogue. Raises ConfigError, which names every problem with its line."""
     try:
         text = path.read_text("utf-8")
         content = tomllib.loads(text)
@@ -47,36 +53,23 @@ def read(path: Path) -> tuple[Entry, ...]:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
-    top, *tables = _tables(text)
-    models, problems = _checked(content, top, tables)
-    if problems:
-        lines = [f"{path}:{line}: {words}" for line, words in sorted(problems)]
+    checked = _checked(content, *tables_of(text))
+    if checked.problems:
+        lines = [f"{path}:{line}: {words}" for line, words in sorted(checked.problems)]
         summary = [f"{path} has {len(lines)} problems:"] if len(lines) > 1 else []
         raise ConfigError("\n".join(summary + lines))
-    return tuple(_entry(content.get("defaults", {}), model, line) for line, model in models)
+    entries = tuple(_entry(checked.defaults.content, model.content, model.line) for model in checked.models)
+    first = {words: line for line, words in sorted(checked.notes, reverse=True)}
+    notes = (f"note: {path}:{line}: {words}" for words, line in sorted(first.items(), key=lambda item: item[1]))
+    return Catalogue(entries, tuple(notes))
 
 
 # What a key may hold
 
 
-def _is_hub_id(value: object) -> bool:
-    return isinstance(value, str) and HUB_ID.fullmatch(value) is not None
-
-
-@dataclass(frozen=True)
-class HubId:
-    """The id of a repo on the Hub."""
-
-    words: str
-    with_owner: bool = False
-
-    def accepts(self, value: object) -> bool:
-        return _is_hub_id(value) and ("/" in str(value) or not self.with_owner)
-
-
 @dataclass(frozen=True)
 class Names:
-    """A list of lines."""
+    """A list of names."""
 
     words: str = "a list of names"
 
@@ -84,105 +77,118 @@ class Names:
         return isinstance(value, list) and all(map(Text().accepts, value))
 
 
-@dataclass(frozen=True)
-class Positive:
-    """A number above 0."""
-
-    words: str = "a number above 0"
-
-    def accepts(self, value: object) -> bool:
-        return type(value) in (int, float) and 0 < value < math.inf  # type: ignore[operator]
-
-
-Rule = Kind | HubId | Names | Positive
+Rule = Kind | Names
 """What a value has to be, in words and as a test."""
-SHARED = {option.catalogue_key: option for option in (*methods.recipe_options(), *SETTINGS)}
-"""What the command line offers as well."""
-REQUIRED: dict[str, Rule] = {
-    "source": HubId("a Hub id such as distilbert/distilgpt2, never a folder"),
-    "target": HubId("a Hub id with its owner, such as you/distilgpt2-bnb-4bit", with_owner=True),
-}
-OWN: dict[str, Rule] = {
-    "revision": Text(),
-    "private": Flag(),
-    "allow_no_derivatives": Flag(),
-    "max_source_gb": Positive(),
-}
-OPTIONAL: dict[str, Rule] = {
-    **{key: Names() if option.repeated else option.kind for key, option in SHARED.items()},
-    **OWN,
-}
+OPTIONS = {option.catalogue_key: option for option in methods.all_options() if option.catalogue_key}
+RULES: dict[str, Rule] = {key: Names() if option.repeated else option.kind for key, option in OPTIONS.items()}
+REQUIRED = {key: RULES[key] for key in ("source", "repo")}
+OPTIONAL = {key: rule for key, rule in RULES.items() if key not in REQUIRED}
+OWN = ("revision", "private", "allow_no_derivatives", "max_source_gb")
+"""Fields of an entry itself, neither of its recipe nor of its settings."""
+FORMER_KEYS = {former: key for key, option in OPTIONS.items() for former in option.former_keys}
+FORMER_VALUES = {key: dict(option.former_values) for key, option in OPTIONS.items()}
 TABLES = {"defaults": "[defaults]", "model": "[[model]]"}
 
 
-# Where things stand, which tomllib does not tell
+# Checking
 
 
 @dataclass(frozen=True)
-class Table:
-    """A part of the text that begins with a header: its name, its line, and the line of each key."""
+class Written:
+    """The keys of one table, and where they are written."""
 
-    name: str
-    line: int
-    keys: dict[str, int]
+    content: Keys
+    table: Table
 
-    def line_of(self, key: str) -> int:
-        """The line of a key; that of the header for a key that is written in an unusual form."""
-        return self.keys.get(key, self.line)
-
-
-TOKEN = re.compile(r"""\"{3}(?:\\.|[^\\])*?\"{3}|'{3}.*?'{3}|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|#[^\n]*""", re.DOTALL)
-HEADER = re.compile(r"\s*\[\[?\s*(?P<name>[^\[\]]+?)\s*\]\]?\s*(?:#.*)?$")
-KEY = re.compile(r"""\s*(?P<quote>["']?)(?P<name>[^"'\s=.\[\]#]+)(?P=quote)\s*[=.]""")
+    @property
+    def line(self) -> int:
+        return self.table.line
 
 
-def _tables(text: str) -> list[Table]:
-    """What the text consists of; what stands above the first header comes first."""
-    tables = [Table("", 1, {})]
-    # a text of several lines may hold what looks like a key: only its line ends stay
-    plain = TOKEN.sub(lambda token: "\n" * token[0].count("\n") or token[0], text)
-    for number, line in enumerate(plain.split("\n"), start=1):
-        if header := HEADER.match(line):
-            tables.append(Table(header["name"].strip("\"'"), number, {}))
-        elif key := KEY.match(line):
-            tables[-1].keys.setdefault(key["name"], number)
-    return tables
+@dataclass
+class Checked:
+    """What a catalogue says, under the present names; every problem, and a note about every former name."""
+
+    defaults: Written
+    models: list[Written] = field(default_factory=list)
+    problems: list[Remark] = field(default_factory=list)
+    notes: list[Remark] = field(default_factory=list)
+
+    def current(self, keys: Keys, table: Table) -> Written:
+        """A table under the present names of its keys and values."""
+        renamed: Keys = {}
+        for key, value in keys.items():
+            name, line = FORMER_KEYS.get(key, key), table.line_of(key)
+            if name != key and name in keys:
+                self.problems.append((line, f"{key} is called {name} now, which is given as well: leave {key} out"))
+                continue
+            if name != key:
+                self.notes.append((line, f"{key} is called {name} now"))
+            word = FORMER_VALUES.get(name, {}).get(value) if isinstance(value, str) else None
+            if word is not None:
+                self.notes.append((line, f"{value} is called {word} now"))
+            renamed[name] = value if word is None else word
+        lines = {FORMER_KEYS.get(key, key): line for key, line in table.keys.items()}
+        return Written(renamed, Table(table.name, table.line, lines))
 
 
-def _checked(content: dict[str, Any], top: Table, tables: list[Table]) -> tuple[list[Model], list[Problem]]:
-    """The models as they are written, each with its line, and every problem of the catalogue."""
+def _checked(content: Keys, top: Table, *tables: Table) -> Checked:
+    """The tables of a catalogue with all remarks about them."""
 
-    def place(name: str) -> Table:
+    def table_of(name: str) -> Table:
         return next((table for table in tables if table.name.split(".")[0] == name), Table(name, top.line_of(name), {}))
 
-    problems = [(place(name).line, _unknown(name, TABLES.values())) for name in content.keys() - TABLES.keys()]
+    checked = Checked(Written({}, table_of("defaults")))
+    problems = checked.problems
+    problems += [(table_of(name).line, _unknown(name, TABLES.values())) for name in content.keys() - TABLES.keys()]
     defaults, models = content.get("defaults", {}), content.get("model", [])
     if isinstance(defaults, dict):
-        problems += _problems(defaults, place("defaults"), OPTIONAL)
+        checked.defaults = checked.current(defaults, table_of("defaults"))
+        problems += _problems(checked.defaults, OPTIONAL)
     else:
-        problems.append((place("defaults").line, "[defaults] is one table, in single brackets"))
+        problems.append((table_of("defaults").line, "[defaults] is one table, in single brackets"))
     if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
-        return [], [*problems, (place("model").line, "each model is a table [[model]], in double brackets")]
+        problems.append((table_of("model").line, "each model is a table [[model]], in double brackets"))
+        return checked
     if not models:
-        problems.append((1, "no model is listed: add [[model]] with its source and target"))
+        problems.append((1, "no model is listed: add [[model]] with its source and repo"))
 
-    places = [table for table in tables if table.name == "model"]
-    if len(places) != len(models):  # they are written as one list
-        places = [place("model")] * len(models)
-    for model, where in zip(models, places, strict=True):
-        problems += [(where.line, f"{key} is missing: {REQUIRED[key].words}") for key in REQUIRED if key not in model]
-        problems += _problems(model, where, REQUIRED | OPTIONAL)
-    problems += _clashes(models, places)
-    return [(where.line, model) for model, where in zip(models, places, strict=True)], problems
+    headers = [table for table in tables if table.name == "model"]
+    if len(headers) != len(models):  # they are written as one list
+        headers = [table_of("model")] * len(models)
+    checked.models = [checked.current(model, table) for model, table in zip(models, headers, strict=True)]
+    for model in checked.models:
+        missing = REQUIRED.keys() - model.content.keys()
+        problems += [(model.line, f"{key} is missing: {REQUIRED[key].words}") for key in REQUIRED if key in missing]
+        problems += _problems(model, REQUIRED | OPTIONAL)
+        problems += _foreign_options(model, checked.defaults.content)
+    problems += _clashes(checked.models)
+    return checked
 
 
-def _problems(given: dict[str, Any], place: Table, rules: dict[str, Rule]) -> Iterator[Problem]:
-    for key, value in given.items():
+def _problems(written: Written, rules: dict[str, Rule]) -> Iterator[Remark]:
+    for key, value in written.content.items():
         if key not in rules:
-            yield place.line_of(key), _unknown(key, rules)
+            yield written.table.line_of(key), _unknown(key, rules)
         elif not rules[key].accepts(value):
             shown = str(value).lower() if isinstance(value, bool) else repr(value)
-            yield place.line_of(key), f"{key} is {rules[key].words}, not {textwrap.shorten(shown, 120)}"
+            yield written.table.line_of(key), f"{key} is {rules[key].words}, not {textwrap.shorten(shown, 120)}"
+
+
+def _foreign_options(model: Written, defaults: Keys) -> Iterator[Remark]:
+    """Options that a model gives to a recipe that does not have them."""
+    name = (defaults | model.content).get("recipe", Recipe.name)
+    if not OPTIONAL["recipe"].accepts(name):
+        return
+    for key, option in _options_besides(name).items():
+        if model.content.get(key, option.default) != option.default:
+            yield model.table.line_of(key), f"the recipe {name} has no {key}: leave it out, or choose another recipe"
+
+
+def _options_besides(name: str) -> dict[str, Option]:
+    """By their keys, the options that only other recipes than this one have."""
+    others = set(methods.options()) - set(methods.options(name))
+    return {key: option for key, option in OPTIONS.items() if option in others}
 
 
 def _unknown(key: str, known: Iterable[str]) -> str:
@@ -192,26 +198,25 @@ def _unknown(key: str, known: Iterable[str]) -> str:
     return f"unknown key {key!r}" + (f": is {near[0]} meant?" if near else "")
 
 
-def _clashes(models: list[dict[str, Any]], places: list[Table]) -> Iterator[Problem]:
-    """Targets that two entries share, or that are their own source; the Hub does not tell upper from lower case."""
-    seen: dict[str, int] = {}
-    for model, place in zip(models, places, strict=True):
-        target, line = str(model.get("target")).lower(), place.line_of("target")
-        if not REQUIRED["target"].accepts(target):
+def _clashes(models: list[Written]) -> Iterator[Remark]:
+    """Repos that two entries share, or that are their own source; the Hub does not tell upper from lower case."""
+    first: dict[str, int] = {}
+    for model in models:
+        repo, line = str(model.content.get("repo")).lower(), model.table.line_of("repo")
+        if not REQUIRED["repo"].accepts(repo):
             continue
-        if target == str(model.get("source")).lower():
-            yield line, "target is the source itself"
-        if target in seen:
-            yield line, f"target {model['target']} is already that of line {seen[target]}"
-        seen.setdefault(target, line)
+        if repo == str(model.content.get("source")).lower():
+            yield line, "repo is the source itself"
+        if repo in first:
+            yield line, f"repo {model.content['repo']} is already that of line {first[repo]}"
+        first.setdefault(repo, line)
 
 
-def _entry(defaults: dict[str, Any], model: dict[str, Any], line: int) -> Entry:
+def _entry(defaults: Keys, model: Keys, line: int) -> Entry:
     """A model, with the defaults for what it does not say, but for options that its recipe does not have."""
-    recipe_name = (defaults | model).get("recipe", Recipe.name)
-    foreign = {option.field for option in methods.options()} - {option.field for option in methods.options(recipe_name)}
+    foreign = _options_besides((defaults | model).get("recipe", Recipe.name))
     given = {key: value for key, value in defaults.items() if key not in foreign} | model
-    frozen: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    frozen: Keys = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     recipe = {
         option.field: frozen[option.catalogue_key]
         for option in methods.recipe_options()
@@ -222,5 +227,5 @@ def _entry(defaults: dict[str, Any], model: dict[str, Any], line: int) -> Entry:
         line=line,
         recipe=methods.recipe_of(recipe),
         settings=EvaluationSettings(**settings),
-        **{key: frozen[key] for key in REQUIRED | OWN if key in frozen},
+        **{key: frozen[key] for key in (*REQUIRED, *OWN) if key in frozen},
     )

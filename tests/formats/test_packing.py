@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from quantize.formats.bitsandbytes import packing
 from quantize.formats.bitsandbytes.packing import Packed, ScaleGrid
-from quantize.methods.rounding.gptq import output_change
+from quantize.methods.rounding.gptq import output_error
 from quantize.methods.rounding.stored import compensated
 
 QUANT_TYPES = st.sampled_from(["nf4", "fp4"])
@@ -65,9 +65,9 @@ def test_storing_moves_a_scale_by_less_than_a_hundredth_of_the_largest(
 ) -> None:
     scales = torch.randn(count, generator=torch.Generator().manual_seed(seed))
     grid = ScaleGrid.around(scales, offset)
-    kept = grid.snap(scales, torch.arange(count))
+    kept = grid.quantized(scales, torch.arange(count))
     assert (kept - scales).abs().max() <= 0.0075 * grid.spans.max() + 1e-6
-    assert torch.allclose(grid.snap(kept, torch.arange(count)), kept, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(grid.quantized(kept, torch.arange(count)), kept, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -75,10 +75,10 @@ def test_storing_moves_a_scale_by_less_than_a_hundredth_of_the_largest(
 def test_compensated_packing_beats_nearest_at_no_more_bytes(quant_type: str, double_quant: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(500, 192, generator=generator) @ torch.randn(192, 192, generator=generator)
-    weight, moments = torch.randn(96, 192, generator=generator) / 20, inputs.T @ inputs / 500
+    weight, hessian = torch.randn(96, 192, generator=generator) / 20, inputs.T @ inputs / 500
     stock = packing.nearest(weight, quant_type, double_quant)
-    found = compensated(weight, moments, quant_type, double_quant, torch.float32)
-    stock_change, change = (output_change(weight - one.weight(), moments).sum() for one in (stock, found))
+    found = compensated(weight, hessian, quant_type, double_quant, torch.float32)
+    stock_change, change = (output_error(weight - one.weight(), hessian).sum() for one in (stock, found))
     assert change < 0.5 * stock_change
     assert bool((found.scales < 0).any()) == (quant_type == "nf4")
     stock_size, size = (sum(tensor.nbytes for tensor in one.tensors().values()) for one in (stock, found))

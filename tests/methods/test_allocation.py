@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from quantize import methods, pipeline, search, source
 from quantize.errors import ConfigError
-from quantize.formats.bitsandbytes.packing import BLOCK
+from quantize.formats.bitsandbytes.sizes import BLOCK
 from quantize.methods.calibration import allocation
-from quantize.methods.calibration.allocation import FINE, HALF, Form
+from quantize.methods.calibration.allocation import HALF_PRECISION, SMALL_BLOCK, StorageOption
 from quantize.progress import Silent
 from tests.conftest import POCKET
 from tests.methods.test_calibrated import LITTLE, SETTINGS
@@ -22,8 +22,8 @@ matrices = st.dictionaries(
     st.text("abc", min_size=1, max_size=3),
     st.tuples(st.integers(20, 500), costs, costs).map(
         lambda one: [
-            Form(block, allocation.stored_bytes(one[0], 64, block, True), cost)
-            for block, cost in ((BLOCK, one[1]), (FINE, one[2]), (HALF, 0.0))
+            StorageOption(block, allocation.stored_bytes(one[0], 64, block, True), cost)
+            for block, cost in ((BLOCK, one[1]), (SMALL_BLOCK, one[2]), (HALF_PRECISION, 0.0))
         ]
     ),
     min_size=1,
@@ -32,18 +32,22 @@ matrices = st.dictionaries(
 
 
 @given(matrices, st.integers(0, 200_000))
-def test_no_more_is_spent_than_there_is_and_never_for_the_worse(offers: dict[str, list[Form]], extra: int) -> None:
+def test_no_more_is_spent_than_there_is_and_never_for_the_worse(
+    offers: dict[str, list[StorageOption]], extra: int
+) -> None:
     chosen = allocation.spend(offers, extra)
-    forms = {name: next(form for form in offers[name] if form.block == block) for name, block in chosen.items()}
+    options = {name: next(option for option in offers[name] if option.block == block) for name, block in chosen.items()}
     assert chosen.keys() == offers.keys()
-    assert sum(form.size for form in forms.values()) <= sum(one[0].size for one in offers.values()) + extra
-    assert all(forms[name].divergence <= offers[name][0].divergence for name in offers)
+    assert sum(option.size for option in options.values()) <= sum(one[0].size for one in offers.values()) + extra
+    assert all(options[name].divergence <= offers[name][0].divergence for name in offers)
 
 
 @given(matrices)
-def test_with_bytes_for_all_nothing_diverges_and_with_none_all_stay_plain(offers: dict[str, list[Form]]) -> None:
+def test_with_bytes_for_all_nothing_diverges_and_with_none_all_stay_plain(
+    offers: dict[str, list[StorageOption]],
+) -> None:
     assert not any(
-        next(form.divergence for form in offers[name] if form.block == block)
+        next(option.divergence for option in offers[name] if option.block == block)
         for name, block in allocation.spend(offers, 1e9).items()
     )
     assert set(allocation.spend(offers, 0).values()) == {BLOCK}
@@ -77,7 +81,7 @@ def test_the_package_is_better_within_its_bytes_and_says_how(tmp_path: Path) -> 
     assert (
         f"{len(quantized.half_precision_modules)} sensitive matrices in float16" in card and "--size-budget 1.3" in card
     )
-    verified = pipeline.verify(str(larger.folder), str(POCKET), SETTINGS, "cpu", Silent())
+    verified = pipeline.verify(pipeline.VerifyRequest(str(larger.folder), str(POCKET), SETTINGS, "cpu"), Silent())
     assert verified.verdict.passed and verified.checks == larger.evidence.checks
 
 

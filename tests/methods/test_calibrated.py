@@ -17,8 +17,8 @@ from quantize.errors import CorpusError
 from quantize.formats.bitsandbytes import checkpoint
 from quantize.methods import calibrated
 from quantize.methods.calibration import calibration_text, quantizer, static_cache
+from quantize.methods.calibration.hessian import CenteredHessianAccumulator
 from quantize.methods.calibration.options import CalibratedOptions
-from quantize.methods.calibration.quantizer import Seen
 from quantize.package import Package
 from quantize.package.card import facts
 from quantize.parity import corpus_text
@@ -60,7 +60,7 @@ def test_it_diverges_much_less_than_stock_and_says_so(package: Package) -> None:
     evidence = package.evidence
     (control,) = evidence.controls
     assert evidence.scores and evidence.verdict.passed and all(check.passed for check in evidence.checks)
-    assert evidence.scores.kld.mean.value < 0.7 * control.kld.value and control.name == "stock NF4"
+    assert evidence.scores.kld.mean.value < 0.7 * control.kld.value and control.name == "NF4 rounded to nearest"
     assert package.provenance.quantized.calibration_text == CalibrationText(
         "self",
         0,
@@ -70,7 +70,7 @@ def test_it_diverges_much_less_than_stock_and_says_so(package: Package) -> None:
         package.provenance.quantized.calibration_text.sha256,  # type: ignore[union-attr]
     )
     card = (package.folder / "README.md").read_text()
-    assert "on 16 windows of 128 tokens that the original wrote itself" in card and "| stock NF4 |" in card
+    assert "on 16 windows of 128 tokens that the original wrote itself" in card and "| NF4 rounded to nearest |" in card
     assert "--recipe calibrated --calibration-windows 16 --calibration-length 128" in card
     assert not list(package.folder.parent.glob("*.unfinished"))
     learned = dataclasses.replace(package.provenance, recipe=methods.replace(LITTLE, epochs=3))
@@ -88,13 +88,13 @@ def test_as_many_bytes_as_stock(package: Package, finished: Path) -> None:
     assert sum(one.nbytes for one in tensors.values()) <= sum(one.nbytes for one in plain.values())
 
 
-def test_a_killed_run_goes_on_at_its_first_unfinished_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_continues_at_its_first_unfinished_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the bytes of a run that nobody killed: the seed decides all of them."""
     tiny("llama", tmp_path / "tiny")
     _, first = made(tmp_path / "whole", LITTLE, tmp_path / "tiny")
     output, work = tmp_path / "package", tmp_path / "package-work"
     rounded: list[int] = []
-    whole = quantizer._round_block
+    whole = quantizer._quantize_layer
 
     def counting(stream: Any, index: int, *rest: Any) -> Any:
         rounded.append(index)
@@ -102,10 +102,10 @@ def test_a_killed_run_goes_on_at_its_first_unfinished_block(tmp_path: Path, monk
             raise KeyboardInterrupt
         return whole(stream, index, *rest)
 
-    monkeypatch.setattr(quantizer, "_round_block", counting)
+    monkeypatch.setattr(quantizer, "_quantize_layer", counting)
     with pytest.raises(KeyboardInterrupt):
         made(output, LITTLE, tmp_path / "tiny")
-    assert [path.name for path in work.glob("block-*")] == ["block-0.safetensors"]
+    assert [path.name for path in work.glob("layer-*")] == ["layer-0.safetensors"]
     shutil.rmtree(output)
     _, tensors = made(output, LITTLE, tmp_path / "tiny")
     assert rounded == [0, 1, 1] and tensors.keys() == first.keys()
@@ -117,7 +117,7 @@ def test_work_of_another_recipe_is_not_taken_up(tmp_path: Path) -> None:
     for recipe in (LITTLE, methods.replace(LITTLE, calibration_seed=1)):
         work = ResumeFolder.begin(tmp_path / "work", {"source": checkout.source.fingerprint(), "recipe": recipe})
         assert [path.name for path in work.folder.iterdir()] == ["fingerprint"]
-        (work.folder / "block-0.safetensors").touch()
+        (work.folder / "layer-0.safetensors").touch()
 
 
 def tiny(kind: str, folder: Path) -> Any:
@@ -168,16 +168,16 @@ def test_a_cache_with_room_holds_what_a_growing_one_does(
     layers: list[Any] = []
 
     def watched(cache: Any, room: int) -> Any:
-        layers.extend(static_cache.make_room(cache, room).layers)
+        layers.extend(static_cache.make_static(cache, room).layers)
         return cache
 
     texts = []
-    for make_room in (watched, lambda cache, room: cache):
-        monkeypatch.setattr(calibration_text, "make_room", make_room)
-        texts.append(calibration_text.written(model, asked(LITTLE), 48, "cpu", False, Silent(), (1.0, 1.4)))
+    for make_static in (watched, lambda cache, room: cache):
+        monkeypatch.setattr(calibration_text, "make_static", make_static)
+        texts.append(calibration_text.generated(model, asked(LITTLE), 48, "cpu", False, Silent(), (1.0, 1.4)))
     assert torch.equal(*texts) and texts[0].shape == (16, 48)
     held = {type(layer).__name__: layer.keys.shape[-2] for layer in layers}
-    assert held["RoomyLayer"] == 47 and set(held) <= {"RoomyLayer", "DynamicSlidingWindowLayer"}
+    assert held["StaticLayer"] == 47 and set(held) <= {"StaticLayer", "DynamicSlidingWindowLayer"}
     assert len(held) == (2 if kind == "gemma2" else 1)
 
 
@@ -195,7 +195,7 @@ def test_inputs_that_64_does_not_divide_are_rounded_to_nearest(tmp_path: Path) -
     assert all(torch.equal(mine[name], plain[name]) for name in plain)
 
 
-def test_auto_stops_at_the_first_rung_that_is_good_enough(tmp_path: Path) -> None:
+def test_auto_stops_at_the_first_attempt_that_is_good_enough(tmp_path: Path) -> None:
     recipe = dataclasses.replace(LITTLE, name="auto", target_grade="good")
     easy = pipeline.RunRequest(str(POCKET), output=tmp_path / "easy", recipe=recipe, settings=SETTINGS, device="cpu")
     made = pipeline.run(easy, Silent()).package
@@ -226,12 +226,12 @@ def test_auto_climbs_and_keeps_the_best(tmp_path: Path, monkeypatch: pytest.Monk
     assert "| **calibrated" in (made.folder / "README.md").read_text()
 
 
-def test_eight_bits_have_one_rung() -> None:
+def test_eight_bits_have_one_attempt() -> None:
     assert [one.name for one in search.attempts(Recipe(bits=8))] == ["rtn"]
 
 
 def asked(recipe: Recipe) -> CalibratedOptions:
-    return CalibratedOptions(**recipe.options)  # type: ignore[arg-type]
+    return CalibratedOptions.of(recipe)
 
 
 def prepared(recipe: Recipe, corpus: str) -> tuple[torch.Tensor, CalibrationText]:
@@ -266,7 +266,7 @@ def test_what_the_model_repeats_of_the_corpus_is_left_out() -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("too short", "has 0 windows of 128 tokens, and 16 are wanted"), (None, "no calibration text")],
+    [("too short", "has 0 windows of 128 tokens, and 16 are needed"), (None, "no calibration text")],
 )
 def test_calibration_text_that_cannot_be_used(tmp_path: Path, text: str | None, message: str) -> None:
     file = tmp_path / "text.txt"
@@ -301,19 +301,19 @@ def test_calibration_text_of_a_hub_data_set(tmp_path: Path, monkeypatch: pytest.
     assert tokens.shape == (16, 128) and record.source == "a.txt"
 
 
-def test_moments_of_inputs_far_from_zero_keep_their_digits() -> None:
+def test_the_hessian_of_inputs_far_from_zero_keeps_its_digits() -> None:
     """Against float64, with tokens that count differently."""
     generator = torch.Generator().manual_seed(3)
     inputs = torch.randn(600, 8, generator=generator) * 0.1 + 50
-    energy = torch.rand(600, generator=generator)
-    seen = Seen(8, "cpu")
-    for part, share in zip(torch.split(inputs, 100), torch.split(energy, 100), strict=True):
-        seen.add(part, share)
-    weights = (energy / energy.sum()).double()
+    token_weights = torch.rand(600, generator=generator)
+    hessian = CenteredHessianAccumulator(8, "cpu")
+    for part, share in zip(torch.split(inputs, 100), torch.split(token_weights, 100), strict=True):
+        hessian.add(part, share)
+    weights = (token_weights / token_weights.sum()).double()
     mean = weights @ inputs.double()
     centred = inputs.double() - mean
-    assert torch.allclose(seen.mean.double(), mean, rtol=1e-6)
-    assert torch.allclose(seen.covariance.double(), (centred * weights[:, None]).T @ centred, rtol=1e-3, atol=1e-6)
+    assert torch.allclose(hessian.mean.double(), mean, rtol=1e-6)
+    assert torch.allclose(hessian.covariance.double(), (centred * weights[:, None]).T @ centred, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about what peft calls

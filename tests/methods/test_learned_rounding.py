@@ -1,4 +1,4 @@
-"""Learned rounding: what it may change, that it never makes a block worse, and that a killed run goes on."""
+"""Learned rounding: what it may change, that it never makes a layer worse, and that a killed run goes on."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from quantize.formats.bitsandbytes import packing
 from quantize.formats.bitsandbytes.modules import laid_out, matrix
 from quantize.formats.bitsandbytes.packing import Packed, ScaleGrid
 from quantize.methods.calibration import quantizer
-from quantize.methods.calibration.gradients import Gradient
-from quantize.methods.calibration.layers import Blocks, Stream
-from quantize.methods.calibration.quantizer import Method
+from quantize.methods.calibration.gradients import OutputGradient
+from quantize.methods.calibration.layers import ActivationStream, DecoderLayers
+from quantize.methods.calibration.quantizer import Ablation, Plan
 from quantize.methods.calibration.resume import QuantizedLayer
 from quantize.methods.rounding import learned_rounding
 from quantize.methods.rounding.gptq import Levels
-from quantize.methods.rounding.learned_rounding import Choice
+from quantize.methods.rounding.learned_rounding import Objective, RoundingVariables
 from quantize.progress import ignore
 from tests.conftest import POCKET
 from tests.methods.test_calibrated import LITTLE, made, tiny
@@ -56,34 +56,34 @@ def test_each_weight_chooses_between_the_levels_around_its_value(
     seed: int, shape: tuple[int, int], quant_type: str
 ) -> None:
     weight, packed = matrix_and_packed(seed, shape, quant_type)
-    choice = Choice.of(packed, weight)
-    assert torch.allclose(choice.values(), packed.weight(), atol=1e-6) and not choice.taken.any()
-    moves = choice.step != 0
-    assert ((choice.step > 0) == (weight > choice.now))[moves].all()
+    rounding = RoundingVariables.of(packed, weight)
+    assert torch.allclose(rounding.values(), packed.weight(), atol=1e-6) and not rounding.round_up.any()
+    moves = rounding.step != 0
+    assert ((rounding.step > 0) == (weight > rounding.current))[moves].all()
     inside = weight.abs() < packing.expand_scales(packed.scales, weight.shape).abs()
-    assert moves[inside & (weight != choice.now)].all()
+    assert moves[inside & (weight != rounding.current)].all()
     with torch.no_grad():
-        choice.push.copy_(torch.rand(shape, generator=torch.Generator().manual_seed(seed)))
-    after = choice.packed(packed)
-    assert torch.allclose(after.weight(), choice.values(), atol=1e-6)
+        rounding.variables.copy_(torch.rand(shape, generator=torch.Generator().manual_seed(seed)))
+    after = rounding.packed(packed)
+    assert torch.allclose(after.weight(), rounding.values(), atol=1e-6)
     assert torch.equal(after.stored_scales, packed.stored_scales)
-    assert torch.equal(after.codes != packed.codes, choice.taken & (choice.other != packed.codes))
+    assert torch.equal(after.codes != packed.codes, rounding.round_up & (rounding.other_codes != packed.codes))
 
 
 def test_learning_is_pulled_by_the_gradient_of_what_is_chosen() -> None:
-    """One weight between two levels, wanted at the other one: the step is taken, and only there."""
+    """One weight between two levels, pulled to the other one: it rounds up, and only there."""
     weight, packed = matrix_and_packed(1, (1, 64), "nf4")
-    choice = Choice.of(packed, weight)
-    wanted = choice.now.clone()
-    way = ((weight - choice.now) / choice.step)[0]
-    place = int(torch.where((way > 0.4) & (way < 0.6))[0][0])
-    wanted[0, place] += choice.step[0, place]
-    optimizer = torch.optim.Adam([choice.push], 0.1)
+    rounding = RoundingVariables.of(packed, weight)
+    target = rounding.current.clone()
+    fraction = ((weight - rounding.current) / rounding.step)[0]
+    position = int(torch.where((fraction > 0.4) & (fraction < 0.6))[0][0])
+    target[0, position] += rounding.step[0, position]
+    optimizer = torch.optim.Adam([rounding.variables], 0.1)
     for _ in range(20):
         optimizer.zero_grad()
-        torch.autograd.backward((choice.values() - wanted).square().sum())
+        torch.autograd.backward((rounding.values() - target).square().sum())
         optimizer.step()
-    assert torch.where(choice.taken[0])[0].tolist() == [place]
+    assert torch.where(rounding.round_up[0])[0].tolist() == [position]
 
 
 @pytest.fixture(scope="module")
@@ -93,36 +93,39 @@ def pocket() -> Any:
     return AutoModelForCausalLM.from_pretrained(POCKET).float().eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("felt", [True, False], ids=["by-gradient", "plain"])
-def test_a_block_comes_nearer_to_the_source_and_never_goes_away_from_it(pocket: Any, felt: bool) -> None:
+@pytest.mark.parametrize("by_gradient", [True, False], ids=["by-gradient", "plain"])
+def test_a_layer_comes_nearer_to_the_source_and_never_goes_away_from_it(pocket: Any, by_gradient: bool) -> None:
     model = copy.deepcopy(pocket)
     tokens = torch.randint(0, model.config.vocab_size, (16, 64), generator=torch.Generator().manual_seed(0))
     names = [f"transformer.h.{index}.{name}" for index in range(2) for name in INSIDE]
-    stream = Stream(model, Blocks.of(model, names), tokens, "cpu", 4, False)
-    original, layer = copy.copy(stream), stream.blocks.layers[0]
+    stream = ActivationStream(model, DecoderLayers.of(model, names), tokens, "cpu", 4, False)
+    original, layer = copy.copy(stream), stream.decoder.layers[0]
     original.advance(0)
     weights = {name: matrix(layer.get_submodule(name)).clone() for name in INSIDE}
-    forms = {f"transformer.h.0.{name}": 64 for name in INSIDE}
-    found = quantizer._round_block(stream, 0, list(INSIDE), {}, forms, LITTLE, "float16", Method())
+    block_sizes = {f"transformer.h.0.{name}": 64 for name in INSIDE}
+    plan = Plan(LITTLE, "float16", Ablation(), {}, block_sizes)
+    found = quantizer._quantize_layer(stream, 0, list(INSIDE), plan)
     half = torch.randn(256, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
-    slope = Gradient(torch.ones(1), half.T @ half / 256) if felt else None
+    gradient = OutputGradient(torch.ones(1), half.T @ half / 256) if by_gradient else None
+    objective = Objective(original.hidden, weights, gradient)
 
     def error(chosen: dict[str, QuantizedLayer]) -> float:
         values = {
             f"{name}.weight": laid_out(layer.get_submodule(name), one.packed.weight()) for name, one in chosen.items()
         }
-        offs = [stream.answer(0, part, values) - wanted for part, wanted in enumerate(original.hidden)]
-        return sum(float((off * (off @ slope.moments if slope else off)).mean()) for off in offs)
+        offs = [stream.output(0, part, values) - target for part, target in enumerate(original.hidden)]
+        return sum(float((off * (off @ gradient.hessian if gradient else off)).mean()) for off in offs)
 
     passes: list[int] = []
-    learned = learned_rounding.learn(stream, 0, original.hidden, weights, found, slope, 12, passes.append)
+    learned = learned_rounding.learn(stream, 0, found, objective, 12, passes.append)
     assert error(learned) < 0.95 * error(found) and passes == [1] * 12
     assert all(torch.equal(learned[name].packed.scales, found[name].packed.scales) for name in found)
-    again = learned_rounding.learn(stream, 0, original.hidden, weights, found, slope, 12, ignore)
+    again = learned_rounding.learn(stream, 0, found, objective, 12, ignore)
     assert all(torch.equal(learned[name].packed.codes, again[name].packed.codes) for name in found)
     # with answers that cannot be approached nothing is gained, and then nothing may change
-    exact = [stream.answer(0, part, {}) for part in range(len(original.hidden))]
-    kept = learned_rounding.learn(stream, 0, exact, weights, found, slope, 2, ignore)
+    exact = [stream.output(0, part, {}) for part in range(len(original.hidden))]
+    reached = Objective(exact, weights, gradient)
+    kept = learned_rounding.learn(stream, 0, found, reached, 2, ignore)
     assert all(torch.equal(kept[name].packed.codes, found[name].packed.codes) for name in found)
 
 
@@ -137,7 +140,7 @@ def test_a_killed_run_that_learns_goes_on_to_the_same_bytes(tmp_path: Path, monk
     assert changed and all(name.endswith("proj.weight") for name in changed if ".0." in name)
     learn, calls = learned_rounding.learn, []
 
-    def killed(stream: Stream, index: int, *rest: Any) -> Any:
+    def killed(stream: ActivationStream, index: int, *rest: Any) -> Any:
         calls.append(index)
         if len(calls) == 2:
             raise KeyboardInterrupt

@@ -16,7 +16,7 @@ from quantize.errors import PackageError, StorageError, storage_errors
 from tests.conftest import Outcome
 
 
-def test_the_site_is_gone_after_success_failure_and_interruption(tmp_path: Path) -> None:
+def test_the_staging_folder_is_gone_after_success_failure_and_interruption(tmp_path: Path) -> None:
     output = tmp_path / "deep" / "model-bnb-4bit"
     with package.staging_folder(output) as staging:
         assert staging.is_dir() and staging.parent == output.parent
@@ -96,7 +96,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, pocket: Path) -> None:
             "run",
             str(pocket),
             "--recipe",
-            "stock",
+            "rtn",
             "--output",
             str(tmp_path / "out"),
             "--device",

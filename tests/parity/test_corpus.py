@@ -33,9 +33,9 @@ def test_wikitext_comes_from_the_hub_at_a_commit(tmp_path: Path, monkeypatch: py
         commit = hub.commit(corpus.WIKITEXT_REPO, files, message="data", repo_type="dataset")
         monkeypatch.setattr(os, "environ", {**os.environ, **hub.env(home=tmp_path)})
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-        found = corpus.load("wikitext-2")
-    assert found.name == f"Salesforce/wikitext@{commit} wikitext-2-raw-v1 test"
-    assert found.text == "\n\n = Robert = \n\n\n Robert is an actor . \n"
+        wikitext = corpus.load("wikitext-2")
+    assert wikitext.name == f"Salesforce/wikitext@{commit} wikitext-2-raw-v1 test"
+    assert wikitext.text == "\n\n = Robert = \n\n\n Robert is an actor . \n"
 
 
 def test_windows_are_whole_seeded_and_counted(tmp_path: Path) -> None:

@@ -74,12 +74,12 @@ def test_a_file_that_was_cut_short_is_continued(tmp_path: Path) -> None:
 def test_answers_to_something_else_are_refused(tmp_path: Path) -> None:
     kept(tmp_path / "answers", torch.randn(1, 6, 11))
     for change in ({"corpus": "d"}, {"seed": 1}, {"source": "t"}, {"vocabulary": 12}):
-        with pytest.raises(CorpusError, match="holds no answers of this reference to these windows"):
+        with pytest.raises(CorpusError, match="holds no logits of this original on these windows"):
             ReferenceCache(tmp_path / "answers", dataclasses.replace(CONTENTS, **change), lambda: "float32")
-    with pytest.raises(CorpusError, match="holds answers in float32 and the reference fits only in float16 now"):
+    with pytest.raises(CorpusError, match="holds logits in float32, and the original now fits only in float16"):
         kept(tmp_path / "answers", torch.randn(2, 6, 11), "float16")
     (tmp_path / "other").write_text("a shopping list\n")
-    with pytest.raises(CorpusError, match="name another --reference-cache"):
+    with pytest.raises(CorpusError, match="choose another --reference-cache file"):
         ReferenceCache(tmp_path / "other", CONTENTS, lambda: "float32")
     assert (tmp_path / "other").read_text() == "a shopping list\n"
 
@@ -102,7 +102,7 @@ def test_two_writers_do_not_mix(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def together(finished: Path) -> Evidence:
     """What both models say side by side."""
-    return pipeline.verify(str(finished), str(POCKET), SETTINGS, "cpu", Silent())
+    return pipeline.verify(pipeline.VerifyRequest(str(finished), str(POCKET), SETTINGS, "cpu"), Silent())
 
 
 def test_one_at_a_time_says_what_side_by_side_says(
@@ -110,11 +110,15 @@ def test_one_at_a_time_says_what_side_by_side_says(
 ) -> None:
     """The reference and the candidate are never in memory together, and a second candidate needs no reference."""
     cache = tmp_path / "answers"
-    first = pipeline.verify(str(finished), str(POCKET), SETTINGS, "cpu", Silent(), reference_cache=cache)
+    first = pipeline.verify(
+        pipeline.VerifyRequest(str(finished), str(POCKET), SETTINGS, "cpu", reference_cache=cache), Silent()
+    )
     _expect_same(first, together)
     assert first.reference_cache is not None and first.reference_cache.mean_kld < 1e-7
     monkeypatch.setattr(ReferenceCache, "extend", lambda *_: pytest.fail("the answers are all there"))
-    again = pipeline.verify(str(finished), str(POCKET), SETTINGS, "cpu", Silent(), reference_cache=cache)
+    again = pipeline.verify(
+        pipeline.VerifyRequest(str(finished), str(POCKET), SETTINGS, "cpu", reference_cache=cache), Silent()
+    )
     assert again.scores == first.scores
 
 
@@ -123,7 +127,7 @@ def test_what_does_not_fit_is_spread_and_said(
 ) -> None:
     """With little memory the reference is halved and lies partly on disk; the candidate has to fit."""
     monkeypatch.setattr("quantize.devices.usable_memory", lambda device: 3_000_000)
-    spread = pipeline.verify(str(finished), str(POCKET), SETTINGS, "cpu", Silent())
+    spread = pipeline.verify(pipeline.VerifyRequest(str(finished), str(POCKET), SETTINGS, "cpu"), Silent())
     assert together.reference_devices == ("cpu",) and spread.reference_devices == ("cpu", "disk")
     assert (together.reference_dtype, spread.reference_dtype) == ("float32", "float16")
     assert spread.weight_errors == pytest.approx(together.weight_errors, rel=1e-5)

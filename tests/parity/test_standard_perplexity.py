@@ -84,7 +84,7 @@ def test_both_models_are_stated_on_request(finished: Path, tmp_path: Path) -> No
     corpus.write_text(builtin_text()[:24_000], "utf-8")
     settings = EvaluationSettings(str(corpus), max_windows=8, new_tokens=2, require="degraded")
     settings = dataclasses.replace(settings, standard_perplexities=True)
-    evidence = pipeline.verify(str(finished), str(POCKET), settings, "cpu", Silent())
+    evidence = pipeline.verify(pipeline.VerifyRequest(str(finished), str(POCKET), settings, "cpu"), Silent())
     stated = {figure.name: figure for figure in evidence.standard_perplexities}
     assert list(stated) == ["sliding window perplexity", "word perplexity", "byte perplexity", "bits per byte"]
     assert all(1.0 < figure.candidate / figure.reference < 1.05 for figure in stated.values())

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from quantize import pipeline, source
 from quantize.evidence import Evidence
+from quantize.formats.bitsandbytes.config import ExpectedConfig
 from quantize.parity import measure, structure
 from quantize.progress import Silent
 from quantize.records import EvaluationSettings, Recipe
@@ -20,13 +21,13 @@ from quantize.serialization import to_json
 from tests.conftest import POCKET
 
 SETTINGS = EvaluationSettings(max_windows=16, new_tokens=2, require="degraded")
-PROMISED = structure.Expected(4, "nf4", True, Recipe().skips)
+EXPECTED = ExpectedConfig.of(Recipe())
 Tensors = dict[str, torch.Tensor]
 
 
-def judged(folder: Path, promised: structure.Expected | None = PROMISED) -> Evidence:
+def judged(folder: Path, expected: ExpectedConfig | None = EXPECTED) -> Evidence:
     checkout = source.fetch(str(POCKET), revision=None, trust_remote_code=False, progress=Silent())
-    return measure(checkout, folder, SETTINGS, "cpu", Silent(), promised)
+    return measure(checkout, folder, SETTINGS, "cpu", Silent(), expected)
 
 
 def failures(evidence: Evidence) -> dict[str, str]:
@@ -62,9 +63,9 @@ PARTS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 def test_controls_show_the_noise_floor_and_the_alternatives(finished: Path) -> None:
     settings = dataclasses.replace(SETTINGS, controls=True)
-    evidence = pipeline.verify(str(finished), str(POCKET), settings, "cpu", Silent())
+    evidence = pipeline.verify(pipeline.VerifyRequest(str(finished), str(POCKET), settings, "cpu"), Silent())
     half, int8, stock = evidence.controls
-    assert [half.name, int8.name, stock.name] == ["float16 source", "int8", "stock NF4"]
+    assert [half.name, int8.name, stock.name] == ["original in float16", "int8", "NF4 rounded to nearest"]
     assert (half.grade, int8.grade) == ("lossless", "lossless") and stock.grade in ("good", "degraded")
     assert 0 < half.kld.value < int8.kld.value < stock.kld.value
     assert evidence.scores is not None and stock.kld.value == pytest.approx(evidence.scores.kld.mean.value)
@@ -89,14 +90,14 @@ def test_config_says_4bit_over_16bit_weights(package_copy: Path) -> None:
 
 def test_4bit_weights_without_a_config_that_says_so(package_copy: Path) -> None:
     change_config(package_copy, lambda config: config.pop("quantization_config"))
-    for promised in (PROMISED, None):
-        detail = failures(judged(package_copy, promised))["config"]
+    for expected in (EXPECTED, None):
+        detail = failures(judged(package_copy, expected))["config"]
         assert detail == "config.json has no bitsandbytes quantization_config; the files hold quantized tensors"
 
 
 def test_config_that_differs_from_the_recipe(package_copy: Path) -> None:
-    promised = dataclasses.replace(PROMISED, quant_type="fp4")
-    assert "nf4" in failures(judged(package_copy, promised))["config"]
+    expected = ExpectedConfig.of(Recipe(quant_type="fp4"))
+    assert "nf4" in failures(judged(package_copy, expected))["config"]
 
 
 @pytest.mark.parametrize("part", ["quant_state.bitsandbytes__nf4", "nested_absmax", "absmax"])
@@ -107,8 +108,8 @@ def test_a_missing_state_tensor(package_copy: Path, part: str) -> None:
 
 
 def test_a_skipped_module_that_was_quantized_after_all(package_copy: Path) -> None:
-    promised = dataclasses.replace(PROMISED, skips=Recipe(skip_modules=("h.3.attn",)).skips)
-    detail = failures(judged(package_copy, promised))["modules"]
+    expected = ExpectedConfig.of(Recipe(skip_modules=("h.3.attn",)))
+    detail = failures(judged(package_copy, expected))["modules"]
     assert detail == "transformer.h.3.attn.c_attn was quantized and should not be (2 such)"
 
 

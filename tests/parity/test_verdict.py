@@ -1,4 +1,4 @@
-"""The gate: every limit from both sides, and the unfavourable end of the interval decides."""
+"""The gate: every limit from both sides, and the worse end of the interval decides."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from quantize.evidence import Check, Estimate, Evidence, Scores
 from quantize.grades import LIMITS, grade_of
-from quantize.parity.verdict import judge
+from quantize.parity.verdict import gate
 from quantize.serialization import read_record
 
 
@@ -33,31 +33,31 @@ def test_implausibly_better_is_another_model() -> None:
 
 @pytest.fixture
 def scores(finished: Path) -> Scores:
-    found = read_record(Evidence, finished / "parity.json").scores
-    assert found is not None
+    measured = read_record(Evidence, finished / "parity.json").scores
+    assert measured is not None
     return dataclasses.replace(
-        found,
+        measured,
         perplexity_ratio=Estimate(1.005, 1.0, 1.009),
-        kld=dataclasses.replace(found.kld, mean=Estimate(0.01, 0.009, 0.019)),
+        kld=dataclasses.replace(measured.kld, mean=Estimate(0.01, 0.009, 0.019)),
     )
 
 
 def test_point_estimates_do_not_decide(scores: Scores) -> None:
-    assert judge([], scores, "good").grade == "parity"
+    assert gate([], scores, "good").grade == "parity"
     wide = dataclasses.replace(scores, perplexity_ratio=Estimate(1.005, 0.98, 1.04))
-    verdict = judge([], wide, "good")
+    verdict = gate([], wide, "good")
     assert (verdict.grade, verdict.passed) == ("degraded", False)
     assert verdict.reasons == ("perplexity ratio up to 1.0400, good allows 1.03",)
 
 
 def test_a_changed_model_never_passes(scores: Scores) -> None:
     better = dataclasses.replace(scores, perplexity_ratio=Estimate(0.92, 0.91, 0.93))
-    verdict = judge([], better, "degraded")
+    verdict = gate([], better, "degraded")
     assert (verdict.grade, verdict.passed) == ("changed", False)
     assert "another model" in verdict.reasons[0]
 
 
 def test_one_failed_check_fails_everything(scores: Scores) -> None:
-    verdict = judge([Check("ties", False, "untied")], scores, "good")
+    verdict = gate([Check("ties", False, "untied")], scores, "good")
     assert (verdict.grade, verdict.passed, verdict.reasons) == ("failed", False, ("ties: untied",))
-    assert not judge([Check("loads", False, "no")], None, "degraded").passed
+    assert not gate([Check("loads", False, "no")], None, "degraded").passed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 from quantize import package, pipeline
 from quantize.progress import Silent
 from quantize.records import EvaluationSettings, Recipe
-from tests.conftest import POCKET, QUICK, QUICK_OPTIONS, Outcome
+from tests.conftest import POCKET, QUICK_OPTIONS, Outcome
 from tests.publishing.workspace import MEASURING
 
 SMALL = EvaluationSettings(max_windows=16, new_tokens=2, require="degraded")
@@ -276,27 +275,3 @@ def test_verify_refuses_another_source(finished: Path, pocket_copy: Path, comman
     (pocket_copy / "README.md").write_text("another card")
     outcome = command("verify", finished, "--against", pocket_copy, "--device", "cpu")
     assert outcome.code == 1 and "is not the source that this package was made from" in outcome.err
-
-
-def test_the_wheel_does_the_same_job_outside_the_checkout(tmp_path: Path) -> None:
-    """Built, installed into a folder of its own, and run from elsewhere: templates and prompts travel with it."""
-    root = Path(__file__).parents[2]
-    quiet = {"capture_output": True, "text": True, "check": True}
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(root)]
-    subprocess.run(build, **quiet)  # type: ignore[call-overload]
-    (wheel,) = tmp_path.glob("*.whl")
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "staging")]
-    subprocess.run([*install, str(wheel)], **quiet)  # type: ignore[call-overload]
-    outcome = subprocess.run(
-        [sys.executable, "-m", "quantize", "run", str(POCKET), "--device", "cpu", "--json", *QUICK_OPTIONS],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "staging")},
-        capture_output=True,
-        text=True,
-    )
-    assert outcome.returncode == 0, outcome.stderr
-    where = [sys.executable, "-c", "import quantize, model_card; print(quantize.__file__, model_card.__file__)"]
-    env = {**os.environ, "PYTHONPATH": str(tmp_path / "staging")}
-    found = subprocess.run(where, cwd=tmp_path, env=env, **quiet).stdout.split()  # type: ignore[call-overload]
-    assert all(path.startswith(str(tmp_path / "staging")) for path in found)
-    assert package.open_package(tmp_path / "pocket-gpt2-bnb-4bit").provenance.settings == QUICK

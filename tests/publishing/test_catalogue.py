@@ -22,14 +22,14 @@ from quantize.records import EvaluationSettings, Recipe
 Keys = dict[str, Any]
 
 EXAMPLE = Path(__file__).parents[2] / "catalogue.toml"
-MODEL = '[[model]]\nsource = "gpt2"\ntarget = "you/gpt2-bnb-4bit"\n'
+MODEL = '[[model]]\nsource = "gpt2"\nrepo = "you/gpt2-bnb-4bit"\n'
 
 lines_of_text = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=12)
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "recipe": st.sampled_from(methods.names()),
     "target_grade": st.sampled_from(GRADES[:-1]),
     "size_budget": st.integers(1, 9) | st.floats(1, 9),
-    "sweeps": st.integers(0, 9),
+    "passes": st.integers(0, 9),
     "epochs": st.integers(0, 9),
     "calibration": lines_of_text,
     "calibration_windows": st.integers(8, 2**40),
@@ -59,7 +59,7 @@ ids = st.from_regex(r"[A-Za-z0-9]{1,8}(-[a-z0-9]{1,8}|_[a-z0-9]{1,8}|\.[a-f0-9]{
 sources = ids | st.tuples(ids, ids).map("/".join)
 catalogues = st.lists(st.tuples(sources, some_keys), min_size=1, max_size=5).map(
     lambda models: [
-        {"source": source, "target": f"you/{number}-bnb-4bit", **keys} for number, (source, keys) in enumerate(models)
+        {"source": source, "repo": f"you/{number}-bnb-4bit", **keys} for number, (source, keys) in enumerate(models)
     ]
 )
 around = st.sampled_from(["", "\n", "# [[model]]\n", "\n  # window = 3\n\n"])
@@ -91,7 +91,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def read(shelf: Path, text: str) -> tuple[catalogue.Entry, ...]:
     shelf.write_text(text, "utf-8")
-    return catalogue.read(shelf)
+    return catalogue.read(shelf).entries
 
 
 def complaints(shelf: Path, text: str) -> list[str]:
@@ -103,6 +103,9 @@ def complaints(shelf: Path, text: str) -> list[str]:
 
 def said(entry: catalogue.Entry, key: str) -> Any:
     """What an entry says under a key of the file."""
+    for option in methods.options():
+        if option.catalogue_key == key:
+            return entry.recipe.options.get(option.field, option.default)
     for holder, name in ((entry.recipe, "name" if key == "recipe" else key), (entry.settings, key), (entry, key)):
         if hasattr(holder, name):
             value = getattr(holder, name)
@@ -110,16 +113,24 @@ def said(entry: catalogue.Entry, key: str) -> Any:
     raise AssertionError(f"nothing holds {key}")
 
 
+def sensible(defaults: Keys, keys: Keys) -> Keys:
+    """The keys without options that their recipe does not have."""
+    own = methods.options((defaults | keys).get("recipe", Recipe.name))
+    foreign = {option.catalogue_key for option in methods.options() if option not in own}
+    return {key: value for key, value in keys.items() if key not in foreign}
+
+
 @given(st.data(), some_keys, catalogues)
 def test_what_is_written_is_read(shelf: Path, data: st.DataObject, defaults: Keys, models: list[Keys]) -> None:
+    models = [sensible(defaults, model) for model in models]
     text = data.draw(texts(defaults, models))
     entries = read(shelf, text)
     assert len(entries) == len(models)
     for entry, model in zip(entries, models, strict=True):
-        wanted = {**defaults, **model}
-        assert {key: said(entry, key) for key in wanted} == wanted
+        expected = sensible({}, {**defaults, **model})
+        assert {key: said(entry, key) for key in expected} == expected
         untouched = catalogue.Entry(0, "", "")
-        assert all(said(entry, key) == said(untouched, key) for key in VALUES.keys() - wanted.keys())
+        assert all(said(entry, key) == said(untouched, key) for key in VALUES.keys() - expected.keys())
         assert text.split("\n")[entry.line - 1].lstrip().startswith("[[")
 
 
@@ -131,7 +142,7 @@ BROKEN = [
     ("bits", 5, "bits is one of 4, 8, not 5"),
     ("bits", 4.0, "bits is one of 4, 8, not 4.0"),
     ("bits", "4", "bits is one of 4, 8, not '4'"),
-    ("recipe", "magic", "recipe is one of auto, stock, calibrated, not 'magic'"),
+    ("recipe", "magic", "recipe is one of auto, rtn, calibrated, not 'magic'"),
     ("quant_type", True, "quant_type is one of nf4, fp4, not true"),
     ("double_quant", 1, "double_quant is true or false, not 1"),
     ("compute_dtype", "int4", "compute_dtype is one of auto, float16, bfloat16, float32, not 'int4'"),
@@ -157,6 +168,7 @@ def test_a_broken_key_is_named_with_its_line(
     shelf: Path, data: st.DataObject, defaults: Keys, models: list[Keys], broken: tuple[str, Any, str]
 ) -> None:
     key, value, words = broken
+    models = [sensible(defaults, model) for model in models]
     victim = data.draw(st.sampled_from([defaults, *models]))
     victim.pop(key, None)
     position = data.draw(st.integers(0, len(victim)))
@@ -180,31 +192,31 @@ def test_a_size_is_a_real_one(shelf: Path, value: float) -> None:
     "name",
     ["./gpt2", "../gpt2", "/models/gpt2", "~/gpt2", "a/b/c", "a--b/c", "a/b.git", "a/b..c", "-a/b", "a/", "", "é/b"],
 )
-@pytest.mark.parametrize("key", ["source", "target"])
+@pytest.mark.parametrize("key", ["source", "repo"])
 def test_only_hub_ids_name_models(shelf: Path, key: str, name: str) -> None:
-    given = {"source": "gpt2", "target": "you/gpt2-bnb-4bit"} | {key: name}
-    text = f'[[model]]\nsource = "{given["source"]}"\ntarget = "{given["target"]}"\n'
+    given = {"source": "gpt2", "repo": "you/gpt2-bnb-4bit"} | {key: name}
+    text = f'[[model]]\nsource = "{given["source"]}"\nrepo = "{given["repo"]}"\n'
     [complaint] = complaints(shelf, text)
     assert complaint.startswith(f"catalogue.toml:{2 if key == 'source' else 3}: {key} is a Hub id")
     assert complaint.endswith(f"not {name!r}")
 
 
-def test_a_target_needs_an_owner(shelf: Path) -> None:
-    assert complaints(shelf, '[[model]]\nsource = "gpt2"\ntarget = "gpt2-bnb-4bit"\n') == [
-        "catalogue.toml:3: target is a Hub id with its owner, such as you/distilgpt2-bnb-4bit, not 'gpt2-bnb-4bit'"
+def test_a_repo_needs_an_owner(shelf: Path) -> None:
+    assert complaints(shelf, '[[model]]\nsource = "gpt2"\nrepo = "gpt2-bnb-4bit"\n') == [
+        "catalogue.toml:3: repo is a Hub id with its owner, such as you/distilgpt2-bnb-4bit, not 'gpt2-bnb-4bit'"
     ]
 
 
-def test_a_target_belongs_to_one_entry_and_is_not_the_source(shelf: Path) -> None:
-    text = MODEL + MODEL.replace("you/", "YOU/") + '[[model]]\nsource = "a/b"\ntarget = "A/b"\n' + MODEL
+def test_a_repo_belongs_to_one_entry_and_is_not_the_source(shelf: Path) -> None:
+    text = MODEL + MODEL.replace("you/", "YOU/") + '[[model]]\nsource = "a/b"\nrepo = "A/b"\n' + MODEL
     assert complaints(shelf, text) == [
         "catalogue.toml has 3 problems:",
-        "catalogue.toml:6: target YOU/gpt2-bnb-4bit is already that of line 3",
-        "catalogue.toml:9: target is the source itself",
-        "catalogue.toml:12: target you/gpt2-bnb-4bit is already that of line 3",
+        "catalogue.toml:6: repo YOU/gpt2-bnb-4bit is already that of line 3",
+        "catalogue.toml:9: repo is the source itself",
+        "catalogue.toml:12: repo you/gpt2-bnb-4bit is already that of line 3",
     ]
-    inline = 'model = [{source = "a/b", target = "c/d"}, {source = "a/e", target = "c/d"}]'
-    assert complaints(shelf, inline) == ["catalogue.toml:1: target c/d is already that of line 1"]
+    inline = 'model = [{source = "a/b", repo = "c/d"}, {source = "a/e", repo = "c/d"}]'
+    assert complaints(shelf, inline) == ["catalogue.toml:1: repo c/d is already that of line 1"]
 
 
 def test_every_problem_is_named_at_once(shelf: Path) -> None:
@@ -223,7 +235,7 @@ source = "gpt2"
 window = true
 
 [[model]]
-target = "you/one"
+repo = "you/one"
 bits = 3
 seed = -1
 
@@ -248,8 +260,8 @@ max_source_gb = 3
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("", "1: no model is listed: add [[model]] with its source and target"),
-        ("[defaults]\nbits = 4\n", "1: no model is listed: add [[model]] with its source and target"),
+        ("", "1: no model is listed: add [[model]] with its source and repo"),
+        ("[defaults]\nbits = 4\n", "1: no model is listed: add [[model]] with its source and repo"),
         ("\n[model]\nsource = 'gpt2'\n", "2: each model is a table [[model]], in double brackets"),
         ("\nmodel = [1]\n", "2: each model is a table [[model]], in double brackets"),
         (f"\n[[defaults]]\nbits = 4\n{MODEL}", "2: [defaults] is one table, in single brackets"),
@@ -290,7 +302,7 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=3),
     max_leaves=4,
 )
-names = st.sampled_from([*VALUES, "source", "target", "colour"])
+names = st.sampled_from([*VALUES, "source", "repo", "colour"])
 
 
 @given(
@@ -316,10 +328,10 @@ def test_windows_line_ends_change_nothing(shelf: Path) -> None:
 
 
 def test_every_field_of_a_recipe_and_of_the_settings_has_a_key() -> None:
-    mine = {"source", "target", *VALUES}
+    mine = {"source", "repo", *VALUES}
     assert mine == catalogue.REQUIRED.keys() | catalogue.OPTIONAL.keys()
     of_records = {field.name for record in (Recipe, EvaluationSettings) for field in dataclasses.fields(record)}
-    assert of_records - {"name"} <= mine
+    assert of_records - {"name", "options"} <= mine
 
 
 def test_a_field_without_a_rule_of_its_own_accepts_its_default() -> None:
@@ -329,5 +341,41 @@ def test_a_field_without_a_rule_of_its_own_accepts_its_default() -> None:
 
 
 def test_the_example_can_be_used() -> None:
-    [entry] = catalogue.read(EXAMPLE)
-    assert (entry.source, entry.target) == ("distilbert/distilgpt2", "your-name/distilgpt2-bnb-4bit")
+    [entry] = catalogue.read(EXAMPLE).entries
+    assert (entry.source, entry.repo) == ("distilbert/distilgpt2", "your-name/distilgpt2-bnb-4bit")
+
+
+def test_former_names_are_read_with_a_note(shelf: Path) -> None:
+    """The first line of each is named, in the defaults and in a model, in tables and in a list."""
+    former = MODEL.replace("repo =", "target =")
+    again = former.replace("bnb-4bit", "again")
+    shelf.write_text(f"[defaults]\nconventions = true\n\n{former}recipe = \"stock\"\n\n{again}'sweeps' = 3\n")
+    result = catalogue.read(shelf)
+    first, second = result.entries
+    assert (first.repo, first.recipe.name, first.settings.standard_perplexities) == ("you/gpt2-bnb-4bit", "rtn", True)
+    assert (second.repo, second.recipe.options) == ("you/gpt2-again", {"passes": 3})
+    assert [note.replace(str(shelf), shelf.name) for note in result.notes] == [
+        "note: catalogue.toml:2: conventions is called standard_perplexities now",
+        "note: catalogue.toml:6: target is called repo now",
+        "note: catalogue.toml:7: stock is called rtn now",
+        "note: catalogue.toml:12: sweeps is called passes now",
+    ]
+    shelf.write_text('model = [{source = "a/b", target = "c/d"}]')
+    assert [note.replace(str(shelf), shelf.name) for note in catalogue.read(shelf).notes] == [
+        "note: catalogue.toml:1: target is called repo now"
+    ]
+    shelf.write_text(MODEL)
+    assert catalogue.read(shelf).notes == ()
+
+
+def test_a_key_is_not_given_under_two_names(shelf: Path) -> None:
+    assert complaints(shelf, f'{MODEL}target = "you/other"\n') == [
+        "catalogue.toml:4: target is called repo now, which is given as well: leave target out"
+    ]
+
+
+def test_an_option_that_the_recipe_does_not_have_is_named(shelf: Path) -> None:
+    assert complaints(shelf, f'[defaults]\nrecipe = "stock"\n{MODEL}bits = 4\npasses = 3\n') == [
+        "catalogue.toml:7: the recipe rtn has no passes: leave it out, or choose another recipe"
+    ]
+    assert read(shelf, f'[defaults]\npasses = 3\n{MODEL}recipe = "rtn"\n')[0].recipe.options == {}

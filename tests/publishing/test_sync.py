@@ -24,18 +24,18 @@ STRICT, ABSENT = "tester/too-strict", "tester/no-such-source"
 THREE = f"""{CATALOGUE}
 [[model]]
 source = "{MODEL}"
-target = "{STRICT}"
+repo = "{STRICT}"
 require = "lossless"
 
 [[model]]
 source = "tester/nowhere"
-target = "{ABSENT}"
+repo = "{ABSENT}"
 """
 SYNC = ("sync", "catalogue.toml", "--device", "cpu", "--json")
 
 
 def states(report: str) -> dict[str, str]:
-    return {one["target"]: one["state"] for one in json.loads(report)["outcomes"]}
+    return {one["repo"]: one["state"] for one in json.loads(report)["outcomes"]}
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_published_refused_and_failed_in_one_job(place: Place, folder: Path) -> 
     first = place.warm.run(*SYNC, cwd=folder, env=env)
     assert first.code == 1, first.err
     assert states(first.out) == {TARGET: "published", STRICT: "refused", ABSENT: "failed"}
-    outcomes = {one["target"]: one for one in json.loads(first.out)["outcomes"]}
+    outcomes = {one["repo"]: one for one in json.loads(first.out)["outcomes"]}
     assert outcomes[TARGET]["commit"] == place.hub.head(TARGET) and "no such repo" in outcomes[ABSENT]["detail"]
     evidence = folder / "sync" / "evidence"
     assert {path.name for path in evidence.iterdir()} == {"tester--distilgpt2-bnb-4bit", "tester--too-strict"}
@@ -114,10 +114,22 @@ def test_a_dry_run_makes_nothing(place: Place, folder: Path) -> None:
     assert not (folder / "sync").exists() and place.commits() == []
 
 
+def test_former_names_in_a_catalogue_are_told(place: Place, folder: Path) -> None:
+    former = CATALOGUE.replace("repo =", "target =").replace('"rtn"', '"stock"')
+    (folder / "catalogue.toml").write_text(former)
+    ended = place.quantize(*SYNC, "--dry-run", folder=folder)
+    assert ended.code == 0 and states(ended.out) == {TARGET: "would publish"}
+    notes = [line.strip() for line in ended.err.splitlines() if line.strip().startswith("note: ")]
+    assert notes == [
+        "note: catalogue.toml:3: stock is called rtn now",
+        "note: catalogue.toml:10: target is called repo now",
+    ]
+
+
 def test_what_is_over_the_limit_waits_for_the_next_time(place: Place, folder: Path) -> None:
     other = "tester/another-copy"
     place.hub.delete_repo(other)
-    (folder / "catalogue.toml").write_text(f'{CATALOGUE}\n[[model]]\nsource = "{MODEL}"\ntarget = "{other}"\n')
+    (folder / "catalogue.toml").write_text(f'{CATALOGUE}\n[[model]]\nsource = "{MODEL}"\nrepo = "{other}"\n')
     first = place.quantize(*SYNC, "--max-models", "1", folder=folder)
     assert states(first.out) == {TARGET: "published", other: "postponed"} and first.code == 0
     second = place.quantize(*SYNC, "--max-models", "1", folder=folder)
@@ -165,7 +177,7 @@ def test_a_second_job_on_the_same_catalogue_is_refused(place: Place, folder: Pat
     ("text", "options", "message"),
     [
         (CATALOGUE.replace("require", "requires"), (), "catalogue.toml:6: unknown key 'requires': is require meant?"),
-        (CATALOGUE, ("--only", "tester/other"), "catalogue.toml has no target tester/other"),
+        (CATALOGUE, ("--only", "tester/other"), "catalogue.toml has no repo tester/other"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_done(

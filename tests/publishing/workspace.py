@@ -29,7 +29,7 @@ require = "degraded"
 
 [[model]]
 source = "{MODEL}"
-target = "{TARGET}"
+repo = "{TARGET}"
 """
 COMMANDS = {
     "push": ("push", NAME, "--to", TARGET),

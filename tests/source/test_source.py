@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from quantize import source
 from quantize.errors import CorruptModel, SourceError, SourceNotFound, StorageError, UnsupportedModel
 from quantize.files import require_space
+from quantize.formats.safetensors import INDEX
 from quantize.progress import Silent
 
 REAL_LISTING = [
@@ -45,10 +46,10 @@ def test_only_what_is_needed_is_taken() -> None:
 def test_shards_come_from_the_index_and_consolidated_copies_stay_away() -> None:
     names = ["consolidated.safetensors", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     index = {"weight_map": {"a": names[1], "b": names[2]}}
-    chosen = source.choose_files([*names, source.SHARD_INDEX, "tokenizer.json"], index, "m", remote_code=False)
-    assert chosen == [names[1], names[2], source.SHARD_INDEX, "tokenizer.json"]
+    chosen = source.choose_files([*names, INDEX, "tokenizer.json"], index, "m", remote_code=False)
+    assert chosen == [names[1], names[2], INDEX, "tokenizer.json"]
     with pytest.raises(CorruptModel, match=r"names model-00002-of-00002\.safetensors, which is missing"):
-        source.choose_files([names[1], source.SHARD_INDEX, "tokenizer.json"], index, "m", remote_code=False)
+        source.choose_files([names[1], INDEX, "tokenizer.json"], index, "m", remote_code=False)
 
 
 def test_code_travels_only_where_it_is_needed() -> None:
@@ -154,5 +155,5 @@ def test_cards_in_another_encoding_are_named_with_their_line(pocket_copy: Path) 
 
 
 def test_too_little_space_is_seen_beforehand(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=r"the package needs 1000000\.00 GB and the disk of .* make room"):
+    with pytest.raises(StorageError, match=r"the package needs 1000000\.00 GB and the disk of .* free some space"):
         require_space(tmp_path / "not" / "yet", 10**15, "the package")

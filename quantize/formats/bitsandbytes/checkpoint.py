@@ -1,4 +1,4 @@
-"""A quantized checkpoint as stock transformers and bitsandbytes write it: which modules, which config, which files."""
+"""Writes a quantized checkpoint as stock transformers and bitsandbytes do: weights, config, generation config."""
 
 from __future__ import annotations
 
@@ -8,21 +8,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from quantize.errors import CorruptModel, DeviceError, UnsupportedModel, storage_errors
+from quantize.errors import CorruptModel, DeviceError, storage_errors
 from quantize.formats import safetensors
-from quantize.formats.bitsandbytes import tensor_plan, writer
-from quantize.formats.bitsandbytes.modules import matrix
-from quantize.formats.bitsandbytes.tensor_plan import NotKnown
+from quantize.formats.bitsandbytes import config, modules, tensor_plan, writer
+from quantize.formats.bitsandbytes.tensor_plan import NotKnown, PrecomputedTensors
 from quantize.formats.bitsandbytes.writer import MatrixRounding
 from quantize.progress import Progress
 from quantize.records import Checkout, Recipe
 
 MAX_SHARD = 5_000_000_000
-QUANTIZED_CLASSES = ("Linear4bit", "Linear8bitLt")
-MOST_STACKED = 0.1
-LINEAR_CLASSES = ("Linear", "Conv1D")
-PrecomputedTensors = Mapping[str, Mapping[str, Any]]
-"""Tensors by the names of the modules that have them, and by what they are called there."""
 CODES, BIAS = "weight", "bias"
 """Of what is precomputed for a module."""
 HALF_TYPES = {"F16": "float16", "BF16": "bfloat16"}
@@ -56,24 +50,24 @@ def write(
     import torch
 
     model = _skeleton(checkout, dtype)
-    modules = _becoming(checkout, model, recipe)
-    _require_some(modules, checkout)
-    _require_mostly_linear(model, checkout.source.name)
+    names = modules.to_quantize(model, recipe, checkout.source.name)
+    modules.require_quantized(names, checkout.source.name)
+    modules.require_mostly_linear(model, checkout.source.name)
     try:
-        planned = tensor_plan.plan(checkout, model, modules, getattr(torch, dtype), precomputed)
+        plans = tensor_plan.plan(checkout, model, names, getattr(torch, dtype), precomputed)
     except NotKnown as reason:
         progress.note(f"{reason}: the model is loaded as a whole")
         if rounding is not None:
             precomputed = _rounded_whole(checkout, recipe, dtype, device, rounding)
         return _load_and_save(checkout, output, recipe, dtype, device, progress, precomputed)
-    writer.write(planned, output, resume, recipe, device, MAX_SHARD, progress, rounding)
-    model.config.quantization_config = _bitsandbytes_config(checkout, recipe, dtype)
+    writer.write(plans, output, resume, recipe, device, MAX_SHARD, progress, rounding)
+    model.config.quantization_config = _quantization_config(model, checkout, recipe, dtype)
     model.config.dtype, model.config.architectures = dtype, [type(model).__name__]
     with storage_errors(output):
         model.config.save_pretrained(output)
         if model.can_generate():
             _generation_config(model, checkout).save_pretrained(output)
-    return Written(modules, tuple(name for name in kept_modules(model) if name not in modules))
+    return Written(names, tuple(name for name in modules.linear_names(model) if name not in names))
 
 
 def _rounded_whole(
@@ -90,8 +84,8 @@ def _rounded_whole(
         local_files_only=True,
         trust_remote_code=checkout.source.remote_code,
     )
-    modules = {name: model.get_submodule(name) for name in _becoming(checkout, model, recipe)}
-    return {name: rounding(matrix(module).to(device)) for name, module in modules.items()}
+    names = modules.to_quantize(model, recipe, checkout.source.name)
+    return {name: rounding(modules.matrix(model.get_submodule(name)).to(device)) for name in names}
 
 
 def _load_and_save(
@@ -107,12 +101,12 @@ def _load_and_save(
         choose_dtype(checkout, recipe, progress)
     model = load_quantized(checkout, recipe, dtype, device)
     for name, parts in precomputed.items():
-        _put(model.get_submodule(name), parts, device)
-    return Written(save(model, checkout, output), kept_modules(model))
+        _replace_contents(model.get_submodule(name), parts, device)
+    return Written(save(model, checkout, output), modules.linear_names(model))
 
 
-def _put(module: Any, parts: Mapping[str, Any], device: str) -> None:
-    """Give a 4-bit module other contents."""
+def _replace_contents(module: Any, parts: Mapping[str, Any], device: str) -> None:
+    """Give a 4-bit module other weights, and another bias where there is one."""
     from bitsandbytes.nn import Params4bit
 
     stats = {name: tensor for name, tensor in parts.items() if name not in (CODES, BIAS)}
@@ -142,18 +136,13 @@ def save(model: Any, checkout: Checkout, output: Path) -> tuple[str, ...]:
 
     Raises UnsupportedModel where there are none, or where most weights are not in linear layers.
     """
-    modules = _modules_of(model, QUANTIZED_CLASSES)
-    _require_some(modules, checkout)
-    _require_mostly_linear(model, checkout.source.name)
+    names = modules.quantized_names(model)
+    modules.require_quantized(names, checkout.source.name)
+    modules.require_mostly_linear(model, checkout.source.name)
     model.generation_config = _generation_config(model, checkout)
     with storage_errors(output):
         model.save_pretrained(output, max_shard_size=MAX_SHARD)
-    return modules
-
-
-def _require_some(modules: tuple[str, ...], checkout: Checkout) -> None:
-    if not modules:
-        raise UnsupportedModel(f"{checkout.source.name} has no linear layer left to quantize: skip fewer modules")
+    return names
 
 
 def _generation_config(model: Any, checkout: Checkout) -> Any:
@@ -164,32 +153,9 @@ def _generation_config(model: Any, checkout: Checkout) -> Any:
     return GenerationConfig() if has_own else model.generation_config
 
 
-def kept_modules(model: Any) -> tuple[str, ...]:
-    """Names of the linear modules that are not quantized."""
-    return _modules_of(model, LINEAR_CLASSES)
-
-
 def quantized_names(checkout: Checkout, recipe: Recipe) -> tuple[str, ...]:
     """Names of the modules that become 4-bit, in the order of the model; nothing is loaded for it."""
-    return _becoming(checkout, _skeleton(checkout), recipe)
-
-
-def _becoming(checkout: Checkout, model: Any, recipe: Recipe) -> tuple[str, ...]:
-    """Names of the linear modules of the source's `model` that become 4-bit (or 8-bit)."""
-    skipped = set(_skipped(checkout, model, recipe))
-    return tuple(name for name in _modules_of(model, LINEAR_CLASSES) if not _under(name, skipped))
-
-
-def _under(name: str, skipped: set[str]) -> bool:
-    return any(name == one or name.startswith(f"{one}.") for one in skipped)
-
-
-def skipped_modules(checkout: Checkout, recipe: Recipe) -> list[str]:
-    """Full names of what stays as it is: the head and what is tied to it, always, and what the recipe skips.
-
-    Stock `llm_int8_skip_modules` replaces the default list, so a skip list of one's own would quantize the head.
-    """
-    return _skipped(checkout, _skeleton(checkout), recipe)
+    return modules.to_quantize(_skeleton(checkout), recipe, checkout.source.name)
 
 
 def _skeleton(checkout: Checkout, dtype: str = "float32") -> Any:
@@ -198,34 +164,9 @@ def _skeleton(checkout: Checkout, dtype: str = "float32") -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     trust = checkout.source.remote_code
-    config = AutoConfig.from_pretrained(checkout.folder, local_files_only=True, trust_remote_code=trust)
+    own = AutoConfig.from_pretrained(checkout.folder, local_files_only=True, trust_remote_code=trust)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust)
-
-
-def _skipped(checkout: Checkout, model: Any, recipe: Recipe) -> list[str]:
-    from transformers.quantizers.base import get_keys_to_not_convert
-
-    linear = _modules_of(model, LINEAR_CLASSES)
-    for wanted in recipe.skip_modules:
-        if not any(Recipe(skip_modules=(wanted,)).skips(name) for name in linear):
-            raise UnsupportedModel(f"--skip-modules {wanted}: {checkout.source.name} has no linear module of that name")
-    return sorted({*get_keys_to_not_convert(model), *filter(recipe.skips, linear)})
-
-
-def _require_mostly_linear(model: Any, name: str) -> None:
-    """Mixture-of-experts models may stack their experts in one tensor, which bitsandbytes passes over."""
-    sizes = [(parameter.ndim, parameter.numel()) for parameter in model.parameters()]
-    stacked = sum(size for dimensions, size in sizes if dimensions > 2)
-    if stacked > MOST_STACKED * sum(size for _, size in sizes):
-        raise UnsupportedModel(
-            f"{name} keeps most weights in stacked expert tensors, which bitsandbytes leaves in half precision: "
-            f"mixture-of-experts models of this kind cannot be quantized here"
-        )
-
-
-def _modules_of(model: Any, classes: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(name for name, module in model.named_modules() if type(module).__name__ in classes)
+        return AutoModelForCausalLM.from_config(own, dtype=getattr(torch, dtype), trust_remote_code=trust)
 
 
 def load_quantized(checkout: Checkout, recipe: Recipe, dtype: str, device: str) -> Any:
@@ -236,7 +177,7 @@ def load_quantized(checkout: Checkout, recipe: Recipe, dtype: str, device: str) 
     try:
         return AutoModelForCausalLM.from_pretrained(
             checkout.folder,
-            quantization_config=_bitsandbytes_config(checkout, recipe, dtype),
+            quantization_config=_quantization_config(_skeleton(checkout), checkout, recipe, dtype),
             dtype=getattr(torch, dtype),
             device_map={"": device},
             use_safetensors=True,
@@ -247,20 +188,10 @@ def load_quantized(checkout: Checkout, recipe: Recipe, dtype: str, device: str) 
         raise DeviceError(f"{checkout.source.name} does not fit on {device}: try --device cpu") from error
 
 
-def _bitsandbytes_config(checkout: Checkout, recipe: Recipe, dtype: str) -> Any:
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    skip = skipped_modules(checkout, recipe) if recipe.skip_modules else None
-    if recipe.bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=recipe.quant_type,
-        bnb_4bit_use_double_quant=recipe.double_quant,
-        bnb_4bit_compute_dtype=getattr(torch, dtype),
-        llm_int8_skip_modules=skip,
-    )
+def _quantization_config(model: Any, checkout: Checkout, recipe: Recipe, dtype: str) -> Any:
+    """The skip list is left to transformers unless the recipe has one."""
+    skip_list = modules.to_skip(model, recipe, checkout.source.name) if recipe.skip_modules else None
+    return config.build(recipe, dtype, skip_list)
 
 
 def _inspect_weights(checkout: Checkout, progress: Progress) -> str:
@@ -273,7 +204,7 @@ def _inspect_weights(checkout: Checkout, progress: Progress) -> str:
 
     source, largest = checkout.source, 0.0
     with progress.task("reading weights", source.parameters, "weights") as advance:
-        for shard in (file.path for file in source.files if file.path.endswith(".safetensors")):
+        for shard in (file.path for file in source.files if safetensors.is_weights(file.path)):
             for name, values in safetensors.parts(checkout.folder / shard):
                 if values.is_floating_point() and values.numel():
                     bound = float(values.abs().max())

@@ -1,11 +1,98 @@
-"""The linear modules of a model, which bitsandbytes can replace, and how they keep their weights."""
+"""The modules of a model: which are linear, which become quantized, which hold codes, how they keep their weights."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
+
+from quantize.errors import UnsupportedModel
+from quantize.records import Recipe
 
 if TYPE_CHECKING:
     import torch
+
+LINEAR_CLASSES = ("Linear", "Conv1D")
+TRANSPOSED_CLASS = "Conv1D"
+QUANTIZED_CLASSES = {4: "Linear4bit", 8: "Linear8bitLt"}
+"""By the number of bits."""
+MOST_STACKED = 0.1
+"""Share of the weights that may lie in tensors which bitsandbytes passes over."""
+
+
+def linear_names(model: Any) -> tuple[str, ...]:
+    """Names of the linear modules that are not quantized, in the order of the model."""
+    return _names(model, LINEAR_CLASSES)
+
+
+def quantized_names(model: Any) -> tuple[str, ...]:
+    """Names of the quantized modules of either number of bits, in the order of the model."""
+    return _names(model, QUANTIZED_CLASSES.values())
+
+
+def _names(model: Any, classes: Iterable[str]) -> tuple[str, ...]:
+    names = set(classes)
+    return tuple(name for name, module in model.named_modules() if type(module).__name__ in names)
+
+
+def holds_codes(module: Any) -> bool:
+    """Whether a module of a quantized class really has a quantized weight."""
+    return getattr(module.weight, "quant_state", None) is not None or not module.weight.is_floating_point()
+
+
+def names_holding_codes(model: Any, bits: int) -> set[str]:
+    """Names of the modules of the class for that many bits that really have a quantized weight."""
+    return {name for name in _names(model, [QUANTIZED_CLASSES[bits]]) if holds_codes(model.get_submodule(name))}
+
+
+def block_size(module: Any) -> int | None:
+    """The number of weights that share a scale in a 4-bit module, None in others."""
+    state = getattr(module.weight, "quant_state", None)
+    return None if state is None else int(state.blocksize)
+
+
+def to_quantize(model: Any, recipe: Recipe, model_name: str) -> tuple[str, ...]:
+    """Names of the linear modules of the source's `model` that a recipe quantizes; raises UnsupportedModel."""
+    skipped = to_skip(model, recipe, model_name)
+    prefixes = tuple(f"{name}." for name in skipped)
+    return tuple(name for name in linear_names(model) if not f"{name}.".startswith(prefixes))
+
+
+def to_skip(model: Any, recipe: Recipe, model_name: str) -> list[str]:
+    """Full names of what stays as it is: the head and what is tied to it, always, and what the recipe skips.
+
+    Raises UnsupportedModel where the recipe skips what is not there.
+    """
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    linear = linear_names(model)
+    for name in recipe.skip_modules:
+        if not any(map(Recipe(skip_modules=(name,)).skips, linear)):
+            raise UnsupportedModel(f"--skip-modules {name}: {model_name} has no linear module of that name")
+    return sorted({*get_keys_to_not_convert(model), *filter(recipe.skips, linear)})
+
+
+def is_listed(name: str, skip_list: list[str]) -> bool:
+    """Whether transformers takes a module for one that a skip list names."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    return not should_convert_module(name, skip_list)
+
+
+def require_quantized(names: tuple[str, ...], model_name: str) -> None:
+    """Raise UnsupportedModel where no module is quantized."""
+    if not names:
+        raise UnsupportedModel(f"{model_name} has no linear layer left to quantize: skip fewer modules")
+
+
+def require_mostly_linear(model: Any, model_name: str) -> None:
+    """Raise UnsupportedModel for a model that stacks its experts in one tensor, which bitsandbytes passes over."""
+    sizes = [(parameter.ndim, parameter.numel()) for parameter in model.parameters()]
+    stacked = sum(size for dimensions, size in sizes if dimensions > 2)
+    if stacked > MOST_STACKED * sum(size for _, size in sizes):
+        raise UnsupportedModel(
+            f"{model_name} keeps most weights in stacked expert tensors, which bitsandbytes leaves in half precision: "
+            f"mixture-of-experts models of this kind cannot be quantized here"
+        )
 
 
 def matrix(module: Any) -> torch.Tensor:
@@ -21,4 +108,4 @@ def laid_out(module: Any, values: torch.Tensor) -> torch.Tensor:
 
 def is_transposed(module: Any) -> bool:
     """Whether a linear module keeps its weight as [inputs, outputs], as those of GPT-2 do."""
-    return type(module).__name__ == "Conv1D"
+    return type(module).__name__ == TRANSPOSED_CLASS

@@ -18,13 +18,7 @@ from bitsandbytes import functional
 from bitsandbytes.functional import QuantState
 
 from quantize.formats.bitsandbytes import cpu_kernel
-from quantize.formats.safetensors import Slot
-
-BLOCK = 64
-STATE = ".quant_state.bitsandbytes__"
-"""Between the name of a weight and that of its 4-bit type, in the name of its state."""
-NESTED_BLOCK = 256
-"""Scales that share one nested scale under double quantization; the kernels allow no other number."""
+from quantize.formats.bitsandbytes.sizes import BLOCK, NESTED_BLOCK
 
 
 def table(quant_type: str, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -61,17 +55,17 @@ class ScaleGrid:
         return cls(offset, padded.view(groups, NESTED_BLOCK).amax(1))
 
     def codes(self, scales: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        """The uint8 codes that come nearest to `scales`, whose places in the flattened matrix are `blocks`."""
+        """The uint8 codes that come nearest to `scales`, which are those of the numbered `blocks` of the matrix."""
         span = self.spans[blocks // NESTED_BLOCK]
         relative = (scales - self.offset) / torch.where(span > 0, span, torch.ones_like(span))
-        return torch.bucketize(relative, _dynamic_middles(scales.device), out_int32=True).to(torch.uint8)
+        return torch.bucketize(relative, _dynamic_midpoints(scales.device), out_int32=True).to(torch.uint8)
 
     def values(self, codes: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
         """The float32 scales that `codes` stand for, to the bit as bitsandbytes computes them."""
         return _dynamic_map(codes.device)[codes.int()] * self.spans[blocks // NESTED_BLOCK] + self.offset
 
-    def snap(self, scales: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        """What is left of `scales` after storing; `blocks` are their places and broadcast against them."""
+    def quantized(self, scales: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        """What is left of `scales` after storing; the numbers `blocks` broadcast against them."""
         return self.values(self.codes(scales, blocks), blocks)
 
 
@@ -105,7 +99,7 @@ class Packed:
         Under a `grid` the scales become the nearest that it holds, so `codes` should have been chosen for those.
         """
         scales = scales.reshape(-1).float()
-        stored = grid.codes(scales, _places(scales)) if grid else scales
+        stored = grid.codes(scales, _block_numbers(scales)) if grid else scales
         return cls(codes, stored, grid, quant_type, block, dtype)
 
     @classmethod
@@ -123,7 +117,11 @@ class Packed:
     @property
     def scales(self) -> torch.Tensor:
         """The float32 scales [blocks] that a loaded model works with."""
-        return self.grid.values(self.stored_scales, _places(self.stored_scales)) if self.grid else self.stored_scales
+        return (
+            self.grid.values(self.stored_scales, _block_numbers(self.stored_scales))
+            if self.grid
+            else self.stored_scales
+        )
 
     def weight(self) -> torch.Tensor:
         """The float32 matrix [rows, inputs] that this stands for, before it is rounded to `dtype`."""
@@ -144,7 +142,7 @@ class Packed:
         }
 
     def state(self) -> QuantState:
-        """What bitsandbytes' own functions want beside the packed codes."""
+        """What bitsandbytes' own functions take beside the packed codes."""
         device, nested = self.codes.device, None
         if self.grid:
             nested = QuantState(
@@ -202,28 +200,12 @@ def _nearest_on_cpu(
     return packed, state
 
 
-def slots(name: str, rows: int, inputs: int, quant_type: str, double_quant: bool, block: int = BLOCK) -> list[Slot]:
-    """Types and shapes of `nearest_tensors` of a matrix, whose weight is called `name`."""
-    blocks = math.ceil(rows * inputs / block)
-    nested = [
-        Slot(f"{name}.nested_absmax", torch.float32, (math.ceil(blocks / NESTED_BLOCK),)),
-        Slot(f"{name}.nested_quant_map", torch.float32, (256,)),
-    ]
-    return [
-        Slot(name, torch.uint8, (math.ceil(rows * inputs / 2), 1)),
-        Slot(f"{name}.absmax", torch.uint8 if double_quant else torch.float32, (blocks,)),
-        Slot(f"{name}.quant_map", torch.float32, (16,)),
-        *(nested if double_quant else []),
-        Slot(f"{name}{STATE}{quant_type}", torch.uint8, None),
-    ]
-
-
 def expand_scales(scales: torch.Tensor, shape: tuple[int, ...] | torch.Size, block: int = BLOCK) -> torch.Tensor:
     """`scales` [blocks] at each weight of a matrix of `shape`, also where blocks run across rows."""
     return scales.repeat_interleave(block)[: math.prod(shape)].view(shape)
 
 
-def _places(scales: torch.Tensor) -> torch.Tensor:
+def _block_numbers(scales: torch.Tensor) -> torch.Tensor:
     return torch.arange(len(scales), device=scales.device)
 
 
@@ -235,6 +217,6 @@ def _dynamic_map(device: torch.device) -> torch.Tensor:
 
 
 @cache
-def _dynamic_middles(device: torch.device) -> torch.Tensor:
+def _dynamic_midpoints(device: torch.device) -> torch.Tensor:
     values = _dynamic_map(device)
     return (values[1:] + values[:-1]) / 2

@@ -13,10 +13,13 @@ from typing import Any
 import torch
 
 from quantize.formats import safetensors
-from quantize.formats.bitsandbytes import packing
 from quantize.formats.bitsandbytes.modules import is_transposed
+from quantize.formats.bitsandbytes.sizes import STATE, MatrixFormat
 from quantize.formats.safetensors import Entry, Slot
 from quantize.records import Checkout, Recipe
+
+PrecomputedTensors = Mapping[str, Mapping[str, torch.Tensor]]
+"""Tensors by the names of the modules that have them, and by what they are called there."""
 
 
 class NotKnown(Exception):
@@ -24,11 +27,11 @@ class NotKnown(Exception):
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorPlan:
     """A tensor of the model: where it comes from, what it becomes, and what files call it.
 
     `rounded` tensors become codes of a matrix, which is `transposed` first where the source has it the other way
-    round; others stay as they are, as `dtype`. Instead of all that the tensors may be `given`, by their names.
+    round; others stay as they are, as `dtype`. Instead of all that, tensors may be `precomputed`, by their names.
     """
 
     name: str
@@ -36,25 +39,19 @@ class Piece:
     dtype: torch.dtype
     rounded: bool
     transposed: bool
-    given: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    precomputed: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def slots(self, recipe: Recipe) -> list[Slot]:
         """What there will be in the package's files."""
-        if self.given:
+        if self.precomputed:
             return [
-                Slot(name, one.dtype, None if packing.STATE in name else tuple(one.shape))
-                for name, one in self.given.items()
+                Slot(name, tensor.dtype, None if STATE in name else tuple(tensor.shape))
+                for name, tensor in self.precomputed.items()
             ]
         if not self.rounded:
             return [Slot(self.name, self.dtype, self.entry.shape)]
         rows, inputs = reversed(self.entry.shape) if self.transposed else self.entry.shape
-        if recipe.bits == 8:
-            return [
-                Slot(self.name, torch.int8, (rows, inputs)),
-                Slot(f"{module_of(self.name)}.SCB", torch.float32, (rows,)),
-                Slot(f"{module_of(self.name)}.weight_format", torch.uint8, ()),
-            ]
-        return packing.slots(self.name, rows, inputs, recipe.quant_type, recipe.double_quant)
+        return MatrixFormat.of(recipe).slots(module_of(self.name), rows, inputs)
 
 
 def plan(
@@ -62,43 +59,54 @@ def plan(
     model: Any,
     quantized: Iterable[str],
     dtype: torch.dtype,
-    given: Mapping[str, Mapping[str, torch.Tensor]],
-) -> list[Piece]:
-    """The pieces of the source's `model` (on the meta device, of `dtype`), in the order of their names.
+    precomputed: PrecomputedTensors,
+) -> list[TensorPlan]:
+    """A plan for each tensor of the source's `model` (on the meta device, of `dtype`), in the order of their names.
 
-    `quantized` are the names of the modules that become codes, `given` the tensors of some of them. Raises NotKnown.
+    `quantized` are the names of the modules that become codes, `precomputed` the tensors of some of them. Raises
+    NotKnown.
     """
     _require_plain(model, dtype)
-    wanted, ties = model.state_dict(), dict(model.all_tied_weights_keys)
-    found: dict[str, tuple[str, Entry]] = {}
-    rename = _renaming(model, wanted)
-    for file in checkout.source.files:
-        if file.path.endswith(".safetensors"):
-            for key, entry in safetensors.entries(checkout.folder / file.path).items():
-                name, called = rename(key)
-                if name in found:
-                    raise NotKnown(f"{name} is there twice")
-                found[name] = called, entry
+    expected, ties = model.state_dict(), dict(model.all_tied_weights_keys)
+    stored = _stored(checkout, _renaming(model, expected))
     for target, kept in ties.items():
-        if target in found and kept in found and not _same(found[target][1], found[kept][1]):
+        if target in stored and kept in stored and not _same(stored[target][1], stored[kept][1]):
             raise NotKnown(f"{target} is to be {kept}, and differs from it")
     matrices = {f"{module}.weight": model.get_submodule(module) for module in quantized}
-    pieces = []
-    for name in sorted(wanted.keys() - ties.keys() - set(model._keys_to_ignore_on_save or ()), key=_natural):
-        if name not in found or tuple(wanted[name].shape) != found[name][1].shape:
+    plans = []
+    for name in sorted(expected.keys() - ties.keys() - set(model._keys_to_ignore_on_save or ()), key=_natural):
+        if name not in stored or tuple(expected[name].shape) != stored[name][1].shape:
             raise NotKnown(f"{name} is not in the source as the model has it")
-        called, entry = found[name]
+        saved_name, entry = stored[name]
         rounded = name in matrices
         transposed = rounded and is_transposed(matrices[name])
-        pieces.append(Piece(called, entry, wanted[name].dtype, rounded, transposed, _given_for(name, called, given)))
-    return pieces
+        own = _precomputed_for(name, saved_name, precomputed)
+        plans.append(TensorPlan(saved_name, entry, expected[name].dtype, rounded, transposed, own))
+    return plans
 
 
-def _given_for(name: str, called: str, given: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def _stored(checkout: Checkout, rename: Callable[[str], tuple[str, str]]) -> dict[str, tuple[str, Entry]]:
+    """By the model's names for them, what the source's tensors are called in the package, and where they lie."""
+    stored: dict[str, tuple[str, Entry]] = {}
+    for file in checkout.source.files:
+        if safetensors.is_weights(file.path):
+            for key, entry in safetensors.entries(checkout.folder / file.path).items():
+                name, saved_name = rename(key)
+                if name in stored:
+                    raise NotKnown(f"{name} is stored twice")
+                stored[name] = saved_name, entry
+    return stored
+
+
+def _precomputed_for(name: str, saved_name: str, precomputed: PrecomputedTensors) -> dict[str, torch.Tensor]:
     """The tensors that belong to a parameter of the model: what is below its name in its module."""
     module, _, own = name.rpartition(".")
-    parts = given.get(module, {})
-    return {called + part.removeprefix(own): one for part, one in parts.items() if f"{part}.".startswith(f"{own}.")}
+    parts = precomputed.get(module, {})
+    return {
+        saved_name + part.removeprefix(own): tensor
+        for part, tensor in parts.items()
+        if f"{part}.".startswith(f"{own}.")
+    }
 
 
 def _require_plain(model: Any, dtype: torch.dtype) -> None:
@@ -109,7 +117,7 @@ def _require_plain(model: Any, dtype: torch.dtype) -> None:
         raise NotKnown("the architecture keeps modules in float32")
 
 
-def _renaming(model: Any, wanted: Mapping[str, Any]) -> Callable[[str], tuple[str, str]]:
+def _renaming(model: Any, expected: Mapping[str, Any]) -> Callable[[str], tuple[str, str]]:
     """Tells what the model calls a tensor of the source, and what it is called again when the model is saved.
 
     Names may lack the model's prefix, or have it too much, and some architectures have had others. Raises NotKnown for
@@ -127,20 +135,20 @@ def _renaming(model: Any, wanted: Mapping[str, Any]) -> Callable[[str], tuple[st
             if pattern is not None and isinstance(transform, WeightConverter):
                 raise NotKnown(f"{key} is fused or split while it is loaded")
         for name in (renamed, f"{prefix}.{renamed}", renamed.removeprefix(f"{prefix}.")):
-            if name in wanted:
+            if name in expected:
                 return name, name if renamed == key else key
         return key, key
 
     return rename
 
 
-def _same(one: Entry, other: Entry) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
+def _same(first: Entry, second: Entry) -> bool:
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    starts = range(0, one.numel, safetensors.PART)
-    parts = ((start, min(safetensors.PART, one.numel - start)) for start in starts)
+    starts = range(0, first.numel, safetensors.PART)
+    parts = ((start, min(safetensors.PART, first.numel - start)) for start in starts)
     return all(
-        torch.equal(safetensors.read(one, *part, False), safetensors.read(other, *part, False)) for part in parts
+        torch.equal(safetensors.read(first, *part, False), safetensors.read(second, *part, False)) for part in parts
     )
 
 

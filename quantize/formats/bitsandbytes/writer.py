@@ -1,8 +1,7 @@
-"""The stock recipe without the model: tensors stream from the source's files through rounding into the package's.
+"""Writes a checkpoint without the model: tensors stream from the source's files through rounding into the package's.
 
-What becomes 4-bit, what is tied and what things are called is learned from the model on the meta device. Reading,
-rounding and writing overlap, and memory holds a few tensors at a time. Where transformers would change weights in a way
-that is not known here, `pieces.plan` raises NotKnown, and nothing is done.
+Reading, rounding and writing overlap, and memory holds a few tensors at a time. What becomes of each tensor says its
+plan, see `tensor_plan`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ from bitsandbytes import functional
 from quantize.errors import CorruptModel, storage_errors
 from quantize.formats import safetensors
 from quantize.formats.bitsandbytes import packing
-from quantize.formats.bitsandbytes.tensor_plan import Piece, module_of
+from quantize.formats.bitsandbytes.sizes import ROW_FORMAT, ROW_SCALES
+from quantize.formats.bitsandbytes.tensor_plan import TensorPlan, module_of
 from quantize.formats.safetensors import Shard
 from quantize.progress import Progress
 from quantize.records import Recipe
@@ -38,19 +38,19 @@ MatrixRounding = Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Step:
-    """What one step reads: `count` elements of a piece from the element `first` on."""
+    """What is read at once: `count` elements of a tensor from the element `first` on."""
 
-    piece: Piece
+    plan: TensorPlan
     first: int
     count: int
 
     @property
     def size(self) -> int:
-        return self.count * self.piece.entry.dtype.itemsize
+        return self.count * self.plan.entry.dtype.itemsize
 
 
 def write(
-    pieces: list[Piece],
+    plans: list[TensorPlan],
     output: Path,
     resume: Path,
     recipe: Recipe,
@@ -59,22 +59,23 @@ def write(
     progress: Progress,
     rounding: MatrixRounding | None = None,
 ) -> None:
-    """Write the pieces into safetensors files of at most about `largest` bytes in `output`, with an index of several.
+    """Write the planned tensors into safetensors files of at most about `largest` bytes in `output`.
 
-    Matrices become what `rounding` makes of them, nearest codes where none is given.
-    Files that are finished in the folder `resume` are taken over. Raises CorruptModel at the first NaN or infinity.
+    Where there are several there is an index of them. Matrices become what `rounding` makes of them, nearest codes
+    where none is given. Files that are finished in the folder `resume` are taken over. Raises CorruptModel at the first
+    NaN or infinity.
     """
-    groups = safetensors.in_files(pieces, lambda piece: sum(slot.size for slot in piece.slots(recipe)), largest)
+    groups = safetensors.in_files(plans, lambda plan: sum(slot.size for slot in plan.slots(recipe)), largest)
     names = safetensors.file_names(len(groups))
-    with progress.task("quantizing", sum(piece.entry.numel for piece in pieces), "weights") as advance:
+    with progress.task("quantizing", sum(plan.entry.numel for plan in plans), "weights") as advance:
         for name, group in zip(names, groups, strict=True):
             file = resume / name
             if file.is_file():
-                advance(sum(piece.entry.numel for piece in group))
+                advance(sum(plan.entry.numel for plan in group))
             else:
                 with storage_errors(resume):
                     _write_shard(file, group, recipe, device, advance, rounding)
-            _place(file, output / name)
+            _link(file, output / name)
     if len(groups) > 1:
         with storage_errors(output):
             safetensors.write_index(output, names)
@@ -82,7 +83,7 @@ def write(
 
 def _write_shard(
     file: Path,
-    group: list[Piece],
+    group: list[TensorPlan],
     recipe: Recipe,
     device: str,
     advance: Callable[[int], None],
@@ -91,37 +92,39 @@ def _write_shard(
     rounding = rounding or functools.partial(_nearest, recipe=recipe)
     kind = torch.device(device).type
     pinned, ahead = kind == "cuda", AHEAD.get(kind, AHEAD_ELSEWHERE)
-    slots = [slot for piece in group for slot in piece.slots(recipe)]
+    slots = [slot for plan in group for slot in plan.slots(recipe)]
     with (
         ThreadPoolExecutor(READERS) as readers,
         Shard(file, slots) as shard,
-        _Behind(WRITERS, ahead) as writers,
+        _WriteBehind(WRITERS, ahead) as writers,
     ):
-        for step, values in _ahead(readers, _steps(group), ahead, pinned):
-            found = _results(step, values, device, rounding)
-            writers.submit(sum(one.nbytes for one in found.values()), _put, shard, found, step.first)
-            advance(step.piece.entry.numel if step.piece.given else step.count)
+        for step, values in _read_ahead(readers, _steps(group), ahead, pinned):
+            tensors = _results(step, values, device, rounding)
+            writers.submit(
+                sum(tensor.nbytes for tensor in tensors.values()), _write_tensors, shard, tensors, step.first
+            )
+            advance(step.plan.entry.numel if step.plan.precomputed else step.count)
 
 
-def _put(shard: Shard, found: Mapping[str, torch.Tensor], first: int) -> None:
-    for name, values in found.items():
+def _write_tensors(shard: Shard, tensors: Mapping[str, torch.Tensor], first: int) -> None:
+    for name, values in tensors.items():
         shard.write(name, values, first)
 
 
 def _results(step: Step, values: torch.Tensor, device: str, rounding: MatrixRounding) -> dict[str, torch.Tensor]:
     """What `values` become, on the CPU."""
-    piece = step.piece
-    if piece.given:
-        return dict(piece.given)
+    plan = step.plan
+    if plan.precomputed:
+        return dict(plan.precomputed)
     try:
-        if not piece.rounded:
-            return {piece.name: _finite(values).to(piece.dtype)}
-        matrix = values.view(piece.entry.shape).to(device, non_blocking=True).to(piece.dtype)
-        parts = rounding(matrix.T if piece.transposed else matrix)
+        if not plan.rounded:
+            return {plan.name: _finite(values).to(plan.dtype)}
+        matrix = values.view(plan.entry.shape).to(device, non_blocking=True).to(plan.dtype)
+        parts = rounding(matrix.T if plan.transposed else matrix)
     except packing.NotFinite as error:
-        place = piece.entry.file.name
-        raise CorruptModel(f"{piece.name} in {place} holds NaN or infinity: the source is damaged") from error
-    return {f"{module_of(piece.name)}.{part}": _on_cpu(tensor) for part, tensor in parts.items()}
+        file = plan.entry.file.name
+        raise CorruptModel(f"{plan.name} in {file} holds NaN or infinity: the source is damaged") from error
+    return {f"{module_of(plan.name)}.{part}": _on_cpu(tensor) for part, tensor in parts.items()}
 
 
 def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
@@ -134,7 +137,7 @@ def _nearest(matrix: torch.Tensor, recipe: Recipe) -> dict[str, torch.Tensor]:
     if recipe.bits == 4:
         return packing.nearest_tensors(matrix, recipe.quant_type, recipe.double_quant)
     codes, scales, _ = functional.int8_vectorwise_quant(_finite(matrix).contiguous().to(torch.float16))
-    return {"weight": codes, "SCB": scales, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return {"weight": codes, ROW_SCALES: scales, ROW_FORMAT: torch.tensor(0, dtype=torch.uint8)}
 
 
 def _finite(values: torch.Tensor) -> torch.Tensor:
@@ -149,15 +152,15 @@ def _finite(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def _steps(pieces: list[Piece]) -> Iterator[Step]:
-    for piece in pieces:
-        count = 0 if piece.given else piece.entry.numel
-        part = max(count, 1) if piece.rounded else safetensors.PART
+def _steps(plans: list[TensorPlan]) -> Iterator[Step]:
+    for plan in plans:
+        count = 0 if plan.precomputed else plan.entry.numel
+        part = max(count, 1) if plan.rounded else safetensors.PART
         for first in range(0, max(count, 1), part):
-            yield Step(piece, first, min(part, count - first))
+            yield Step(plan, first, min(part, count - first))
 
 
-def _ahead(
+def _read_ahead(
     readers: ThreadPoolExecutor, steps: Iterable[Step], ahead: int, pinned: bool
 ) -> Iterator[tuple[Step, torch.Tensor]]:
     """Each of `steps` with what it reads, while what comes next is being read, at most `ahead` bytes of it."""
@@ -168,15 +171,15 @@ def _ahead(
             first, future = waiting.popleft()
             held -= first.size
             yield first, future.result()
-        entry, on_its_way = step.piece.entry, pinned and step.piece.rounded
-        waiting.append((step, readers.submit(safetensors.read, entry, step.first, step.count, on_its_way)))
+        entry, pin = step.plan.entry, pinned and step.plan.rounded
+        waiting.append((step, readers.submit(safetensors.read, entry, step.first, step.count, pin)))
         held += step.size
     for step, future in waiting:
         yield step, future.result()
 
 
-class _Behind:
-    """ResumeFolder that others do, with no more than `most` bytes of it waiting; what fails there is raised here."""
+class _WriteBehind:
+    """Writing in other threads, with no more than `most` bytes waiting for it; what fails there is raised here."""
 
     def __init__(self, workers: int, most: int) -> None:
         self.pool, self.most = ThreadPoolExecutor(workers), most
@@ -185,28 +188,28 @@ class _Behind:
 
     def submit(self, size: int, function: Callable[..., None], *arguments: Any) -> None:
         while self.waiting and self.held + size > self.most:
-            self._take()
+            self._wait_for_first()
         self.waiting.append((size, self.pool.submit(function, *arguments)))
         self.held += size
 
-    def _take(self) -> None:
+    def _wait_for_first(self) -> None:
         size, future = self.waiting.popleft()
         self.held -= size
         future.result()
 
-    def __enter__(self) -> _Behind:
+    def __enter__(self) -> _WriteBehind:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             while self.waiting and kind is None:
-                self._take()
+                self._wait_for_first()
         finally:
             self.pool.shutdown(cancel_futures=True)
 
 
-def _place(file: Path, target: Path) -> None:
-    """Give a finished file its place in the package, and keep it for a run that goes on after this one."""
+def _link(file: Path, target: Path) -> None:
+    """Put a finished file into the package, and keep it for a run that goes on after this one."""
     with storage_errors(target.parent):
         try:
             os.link(file, target)

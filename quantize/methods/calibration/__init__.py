@@ -1,1 +1,1 @@
-"""What calibrated methods look at: text, the walk through the decoder layers, Hessians, gradients."""
+"""Calibration: text, the walk through the decoder layers, Hessians, gradients."""

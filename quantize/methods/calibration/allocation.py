@@ -1,4 +1,4 @@
-"""Where bytes beyond the plain 4-bit ones help most: smaller blocks, or half precision, matrix by matrix."""
+"""Allocation of a size budget: block size 32, or half precision, for the matrices where extra bytes help most."""
 
 from __future__ import annotations
 
@@ -10,25 +10,23 @@ import torch
 
 from quantize.formats.bitsandbytes import packing
 from quantize.formats.bitsandbytes.modules import laid_out, matrix
-from quantize.formats.bitsandbytes.packing import BLOCK
+from quantize.formats.bitsandbytes.sizes import BLOCK, MatrixFormat
 from quantize.progress import Progress
 from quantize.records import Recipe
 
-HALF = 0
-"""In place of a block size: the matrix stays in half precision."""
-FINE = 32
-FINE_SHARE = 0.85
-"""Of the divergence stays in calibrated blocks of 32, as measured on a trained model (docs/accuracy.md). Rounded to
-nearest they diverge more than blocks of 64, although their weights err less, so that this cannot be read off there."""
+HALF_PRECISION = 0
+"""In place of a block size: the matrix is kept in half precision."""
+SMALL_BLOCK = 32
+SMALL_BLOCK_DIVERGENCE = 0.85
+"""Divergence of calibrated blocks of 32 as a fraction of that of 64, as measured on a trained model (docs/accuracy.md).
+Rounded to nearest, blocks of 32 diverge more although their weights err less, so that it cannot be measured there."""
 WINDOWS = 8
-"""That the sensitivity of each matrix is measured on."""
-STATE_BYTES = 236
-"""The state of a 4-bit matrix, as JSON in the file."""
+"""Of calibration text, on which the sensitivity of each matrix is measured."""
 
 
 @dataclass(frozen=True)
-class Form:
-    """One way to store a matrix: its block size or HALF, the bytes that takes, and the divergence (nats) it costs."""
+class StorageOption:
+    """One way to store a matrix: its block size or HALF_PRECISION, its bytes and its divergence (nats)."""
 
     block: int
     size: int
@@ -45,7 +43,10 @@ def allocate(
     device: str,
     progress: Progress,
 ) -> dict[str, int]:
-    """The block size, or HALF, of each matrix of `model` (on the device), within `size_budget` x the plain bytes."""
+    """The block size, or HALF_PRECISION, of each matrix of `model` (on the device).
+
+    Files take at most `size_budget` times the bytes of plain 4-bit ones.
+    """
     matrices = {name: model.get_submodule(name) for name in names}
 
     def rounded(module: Any) -> torch.Tensor:
@@ -53,29 +54,31 @@ def allocate(
         return laid_out(module, packing.nearest(weight, recipe.quant_type, recipe.double_quant).weight())
 
     costs = divergences(model, tokens, device, matrices, rounded, progress)
-    offers = {name: _forms(matrix(one), costs[name], recipe.double_quant) for name, one in matrices.items()}
+    offers = {
+        name: _storage_options(matrix(module), costs[name], recipe.double_quant) for name, module in matrices.items()
+    }
     weights = sum(module.weight.numel() for module in matrices.values())
-    plain = 2 * (model.num_parameters() - weights) + sum(forms[0].size for forms in offers.values())
+    plain = 2 * (model.num_parameters() - weights) + sum(options[0].size for options in offers.values())
     return spend(offers, (size_budget - 1) * plain)
 
 
-def _forms(weight: torch.Tensor, divergence: float, double_quant: bool) -> list[Form]:
-    """What can be done with a matrix that costs so much in its plain form, which comes first."""
+def _storage_options(weight: torch.Tensor, divergence: float, double_quant: bool) -> list[StorageOption]:
+    """The ways to store a matrix whose plain form costs this `divergence`; the plain form comes first."""
     rows, inputs = weight.shape
-    shares = {BLOCK: 1.0, FINE: FINE_SHARE, HALF: 0.0}
-    if inputs % FINE:  # blocks that run across rows are rounded to nearest
-        del shares[FINE]
+    shares = {BLOCK: 1.0, SMALL_BLOCK: SMALL_BLOCK_DIVERGENCE, HALF_PRECISION: 0.0}
+    if inputs % SMALL_BLOCK:  # blocks that run across rows are rounded to nearest
+        del shares[SMALL_BLOCK]
     return [
-        Form(block, stored_bytes(rows, inputs, block, double_quant), share * divergence)
+        StorageOption(block, stored_bytes(rows, inputs, block, double_quant), share * divergence)
         for block, share in shares.items()
     ]
 
 
 def stored_bytes(rows: int, inputs: int, block: int, double_quant: bool) -> int:
-    """What a matrix takes in a file."""
-    if block == HALF:
+    """The bytes of a matrix in a file."""
+    if block == HALF_PRECISION:
         return 2 * rows * inputs
-    return STATE_BYTES + sum(slot.size for slot in packing.slots("", rows, inputs, "nf4", double_quant, block))
+    return MatrixFormat(double_quant=double_quant, block=block).stored_bytes(rows, inputs)
 
 
 def divergences(
@@ -91,48 +94,48 @@ def divergences(
     `rounded` gives a module's weight after that. `tokens` are [windows, length].
     """
     windows = tokens[:WINDOWS]
-    found = dict.fromkeys(matrices, 0.0)
+    totals = dict.fromkeys(matrices, 0.0)
     with (
         torch.inference_mode(),
-        progress.task("measuring sensitivities", len(windows) * len(found), "matrices") as advance,
+        progress.task("measuring sensitivities", len(windows) * len(totals), "matrices") as advance,
     ):
         for window in windows:
-            truth = _answer(model, window, device)
+            truth = _log_probabilities(model, window, device)
             for name, module in matrices.items():
-                whole = module.weight.data
+                original = module.weight.data
                 module.weight.data = rounded(module)
-                guess = _answer(model, window, device)
-                found[name] += float((truth.exp() * (truth - guess)).sum(-1).mean()) / len(windows)
-                module.weight.data = whole
+                guess = _log_probabilities(model, window, device)
+                totals[name] += float((truth.exp() * (truth - guess)).sum(-1).mean()) / len(windows)
+                module.weight.data = original
                 advance(1)
-    return found
+    return totals
 
 
-def spend(offers: Mapping[str, list[Form]], extra: float) -> dict[str, int]:
-    """The block size, or HALF, of each matrix: what saves most divergence with at most `extra` bytes over the first.
+def spend(offers: Mapping[str, list[StorageOption]], extra: float) -> dict[str, int]:
+    """The block size, or HALF_PRECISION, of each matrix that saves most divergence with at most `extra` bytes.
 
-    Each list of `offers` begins with the plain form. The step that saves most for its bytes is always taken next,
-    until none fits, which is the optimum but for the last step, as each matrix' forms are taken along their hull.
+    Each list of `offers` begins with the plain form. The step that saves most for its bytes is always taken
+    next, until none fits, which is the optimum but for the last step, as options are taken along their convex hull.
     """
-    chosen = {name: forms[0] for name, forms in offers.items()}
+    chosen = {name: options[0] for name, options in offers.items()}
     while True:
         steps = [
-            (_gain(chosen[name], form), name, form)
-            for name, forms in offers.items()
-            for form in forms
-            if chosen[name].size < form.size <= chosen[name].size + extra
+            (_gain(chosen[name], option), name, option)
+            for name, options in offers.items()
+            for option in options
+            if chosen[name].size < option.size <= chosen[name].size + extra
         ]
-        gain, name, form = max(steps, key=lambda step: step[0], default=(0.0, "", None))
-        if form is None or gain <= 0:
-            return {name: one.block for name, one in chosen.items()}
-        extra -= form.size - chosen[name].size
-        chosen[name] = form
+        gain, name, option = max(steps, key=lambda step: step[0], default=(0.0, "", None))
+        if option is None or gain <= 0:
+            return {name: option.block for name, option in chosen.items()}
+        extra -= option.size - chosen[name].size
+        chosen[name] = option
 
 
-def _gain(now: Form, then: Form) -> float:
+def _gain(now: StorageOption, then: StorageOption) -> float:
     return (now.divergence - then.divergence) / (then.size - now.size)
 
 
-def _answer(model: Any, window: torch.Tensor, device: str) -> torch.Tensor:
+def _log_probabilities(model: Any, window: torch.Tensor, device: str) -> torch.Tensor:
     logits: torch.Tensor = model(window[None].to(device), use_cache=False).logits
     return torch.log_softmax(logits[0].float(), -1)

@@ -1,4 +1,4 @@
-"""The text that a calibrated recipe looks at: what the source writes itself, or what it is given; never the corpus."""
+"""Calibration text: what the source writes itself, or a text that is named; never the evaluation corpus."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from quantize.errors import CorpusError
 from quantize.methods.calibration.layers import autocast
 from quantize.methods.calibration.options import SELF, CalibratedOptions
 from quantize.methods.calibration.sampling import draw
-from quantize.methods.calibration.static_cache import make_room
+from quantize.methods.calibration.static_cache import make_static
 from quantize.progress import Progress
 from quantize.records import CalibrationText
 
-WRITTEN_AT_ONCE = 128
-"""Windows that a model writes side by side; for the sake of its cache a quarter, if it has more than LARGE weights."""
-LARGE = 2_000_000_000
-TOGETHER = 8
-"""Windows run through the model in equal numbers, so a few may be over."""
+GENERATED_AT_ONCE = 128
+"""Windows that a model writes side by side; a quarter, because of its cache, with more than LARGE_MODEL weights."""
+LARGE_MODEL = 2_000_000_000
+WINDOW_MULTIPLE = 8
+"""Windows run through the model in batches of equal size, so a few may be left over."""
 SHINGLE = 13
 """Words in a row that two texts have in common only where one was copied from the other."""
-MOST_OVERLAP = 0.01
+MAX_OVERLAP = 0.01
 TEMPERATURES = (1.0, 1.4)
-"""Half of what a model writes is bolder than its own distribution: that helps with text of another kind."""
+"""Half of the text is sampled above temperature 1: that helps with text of another kind."""
 WORD = re.compile(r"\w+")
 
 
@@ -38,24 +38,25 @@ def prepare(
     tokenizer: Any,
     corpus: str,
     device: str,
-    fast: bool,
+    bfloat16: bool,
     progress: Progress,
     temperatures: tuple[float, ...],
 ) -> tuple[torch.Tensor, CalibrationText]:
-    """Tokens [windows, length] to calibrate on, and the record of them.
+    """Tokens [windows, length] to calibrate on, and their record.
 
     `corpus` is the text that the package is judged by. Windows of the model's own that share a run of 13 words with
     it are left out; raises CorpusError where more than 1 % of a given text does, or where it is too short.
     """
     length = _length(options, model.config)
     if options.calibration == SELF:
-        tokens = written(model, options, length, device, fast, progress, temperatures)
+        tokens = generated(model, options, length, device, bfloat16, progress, temperatures)
     else:
-        tokens = given(options, model.config, tokenizer, corpus)
+        tokens = from_text(options, model.config, tokenizer, corpus)
     forbidden = set(_shingles(corpus))
-    shared = torch.tensor([any(one in forbidden for one in _shingles(text)) for text in tokenizer.batch_decode(tokens)])
+    texts = tokenizer.batch_decode(tokens)
+    shared = torch.tensor([any(shingle in forbidden for shingle in _shingles(text)) for text in texts])
     kept = tokens[~shared]
-    kept = kept[: len(kept) // TOGETHER * TOGETHER]
+    kept = kept[: len(kept) // WINDOW_MULTIPLE * WINDOW_MULTIPLE]
     if len(kept) < len(tokens) / 2:
         raise CorpusError(
             f"{len(tokens) - len(kept)} of {len(tokens)} windows of calibration text repeat the corpus that the "
@@ -67,10 +68,10 @@ def prepare(
     )
 
 
-def given(options: CalibratedOptions, config: Any, tokenizer: Any, corpus: str) -> torch.Tensor:
+def from_text(options: CalibratedOptions, config: Any, tokenizer: Any, corpus: str) -> torch.Tensor:
     """Windows [windows, length] of the text that is named; raises CorpusError where it cannot be calibrated on."""
-    tokens = _cut(tokenizer, _read(options.calibration), options, _length(options, config))
-    _require_apart(options.calibration, tokenizer.batch_decode(tokens), set(_shingles(corpus)))
+    tokens = _windows(tokenizer, _read(options.calibration), options, _length(options, config))
+    _require_disjoint(options.calibration, tokenizer.batch_decode(tokens), set(_shingles(corpus)))
     return tokens
 
 
@@ -79,31 +80,32 @@ def _length(options: CalibratedOptions, config: Any) -> int:
     return min(options.calibration_length, int(context))
 
 
-def written(
+def generated(
     model: Any,
     options: CalibratedOptions,
     length: int,
     device: str,
-    fast: bool,
+    bfloat16: bool,
     progress: Progress,
     temperatures: tuple[float, ...],
 ) -> torch.Tensor:
-    """What the model says after its beginning-of-text token, in turns at each temperature of the whole vocabulary."""
+    """What the model writes after its beginning-of-text token, sampled at each of the temperatures in turn."""
     config = model.config.get_text_config()
-    begin = next((one for one in (config.bos_token_id, config.eos_token_id) if isinstance(one, int)), 0)
+    begin = next((token for token in (config.bos_token_id, config.eos_token_id) if isinstance(token, int)), 0)
     generator = torch.Generator(device).manual_seed(options.calibration_seed)
-    heat = torch.tensor(temperatures, device=device).repeat(-(-options.calibration_windows // len(temperatures)), 1)
-    heat = heat.flatten()[: options.calibration_windows, None]
+    turns = -(-options.calibration_windows // len(temperatures))
+    temperature = torch.tensor(temperatures, device=device).repeat(turns, 1)
+    temperature = temperature.flatten()[: options.calibration_windows, None]
     parts = []
     with progress.task("writing calibration text", options.calibration_windows * length, "tokens") as advance:
-        for part in torch.split(heat, WRITTEN_AT_ONCE // (4 if model.num_parameters() > LARGE else 1)):
+        for part in torch.split(temperature, GENERATED_AT_ONCE // (4 if model.num_parameters() > LARGE_MODEL else 1)):
             tokens, past = [torch.full((len(part), 1), begin, device=device)], None
             while len(tokens) < length:
-                with torch.inference_mode(), autocast(device, fast), devices.steady_attention():
-                    answer = model(tokens[-1], past_key_values=past, use_cache=True)
+                with torch.inference_mode(), autocast(device, bfloat16), devices.steady_attention():
+                    output = model(tokens[-1], past_key_values=past, use_cache=True)
                 if past is None:
-                    past = make_room(answer.past_key_values, length)
-                chances = torch.softmax(answer.logits[:, -1].float() / part, -1)
+                    past = make_static(output.past_key_values, length)
+                chances = torch.softmax(output.logits[:, -1].float() / part, -1)
                 tokens.append(draw(chances, generator)[:, None])
                 advance(len(part))
             parts.append(torch.cat(tokens, 1).cpu())
@@ -142,14 +144,14 @@ def _parquet_rows(path: Path) -> list[str]:
     return [row for row in table.column("text").to_pylist() if row]
 
 
-def _cut(tokenizer: Any, text: str, options: CalibratedOptions, length: int) -> torch.Tensor:
+def _windows(tokenizer: Any, text: str, options: CalibratedOptions, length: int) -> torch.Tensor:
     """Whole windows of the text in a seeded order."""
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     windows = ids[: len(ids) // length * length].view(-1, length)
     if len(windows) < options.calibration_windows:
         raise CorpusError(
             f"{options.calibration} has {len(windows)} windows of {length} tokens, and "
-            f"{options.calibration_windows} are wanted: give more text or a smaller --calibration-windows"
+            f"{options.calibration_windows} are needed: give more text or a smaller --calibration-windows"
         )
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(options.calibration_seed))
     chosen: torch.Tensor = windows[order[: options.calibration_windows]]
@@ -161,10 +163,10 @@ def _shingles(text: str) -> Iterator[int]:
     return (hash(tuple(words[start : start + SHINGLE])) for start in range(len(words) - SHINGLE + 1))
 
 
-def _require_apart(source: str, texts: list[str], forbidden: set[int]) -> None:
-    shingles = [one for text in texts for one in _shingles(text)]
-    share = sum(one in forbidden for one in shingles) / max(len(shingles), 1)
-    if share > MOST_OVERLAP:
+def _require_disjoint(source: str, texts: list[str], forbidden: set[int]) -> None:
+    shingles = [shingle for text in texts for shingle in _shingles(text)]
+    share = sum(shingle in forbidden for shingle in shingles) / max(len(shingles), 1)
+    if share > MAX_OVERLAP:
         raise CorpusError(
             f"{share:.0%} of the calibration text {source} is in the corpus that the package is judged by: "
             f"name another --calibration or another --corpus"

@@ -1,4 +1,4 @@
-"""A causal model as a row of blocks, through which text streams with one block at a time on the device."""
+"""Calibration text streams through a model's decoder layers, with one layer at a time on the device."""
 
 from __future__ import annotations
 
@@ -13,82 +13,86 @@ from quantize import devices
 from quantize.errors import UnsupportedModel
 
 
-class _Reached(Exception):
-    """What was wanted has been seen; the rest of the model need not run."""
+class _StopForward(Exception):
+    """The inputs have been captured; the rest of the model need not run."""
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """The decoder blocks of a model: their common name and the list that holds them."""
+class DecoderLayers:
+    """The decoder layers of a model: their common name and the list that holds them."""
 
     path: str
     layers: torch.nn.ModuleList
 
     @classmethod
-    def of(cls, model: torch.nn.Module, linear: Iterable[str]) -> Blocks:
+    def of(cls, model: torch.nn.Module, linear: Iterable[str]) -> DecoderLayers:
         """The list of modules that holds most of the modules named in `linear`; raises UnsupportedModel."""
         names = list(linear)
         lists = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)}
-        held = {name: sum(one.startswith(f"{name}.") for one in names) for name in lists}
-        best = max(held, key=lambda name: (held[name], -len(name)), default="")
-        if not best or not held[best]:
-            raise UnsupportedModel("the model is not a row of blocks: the calibrated recipe cannot walk it")
+        counts = {name: sum(linear_name.startswith(f"{name}.") for linear_name in names) for name in lists}
+        best = max(counts, key=lambda name: (counts[name], -len(name)), default="")
+        if not best or not counts[best]:
+            raise UnsupportedModel(
+                "the model is not a sequence of decoder layers: the calibrated recipe does not support it"
+            )
         return cls(best, lists[best])
 
     def name(self, index: int) -> str:
         return f"{self.path}.{index}"
 
 
-class Stream:
-    """Calibration text on its way through the blocks.
+class ActivationStream:
+    """Calibration text on its way through the decoder layers.
 
-    `hidden` are micro-batches [batch, length, width] in front of the block that is to run next, on the CPU; `calls`
-    are the further arguments that the model gives to each block, such as masks and position embeddings.
+    `hidden` are hidden states, micro-batches [batch, length, width] in front of the layer that runs next, on the CPU;
+    `calls` are the other arguments that the model passes to each layer, such as masks and position embeddings.
     """
 
-    def __init__(self, model: Any, blocks: Blocks, tokens: torch.Tensor, device: str, batch: int, fast: bool) -> None:
-        self.blocks, self.device, self.fast = blocks, device, fast
+    def __init__(
+        self, model: Any, decoder: DecoderLayers, tokens: torch.Tensor, device: str, batch: int, bfloat16: bool
+    ) -> None:
+        self.decoder, self.device, self.bfloat16 = decoder, device, bfloat16
         parts = [part for part in torch.split(tokens, batch) if len(part) == batch]
-        _move_rest(model, blocks, device)
+        _move_rest(model, decoder, device)
         self.hidden = [self._first_input(model, part.to(device)) for part in parts]
-        self.calls = self._further_arguments(model, parts[0].to(device))
+        self.calls = self._layer_arguments(model, parts[0].to(device))
 
     def inputs(self, index: int, name: str) -> Iterator[torch.Tensor]:
-        """What the module `name` of a block gets, micro-batch after micro-batch, float [tokens, inputs]."""
-        caught: list[torch.Tensor] = []
+        """The inputs of the module `name` of a layer, micro-batch after micro-batch, float [tokens, inputs]."""
+        captured: list[torch.Tensor] = []
 
-        def catch(_: Any, arguments: tuple[torch.Tensor, ...]) -> None:
-            caught.append(arguments[0])
-            raise _Reached
+        def capture(_: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+            captured.append(arguments[0])
+            raise _StopForward
 
-        hook = self.blocks.layers[index].get_submodule(name).register_forward_pre_hook(catch)
+        hook = self.decoder.layers[index].get_submodule(name).register_forward_pre_hook(capture)
         try:
             for part in self.hidden:
-                with contextlib.suppress(_Reached):
+                with contextlib.suppress(_StopForward):
                     self._run(index, part)
-                if caught:
-                    yield caught.pop().flatten(0, -2).float()
+                if captured:
+                    yield captured.pop().flatten(0, -2).float()
         finally:
             hook.remove()
 
-    def order(self, index: int, names: Iterable[str]) -> list[list[str]]:
-        """The linear modules `names` of a block as they run; those that get the very same tensor stand together."""
-        seen: dict[str, torch.Tensor] = {}
-        layer = self.blocks.layers[index]
+    def execution_order(self, index: int, names: Iterable[str]) -> list[list[str]]:
+        """The linear modules `names` of a layer as they run; those that get the very same tensor form a group."""
+        inputs_by_name: dict[str, torch.Tensor] = {}
+        layer = self.decoder.layers[index]
 
-        def note(name: str) -> Callable[..., None]:
+        def hook_for(name: str) -> Callable[..., None]:
             def keep(_: Any, arguments: tuple[torch.Tensor, ...]) -> None:
-                seen.setdefault(name, arguments[0])
+                inputs_by_name.setdefault(name, arguments[0])
 
             return keep
 
-        hooks = [layer.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
+        hooks = [layer.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
         self._run(index, self.hidden[0])
         for hook in hooks:
             hook.remove()
         groups: list[list[str]] = []
         last: torch.Tensor | None = None
-        for name, tensor in seen.items():
+        for name, tensor in inputs_by_name.items():
             if tensor is last:
                 groups[-1].append(name)
             else:
@@ -97,70 +101,70 @@ class Stream:
         return groups
 
     def advance(self, index: int) -> None:
-        """Run all text through a block."""
+        """Run all text through a layer."""
         self.hidden = [_tensor(self._run(index, part)).cpu() for part in self.hidden]
 
-    def answer(self, index: int, part: int, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """What a block makes of one micro-batch with other `weights`, by their names in it; with their gradients."""
+    def output(self, index: int, part: int, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The output of a layer for one micro-batch under other `weights`, by their names in it, with gradients."""
         arguments, named = self.calls[index]
         given = (self.hidden[part].to(self.device), *arguments)
-        with autocast(self.device, self.fast):
-            return _tensor(torch.func.functional_call(self.blocks.layers[index], dict(weights), given, named))
+        with autocast(self.device, self.bfloat16):
+            return _tensor(torch.func.functional_call(self.decoder.layers[index], dict(weights), given, named))
 
     def _run(self, index: int, hidden: torch.Tensor) -> Any:
         arguments, named = self.calls[index]
-        with torch.no_grad(), autocast(self.device, self.fast):
-            return self.blocks.layers[index](hidden.to(self.device), *arguments, **named)
+        with torch.no_grad(), autocast(self.device, self.bfloat16):
+            return self.decoder.layers[index](hidden.to(self.device), *arguments, **named)
 
     def _first_input(self, model: Any, tokens: torch.Tensor) -> torch.Tensor:
-        caught: list[torch.Tensor] = []
+        captured: list[torch.Tensor] = []
 
-        def catch(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-            caught.append(arguments[0] if arguments else named["hidden_states"])
-            raise _Reached
+        def capture(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            captured.append(arguments[0] if arguments else named["hidden_states"])
+            raise _StopForward
 
-        hook = self.blocks.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
-        with contextlib.suppress(_Reached), torch.no_grad(), autocast(self.device, self.fast):
+        hook = self.decoder.layers[0].register_forward_pre_hook(capture, with_kwargs=True)
+        with contextlib.suppress(_StopForward), torch.no_grad(), autocast(self.device, self.bfloat16):
             model(tokens, use_cache=False)
         hook.remove()
-        return caught[0].cpu()
+        return captured[0].cpu()
 
-    def _further_arguments(self, model: Any, tokens: torch.Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """What each block is called with besides the hidden state: none of it depends on weights, so none runs."""
+    def _layer_arguments(self, model: Any, tokens: torch.Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """The arguments of each layer besides the hidden state: none depends on weights, so no layer runs."""
         calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        own = [layer.forward for layer in self.blocks.layers]
-        wrap = self._shape_of_an_answer(model, tokens)
-        for index, layer in enumerate(self.blocks.layers):
-            layer.forward = _recorder(calls, index, wrap)
+        own = [layer.forward for layer in self.decoder.layers]
+        wrap = self._output_wrapper(model, tokens)
+        for index, layer in enumerate(self.decoder.layers):
+            layer.forward = _stand_in(calls, index, wrap)
         try:
-            with torch.no_grad(), autocast(self.device, self.fast):
+            with torch.no_grad(), autocast(self.device, self.bfloat16):
                 model(tokens, use_cache=False)
         finally:
-            for layer, forward in zip(self.blocks.layers, own, strict=True):
+            for layer, forward in zip(self.decoder.layers, own, strict=True):
                 layer.forward = forward
         return [calls[index] for index in range(len(own))]
 
-    def _shape_of_an_answer(self, model: Any, tokens: torch.Tensor) -> Callable[[torch.Tensor], Any]:
-        """Whether blocks answer with a tensor or with a tuple that begins with it: the first one tells."""
-        answers: list[Any] = []
-        first = self.blocks.layers[0].to(self.device)
+    def _output_wrapper(self, model: Any, tokens: torch.Tensor) -> Callable[[torch.Tensor], Any]:
+        """Wraps a hidden state as layers return it, alone or in a tuple that begins with it: the first layer tells."""
+        outputs: list[Any] = []
+        first = self.decoder.layers[0].to(self.device)
 
-        def keep(_: Any, __: Any, answer: Any) -> None:
-            answers.append(answer)
-            raise _Reached
+        def keep(_: Any, __: Any, output: Any) -> None:
+            outputs.append(output)
+            raise _StopForward
 
         hook = first.register_forward_hook(keep)
-        with contextlib.suppress(_Reached), torch.no_grad(), autocast(self.device, self.fast):
+        with contextlib.suppress(_StopForward), torch.no_grad(), autocast(self.device, self.bfloat16):
             model(tokens, use_cache=False)
         hook.remove()
         first.to("cpu")
-        is_tuple = isinstance(answers[0], tuple)
-        return lambda hidden: (hidden, *answers[0][1:]) if is_tuple else hidden
+        is_tuple = isinstance(outputs[0], tuple)
+        return lambda hidden: (hidden, *outputs[0][1:]) if is_tuple else hidden
 
 
 @contextlib.contextmanager
 def on_device(layer: torch.nn.Module, device: str) -> Iterator[None]:
-    """One block on the device, and back on the CPU afterwards."""
+    """One layer on the device, and back on the CPU afterwards."""
     layer.to(device)
     try:
         yield
@@ -169,13 +173,13 @@ def on_device(layer: torch.nn.Module, device: str) -> Iterator[None]:
         devices.empty(device)
 
 
-def autocast(device: str, fast: bool) -> torch.autocast:
-    """bfloat16 products over float32 weights where `fast`; otherwise everything as it is stored."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=fast)
+def autocast(device: str, bfloat16: bool) -> torch.autocast:
+    """bfloat16 products over float32 weights where `bfloat16`; otherwise everything as it is stored."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bfloat16)
 
 
-def _recorder(calls: dict[int, Any], index: int, wrap: Callable[[torch.Tensor], Any]) -> Callable[..., Any]:
-    """Stands in for a block: notes how it is called, and answers with its input."""
+def _stand_in(calls: dict[int, Any], index: int, wrap: Callable[[torch.Tensor], Any]) -> Callable[..., Any]:
+    """Stands in for a layer: notes its arguments, and returns its input."""
 
     def forward(*arguments: Any, **named: Any) -> Any:
         hidden = arguments[0] if arguments else named.pop("hidden_states")
@@ -185,14 +189,14 @@ def _recorder(calls: dict[int, Any], index: int, wrap: Callable[[torch.Tensor], 
     return forward
 
 
-def _move_rest(model: torch.nn.Module, blocks: Blocks, device: str) -> None:
-    """Everything but the blocks onto the device."""
-    inside = f"{blocks.path}."
+def _move_rest(model: torch.nn.Module, decoder: DecoderLayers, device: str) -> None:
+    """Everything but the decoder layers onto the device."""
+    inside = f"{decoder.path}."
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if not name.startswith(inside):
             tensor.data = tensor.data.to(device)
 
 
-def _tensor(answer: Any) -> torch.Tensor:
-    found: torch.Tensor = answer[0] if isinstance(answer, tuple) else answer
-    return found
+def _tensor(output: Any) -> torch.Tensor:
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden

@@ -1,10 +1,12 @@
-"""What the calibrated method may be asked for."""
+"""The options of the calibrated method."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from quantize.options import LARGEST_SEED, Number, Option, Text, Whole
+from quantize.records import Recipe
 
 SELF = "self"
 """The calibration text that the source writes itself."""
@@ -12,11 +14,11 @@ SELF = "self"
 
 @dataclass(frozen=True)
 class CalibratedOptions:
-    """How much text is read and how hard is searched.
+    """Size budget, passes, epochs and calibration text.
 
-    Weights may take `size_budget` times the bytes of their plain 4-bit form, for blocks of 32 and half precision where
-    that helps most. `passes` of coordinate descent follow the first one, and rounding is then learned in `epochs` over
-    the text: `calibration_windows` of `calibration_length` tokens of `calibration`, which is SELF, a text file, or
+    Weights may take `size_budget` times the bytes of their plain 4-bit form, spent on block size 32 and half precision
+    where that helps most. `passes` of coordinate descent follow the first one, and rounding is then learned in `epochs`
+    over the text: `calibration_windows` of `calibration_length` tokens of `calibration`, which is SELF, a text file, or
     `owner/name:path` in a Hub data set.
     """
 
@@ -27,6 +29,13 @@ class CalibratedOptions:
     calibration_windows: int = 128
     calibration_length: int = 512
     calibration_seed: int = 0
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> CalibratedOptions:
+        """What a recipe of this method, or of `auto`, asks for; its values were checked by `methods.normalized`."""
+        names = {item.name for item in fields(cls)}
+        values: dict[str, Any] = {name: value for name, value in recipe.options.items() if name in names}
+        return cls(**values)
 
 
 OPTIONS = (
@@ -41,7 +50,7 @@ OPTIONS = (
         "--passes",
         "passes",
         Whole(0),
-        "Coordinate descent passes over a matrix after the first one.",
+        "Passes of coordinate descent over each matrix after its first rounding.",
         CalibratedOptions,
         former=("--sweeps",),
         former_keys=("sweeps",),
@@ -57,15 +66,21 @@ OPTIONS = (
         "--calibration",
         "calibration",
         Text("TEXT"),
-        "self: text that the source writes; or a text file, or owner/name:path in a Hub data set.",
+        "Calibration text: self (the original writes it), a text file, or owner/name:path in a Hub data set.",
         CalibratedOptions,
     ),
-    Option("--calibration-windows", "calibration_windows", Whole(8), "Windows of calibration text.", CalibratedOptions),
+    Option(
+        "--calibration-windows",
+        "calibration_windows",
+        Whole(8),
+        "Number of calibration windows.",
+        CalibratedOptions,
+    ),
     Option(
         "--calibration-length",
         "calibration_length",
         Whole(16),
-        "Tokens in each, at most the model's context.",
+        "Tokens per calibration window, at most the model's context.",
         CalibratedOptions,
     ),
     Option(

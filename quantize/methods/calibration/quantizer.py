@@ -1,7 +1,7 @@
-"""Better codes and scales for the same file: rounding that looks at what each error does to the model's outputs.
+"""The calibrated method: every matrix rounded by GPTQ under the Hessians of its inputs and outputs.
 
-The model runs over calibration text block by block; each matrix is rounded with the second moments of its inputs in the
-model as it is quantized so far, and, where they fit into memory, those of the loss's gradient at its outputs.
+The model runs over calibration text one decoder layer at a time; each matrix is rounded with the Hessian of its inputs
+in the model as quantized so far, and, where they fit into memory, with the Hessian of the loss at its outputs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,60 +20,95 @@ from quantize import devices
 from quantize.formats.bitsandbytes import checkpoint, packing
 from quantize.formats.bitsandbytes.modules import laid_out, matrix
 from quantize.methods.calibration import allocation, calibration_text
-from quantize.methods.calibration.gradients import Gradient, gradients
-from quantize.methods.calibration.layers import Blocks, Stream, on_device
+from quantize.methods.calibration.gradients import OutputGradient, output_gradients
+from quantize.methods.calibration.hessian import CenteredHessianAccumulator
+from quantize.methods.calibration.layers import ActivationStream, DecoderLayers, on_device
 from quantize.methods.calibration.options import CalibratedOptions
 from quantize.methods.calibration.resume import FinishedParts, QuantizedLayer
 from quantize.methods.method import Job
 from quantize.methods.rounding import learned_rounding
-from quantize.methods.rounding.gptq import Moments, Search
+from quantize.methods.rounding.gptq import GptqOptions
 from quantize.methods.rounding.stored import compensated
 from quantize.records import CalibrationText, Checkout, Quantized, Recipe
 
 TOKENS_AT_ONCE = 4096
-"""How many run through a block side by side."""
-MOST_OUTPUT_MOMENTS = 4 << 30
-"""Bytes for the moments of all gradients; a model that needs more is rounded without them."""
+"""Tokens that run through a decoder layer together."""
+MAX_OUTPUT_HESSIAN_BYTES = 4 << 30
+"""For the output Hessians of all matrices; a model that needs more is rounded without them."""
 
 
 @dataclass(frozen=True)
-class Method:
-    """Which parts of the recipe are used; all of them, unless an experiment leaves some out.
+class Ablation:
+    """Which parts of the method are used; all of them, unless an experiment leaves some out.
 
-    `coupled`: rounding minds the moments of the loss's gradient at the outputs. `weighed`: tokens count by that
-    gradient's energy. `centred`: where there is a bias, it takes over what rounding shifts on average.
+    `output_hessians`: rounding is two-sided. `token_weights`: a token counts by the squared norm of its gradient.
+    `bias_correction`: where there is a bias, it takes over the mean shift that rounding causes.
     """
 
-    search: Search = field(default_factory=Search)
-    coupled: bool = True
-    weighed: bool = True
-    centred: bool = True
+    gptq: GptqOptions = field(default_factory=GptqOptions)
+    output_hessians: bool = True
+    token_weights: bool = True
+    bias_correction: bool = True
     temperatures: tuple[float, ...] = calibration_text.TEMPERATURES
 
 
-def quantize(job: Job, options: CalibratedOptions, method: Method | None = None) -> Quantized:
+@dataclass(frozen=True)
+class Plan:
+    """How each matrix is to be rounded.
+
+    `gradients` of matrices and whole decoder layers, and `block_sizes` of matrices, by their names in the model.
+    """
+
+    recipe: Recipe
+    dtype: str
+    ablation: Ablation
+    gradients: Mapping[str, OutputGradient]
+    block_sizes: Mapping[str, int]
+
+    def names(self, layer: str) -> list[str]:
+        """The matrices of a decoder layer that are quantized, by their names in it."""
+        inside = [name for name, block in self.block_sizes.items() if block != allocation.HALF_PRECISION]
+        return [name.removeprefix(f"{layer}.") for name in inside if name.startswith(f"{layer}.")]
+
+    def gptq(self, name: str) -> GptqOptions:
+        return dataclasses.replace(self.ablation.gptq, block=self.block_sizes[name])
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """Quantized layers and block sizes of all matrices by their names, and the record of the calibration text."""
+
+    layers: dict[str, QuantizedLayer]
+    block_sizes: Mapping[str, int]
+    text: CalibrationText
+
+    def with_block_size(self, block: int) -> tuple[str, ...]:
+        return tuple(name for name, size in self.block_sizes.items() if size == block)
+
+
+def quantize(job: Job, options: CalibratedOptions, ablation: Ablation | None = None) -> Quantized:
     """Write the source with chosen codes, scales and biases into `job.output`, in the stock files.
 
-    Finished layers are kept in the resume folder, so that a killed run goes on there.
+    Finished layers are kept in the resume folder, so that a killed run continues there.
     """
     started = time.monotonic()
     checkout, recipe, device = job.checkout, job.recipe, job.device
     dtype = checkpoint.choose_dtype(checkout, recipe, job.progress)
-    method = method or Method(search=Search(sweeps=options.passes))
-    made_of = {
+    ablation = ablation or Ablation(GptqOptions(passes=options.passes))
+    fingerprint = {
         "source": checkout.source.fingerprint(),
         "recipe": recipe,
         "device": torch.device(device).type,
-        "method": method,
+        "ablation": ablation,
     }
-    work = FinishedParts.begin(job.resume_folder, made_of)
-    chosen, forms, record = _choose(job, options, dtype, work, method)
+    finished = FinishedParts.begin(job.resume_folder, fingerprint)
+    quantized = _quantize_model(job, options, ablation, dtype, finished)
     devices.release(device)
-    spared = tuple(name for name, block in forms.items() if block == allocation.HALF)
-    skipping = dataclasses.replace(recipe, skip_modules=(*recipe.skip_modules, *spared))
-    precomputed = {name: one.tensors() for name, one in chosen.items()}
+    half_precision = quantized.with_block_size(allocation.HALF_PRECISION)
+    skipping = dataclasses.replace(recipe, skip_modules=(*recipe.skip_modules, *half_precision))
+    precomputed = {name: layer.tensors() for name, layer in quantized.layers.items()}
     files = FinishedParts.begin(
-        work.folder / "files", {**made_of, "device": device, "precomputed": sorted(precomputed)}
+        finished.folder / "files", {**fingerprint, "device": device, "precomputed": sorted(precomputed)}
     )
     written = checkpoint.write(checkout, job.output, skipping, dtype, device, job.progress, files.folder, precomputed)
     return Quantized(
@@ -82,163 +117,169 @@ def quantize(job: Job, options: CalibratedOptions, method: Method | None = None)
         dtype=dtype,
         device=device,
         seconds=round(time.monotonic() - started, 3),
-        calibration_text=record,
-        half_precision_modules=spared,
-        block_32_modules=tuple(name for name, block in forms.items() if block == allocation.FINE),
+        calibration_text=quantized.text,
+        half_precision_modules=half_precision,
+        block_32_modules=quantized.with_block_size(allocation.SMALL_BLOCK),
     )
 
 
-def _choose(
-    job: Job, options: CalibratedOptions, dtype: str, work: FinishedParts, method: Method
-) -> tuple[dict[str, QuantizedLayer], dict[str, int], CalibrationText]:
-    checkout, recipe, device, progress = job.checkout, job.recipe, job.device, job.progress
-    names = checkpoint.quantized_names(checkout, recipe)
-    model = _load_source(checkout, dtype, device)
-    fast = next(model.parameters()).dtype == torch.float32 and _computes_bfloat16(device)
+def _quantize_model(
+    job: Job, options: CalibratedOptions, ablation: Ablation, dtype: str, finished: FinishedParts
+) -> QuantizedModel:
+    """Prepare text, gradients and block sizes on the whole model, then quantize layer after layer."""
+    device = job.device
+    model = _load_source(job.checkout, dtype, device)
+    bfloat16 = next(model.parameters()).dtype == torch.float32 and _computes_bfloat16(device)
     model.to(device)
-    tokens, record = work.text(lambda: _text(job, options, model, fast, method))
+    tokens, record = finished.text(lambda: _calibration_text(job, options, model, bfloat16, ablation))
     batch = math.gcd(len(tokens), max(1, TOKENS_AT_ONCE // tokens.shape[1]))
-    blocks = Blocks.of(model, names)
-    inside = [name for name in names if name.startswith(f"{blocks.path}.")]
-    felt_blocks = [blocks.name(index) for index in range(len(blocks.layers)) if options.epochs]
-    slopes: dict[str, Gradient] = {}
-    wanted = method.coupled or method.weighed
-    fits = _output_moment_bytes(model, inside, len(felt_blocks)) <= MOST_OUTPUT_MOMENTS
-    if wanted and fits:
-        slopes = gradients(
-            model, [*inside, *felt_blocks], tokens, device, batch, fast, options.calibration_seed, progress
-        )
-    elif wanted:
-        progress.note("the gradients' moments would take too much memory: rows are rounded each for itself")
-    forms = dict.fromkeys(inside, method.search.block)
+    linear = checkpoint.quantized_names(job.checkout, job.recipe)
+    decoder = DecoderLayers.of(model, linear)
+    names = [name for name in linear if name.startswith(f"{decoder.path}.")]
+    gradients = _gradients(job, options, ablation, model, decoder, names, tokens, batch, bfloat16)
+    block_sizes = dict.fromkeys(names, ablation.gptq.block)
     if options.size_budget > 1:
-        forms = work.forms(
-            lambda: allocation.allocate(model, inside, tokens, recipe, options.size_budget, dtype, device, progress)
+        block_sizes = finished.allocation(
+            lambda: allocation.allocate(
+                model, names, tokens, job.recipe, options.size_budget, dtype, device, job.progress
+            )
         )
     model.to("cpu")
     devices.release(device)
-    stream = Stream(model, blocks, tokens, device, batch, fast)
-    original = copy.copy(stream) if options.epochs else None
-    chosen: dict[str, QuantizedLayer] = {}
-    with progress.task("choosing codes and scales", len(blocks.layers) * (1 + options.epochs), "passes") as advance:
-        for index, layer in enumerate(blocks.layers):
-            own = [name.removeprefix(f"{blocks.name(index)}.") for name in inside if _in(name, blocks.name(index))]
-            rounded = [name for name in own if forms[f"{blocks.name(index)}.{name}"] != allocation.HALF]
-            with on_device(layer, device):
-                if original:
-                    original.advance(index)
-                found = work.block(index)
-                if found or not rounded:
-                    advance(1 + options.epochs)
-                else:
-                    weights = {name: matrix(layer.get_submodule(name)) for name in rounded} if original else {}
-                    found = _round_block(stream, index, rounded, slopes, forms, recipe, dtype, method)
-                    advance(1)
-                    if original and found:
-                        aims, slope = original.hidden, slopes.get(blocks.name(index))
-                        found = learned_rounding.learn(
-                            stream, index, aims, weights, found, slope, options.epochs, advance
-                        )
-                    work.keep(index, found)
-                for name, one in found.items():
-                    _replace(layer.get_submodule(name), one)
-                if index + 1 < len(blocks.layers):
-                    stream.advance(index)
-            chosen |= {f"{blocks.name(index)}.{name}": one for name, one in found.items()}
-    return chosen, forms, record
+    plan = Plan(job.recipe, dtype, ablation, gradients, block_sizes)
+    stream = ActivationStream(model, decoder, tokens, device, batch, bfloat16)
+    return QuantizedModel(_quantize_layers(stream, plan, options.epochs, finished, job), block_sizes, record)
 
 
-def _round_block(
-    stream: Stream,
-    index: int,
+def _gradients(
+    job: Job,
+    options: CalibratedOptions,
+    ablation: Ablation,
+    model: Any,
+    decoder: DecoderLayers,
     names: list[str],
-    slopes: Mapping[str, Gradient],
-    forms: Mapping[str, int],
-    recipe: Recipe,
-    dtype: str,
-    method: Method,
+    tokens: torch.Tensor,
+    batch: int,
+    bfloat16: bool,
+) -> Mapping[str, OutputGradient]:
+    """Of the named matrices, and of whole decoder layers where rounding is learned; empty where they do not fit."""
+    if not (ablation.output_hessians or ablation.token_weights):
+        return {}
+    layers = [decoder.name(index) for index in range(len(decoder.layers)) if options.epochs]
+    if _output_hessian_bytes(model, names, len(layers)) > MAX_OUTPUT_HESSIAN_BYTES:
+        job.progress.note("output Hessians would take too much memory: each row is rounded on its own")
+        return {}
+    seed = options.calibration_seed
+    return output_gradients(model, [*names, *layers], tokens, job.device, batch, bfloat16, seed, job.progress)
+
+
+def _quantize_layers(
+    stream: ActivationStream, plan: Plan, epochs: int, finished: FinishedParts, job: Job
 ) -> dict[str, QuantizedLayer]:
+    """All matrices, one decoder layer on the device at a time; finished ones are taken from the resume folder."""
+    decoder = stream.decoder
+    source_stream = copy.copy(stream) if epochs else None
+    quantized: dict[str, QuantizedLayer] = {}
+    total = len(decoder.layers) * (1 + epochs)
+    with job.progress.task("choosing codes and scales", total, "passes") as advance:
+        for index, layer in enumerate(decoder.layers):
+            with on_device(layer, stream.device):
+                if source_stream:
+                    source_stream.advance(index)
+                matrices = finished.layer(index)
+                if matrices or not plan.names(decoder.name(index)):
+                    advance(1 + epochs)
+                else:
+                    matrices = _quantize_and_learn(stream, source_stream, index, plan, epochs, advance)
+                    finished.save(index, matrices)
+                for name, quantized_matrix in matrices.items():
+                    _replace(layer.get_submodule(name), quantized_matrix)
+                if index + 1 < len(decoder.layers):
+                    stream.advance(index)
+            quantized |= {f"{decoder.name(index)}.{name}": matrices[name] for name in matrices}
+    return quantized
+
+
+def _quantize_and_learn(
+    stream: ActivationStream,
+    source_stream: ActivationStream | None,
+    index: int,
+    plan: Plan,
+    epochs: int,
+    advance: Callable[[int], None],
+) -> dict[str, QuantizedLayer]:
+    """The matrices of a decoder layer; with a `source_stream`, which is one layer ahead, their rounding is learned."""
+    layer, path = stream.decoder.layers[index], stream.decoder.name(index)
+    names = plan.names(path)
+    originals = {name: matrix(layer.get_submodule(name)) for name in names} if source_stream else {}
+    matrices = _quantize_layer(stream, index, names, plan)
+    advance(1)
+    if source_stream is None or not matrices:
+        return matrices
+    objective = learned_rounding.Objective(source_stream.hidden, originals, plan.gradients.get(path))
+    return learned_rounding.learn(stream, index, matrices, objective, epochs, advance)
+
+
+def _quantize_layer(stream: ActivationStream, index: int, names: list[str], plan: Plan) -> dict[str, QuantizedLayer]:
     """Matrix after matrix in forward order, each on the inputs that the ones before it leave."""
-    layer, found = stream.blocks.layers[index], {}
-    for group in stream.order(index, names):
-        modules = {name: layer.get_submodule(name) for name in group}
-        slope = {name: slopes.get(f"{stream.blocks.name(index)}.{name}") for name in group}
-        alike = not any(slope.values())  # then what one of the group sees is what all see
-        watched = group[:1] if alike else group
-        gathered = {name: Seen(matrix(modules[name]).shape[1], stream.device) for name in watched}
-        start = 0
-        for inputs in stream.inputs(index, group[0]):
-            for name, moments in gathered.items():
-                one = slope[name] if method.weighed else None
-                energy = None if one is None else one.energy[start : start + len(inputs)].to(stream.device)
-                moments.add(inputs, energy)
-            start += len(inputs)
-        for name, module in modules.items():
-            seen = gathered[group[0] if alike else name]
-            search = dataclasses.replace(method.search, block=forms[f"{stream.blocks.name(index)}.{name}"])
-            found[name] = _choose_matrix(
-                module, seen, slope[name], recipe, dtype, dataclasses.replace(method, search=search)
-            )
-            _replace(module, found[name])
-    return found
+    layer, path = stream.decoder.layers[index], stream.decoder.name(index)
+    matrices: dict[str, QuantizedLayer] = {}
+    for group in stream.execution_order(index, names):
+        hessians = _input_hessians(stream, index, group, plan)
+        for name in group:
+            module = layer.get_submodule(name)
+            matrices[name] = _quantize_matrix(module, f"{path}.{name}", hessians[name], plan)
+            _replace(module, matrices[name])
+    return matrices
 
 
-def _choose_matrix(
-    module: Any, seen: Seen, slope: Gradient | None, recipe: Recipe, dtype: str, method: Method
-) -> QuantizedLayer:
-    """Codes and scales for one matrix, nearest ones where nothing ever reached it, and a bias for what they shift."""
-    weight, stored = matrix(module).float(), getattr(torch, dtype)
-    if not seen.weight or not bool(seen.covariance.diagonal().mean() > 0):
-        packed = packing.nearest(weight.to(stored), recipe.quant_type, recipe.double_quant, method.search.block)
-        return QuantizedLayer(packed, None if module.bias is None else module.bias.detach().to(stored))
-    coupling = slope.moments.to(weight.device) if slope and method.coupled else None
-    centred = method.centred and module.bias is not None
-    moments = seen.covariance if centred else seen.moments
-    packed = compensated(weight, moments, recipe.quant_type, recipe.double_quant, stored, method.search, coupling)
-    if not centred:
-        return QuantizedLayer(packed, None if module.bias is None else module.bias.detach().to(stored))
-    shift = (weight - packed.weight()) @ seen.mean
-    return QuantizedLayer(packed, (module.bias.detach().float() + shift).to(stored))
+def _input_hessians(
+    stream: ActivationStream, index: int, group: list[str], plan: Plan
+) -> dict[str, CenteredHessianAccumulator]:
+    """The Hessians of modules that get the same inputs; one for all where no gradient weights their tokens."""
+    layer, path = stream.decoder.layers[index], stream.decoder.name(index)
+    gradients = {name: plan.gradients.get(f"{path}.{name}") for name in group}
+    shared = not any(gradients.values())
+    hessians = {
+        name: CenteredHessianAccumulator(matrix(layer.get_submodule(name)).shape[1], stream.device)
+        for name in (group[:1] if shared else group)
+    }
+    start = 0
+    for inputs in stream.inputs(index, group[0]):
+        stop = start + len(inputs)
+        for name, hessian in hessians.items():
+            gradient = gradients[name] if plan.ablation.token_weights else None
+            hessian.add(inputs, gradient.token_weights[start:stop].to(stream.device) if gradient else None)
+        start = stop
+    return dict.fromkeys(group, hessians[group[0]]) if shared else hessians
 
 
-class Seen:
-    """Second moments of a module's inputs around a point near their mean, so that float32 keeps the small ones."""
+def _quantize_matrix(module: Any, name: str, inputs: CenteredHessianAccumulator, plan: Plan) -> QuantizedLayer:
+    """Codes and scales of a matrix, nearest ones where no token reached it, and a bias that corrects their mean shift.
 
-    def __init__(self, inputs: int, device: str) -> None:
-        self._around, self._first = torch.zeros(inputs, device=device), torch.zeros(inputs, device=device)
-        self._second = Moments(inputs, device)
-
-    @property
-    def weight(self) -> float:
-        return self._second.weight
-
-    def add(self, inputs: torch.Tensor, energy: torch.Tensor | None) -> None:
-        """Count `inputs` [tokens, inputs], each as much as its `energy` [tokens] says."""
-        if not self.weight:
-            self._around = inputs.mean(0)
-        near = inputs - self._around
-        self._second.add(near, energy)
-        self._first += near.sum(0) if energy is None else energy @ near
-
-    @property
-    def mean(self) -> torch.Tensor:
-        return self._around + self._first / self.weight
-
-    @property
-    def covariance(self) -> torch.Tensor:
-        off = self._first / self.weight
-        return self._second.mean - torch.outer(off, off)
-
-    @property
-    def moments(self) -> torch.Tensor:
-        return self.covariance + torch.outer(self.mean, self.mean)
+    The bias b becomes b + (W - Q) mean(x), and then only the covariance of the inputs x counts.
+    """
+    weight, stored, recipe = matrix(module).float(), getattr(torch, plan.dtype), plan.recipe
+    options = plan.gptq(name)
+    bias = None if module.bias is None else module.bias.detach()
+    if not inputs.weight or not bool(inputs.covariance.diagonal().mean() > 0):
+        packed = packing.nearest(weight.to(stored), recipe.quant_type, recipe.double_quant, options.block)
+        return QuantizedLayer(packed, None if bias is None else bias.to(stored))
+    gradient = plan.gradients.get(name) if plan.ablation.output_hessians else None
+    output_hessian = gradient.hessian.to(weight.device) if gradient else None
+    corrected = plan.ablation.bias_correction and bias is not None
+    hessian = inputs.covariance if corrected else inputs.hessian
+    packed = compensated(weight, hessian, recipe.quant_type, recipe.double_quant, stored, options, output_hessian)
+    if bias is not None and corrected:
+        bias = bias.float() + (weight - packed.weight()) @ inputs.mean
+    return QuantizedLayer(packed, None if bias is None else bias.to(stored))
 
 
 def _load_source(checkout: Checkout, dtype: str, device: str) -> Any:
     """The source on the CPU: float32 where gradients are to be taken, else in the half precision of the package."""
     from transformers import AutoModelForCausalLM
 
-    small = checkout.source.parameters * 4 <= MOST_OUTPUT_MOMENTS
+    small = checkout.source.parameters * 4 <= MAX_OUTPUT_HESSIAN_BYTES
     model = AutoModelForCausalLM.from_pretrained(
         checkout.folder,
         dtype=torch.float32 if small or torch.device(device).type == "cpu" else getattr(torch, dtype),
@@ -249,33 +290,29 @@ def _load_source(checkout: Checkout, dtype: str, device: str) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _text(
-    job: Job, options: CalibratedOptions, model: Any, fast: bool, method: Method
+def _calibration_text(
+    job: Job, options: CalibratedOptions, model: Any, bfloat16: bool, ablation: Ablation
 ) -> tuple[torch.Tensor, CalibrationText]:
     from transformers import AutoTokenizer
 
     trust = job.checkout.source.remote_code
     tokenizer = AutoTokenizer.from_pretrained(job.checkout.folder, local_files_only=True, trust_remote_code=trust)
     return calibration_text.prepare(
-        options, model, tokenizer, job.corpus, job.device, fast, job.progress, method.temperatures
+        options, model, tokenizer, job.corpus, job.device, bfloat16, job.progress, ablation.temperatures
     )
 
 
-def _replace(module: Any, one: QuantizedLayer) -> None:
+def _replace(module: Any, layer: QuantizedLayer) -> None:
     """Let a module of the source compute with the 4-bit values from now on."""
-    module.weight.data = laid_out(module, one.packed.weight())
-    if one.bias is not None:
-        module.bias.data = one.bias.to(module.bias)
+    module.weight.data = laid_out(module, layer.packed.weight())
+    if layer.bias is not None:
+        module.bias.data = layer.bias.to(module.bias)
 
 
-def _in(name: str, block: str) -> bool:
-    return name.startswith(f"{block}.")
-
-
-def _output_moment_bytes(model: Any, names: list[str], blocks: int) -> int:
-    """Of the gradients at the outputs of the named matrices and of so many whole blocks."""
+def _output_hessian_bytes(model: Any, names: list[str], layers: int) -> int:
+    """Of the named matrices and of so many whole decoder layers."""
     widths = [len(matrix(model.get_submodule(name))) for name in names]
-    return sum(4 * width**2 for width in [*widths, *[model.config.get_text_config().hidden_size] * blocks])
+    return sum(4 * width**2 for width in [*widths, *[model.config.get_text_config().hidden_size] * layers])
 
 
 def _computes_bfloat16(device: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a calibrated run has finished so far, in a folder from which the next run goes on."""
+"""The finished parts of a calibrated run, in a folder from which the next run continues."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from quantize.serialization import from_json, to_json
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """What a matrix becomes: the tensors of its 4-bit form, and its new bias where it has one."""
+    """A linear layer as it is stored: its 4-bit matrix, and its new bias where it has one."""
 
     packed: Packed
     bias: torch.Tensor | None
@@ -43,35 +43,37 @@ class FinishedParts(ResumeFolder):
         """The text to calibrate on, and its record."""
         tokens, notes = self.folder / "tokens.safetensors", self.folder / "tokens.json"
         if not notes.is_file():
-            found, record = prepare()
-            self._save(tokens, {"tokens": found.contiguous()})
+            prepared, record = prepare()
+            self._save(tokens, {"tokens": prepared.contiguous()})
             self._write(notes, to_json(record))
         return load_file(tokens)["tokens"], from_json(CalibrationText, notes.read_text("utf-8"), notes)
 
-    def forms(self, allocate: Callable[[], dict[str, int]]) -> dict[str, int]:
-        """How each matrix is to be stored."""
-        file = self.folder / "forms.json"
+    def allocation(self, allocate: Callable[[], dict[str, int]]) -> dict[str, int]:
+        """The block size of each matrix, or 0 where it is kept in half precision."""
+        file = self.folder / "allocation.json"
         if not file.is_file():
             self._write(file, json.dumps(allocate()))
-        found: dict[str, int] = json.loads(file.read_text("utf-8"))
-        return found
+        block_sizes: dict[str, int] = json.loads(file.read_text("utf-8"))
+        return block_sizes
 
-    def block(self, index: int) -> dict[str, QuantizedLayer]:
-        """The matrices of a block of the model; none where it is not finished."""
-        file = self._block(index)
+    def layer(self, index: int) -> dict[str, QuantizedLayer]:
+        """The matrices of a decoder layer; empty where it is not finished."""
+        file = self._layer_file(index)
         named: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in (load_file(file) if file.is_file() else {}).items():
             name, _, part = key.partition("|")
             named.setdefault(name, {})[part] = tensor
         return {name: QuantizedLayer.of(tensors) for name, tensors in named.items()}
 
-    def keep(self, index: int, found: Mapping[str, QuantizedLayer]) -> None:
-        if found and not self._block(index).is_file():
-            parts = {f"{name}|{part}": tensor for name, one in found.items() for part, tensor in one.tensors().items()}
-            self._save(self._block(index), parts)
+    def save(self, index: int, layers: Mapping[str, QuantizedLayer]) -> None:
+        if layers and not self._layer_file(index).is_file():
+            parts = {
+                f"{name}|{part}": tensor for name, layer in layers.items() for part, tensor in layer.tensors().items()
+            }
+            self._save(self._layer_file(index), parts)
 
-    def _block(self, index: int) -> Path:
-        return self.folder / f"block-{index}.safetensors"
+    def _layer_file(self, index: int) -> Path:
+        return self.folder / f"layer-{index}.safetensors"
 
     def _save(self, file: Path, tensors: dict[str, torch.Tensor]) -> None:
         with storage_errors(self.folder):

@@ -1,4 +1,4 @@
-"""A key-value cache that has room from the beginning, where the library's own copies all of it for each token."""
+"""A static key-value cache: memory for all tokens is taken once, where the library's own copies the cache per token."""
 
 from __future__ import annotations
 
@@ -8,29 +8,31 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 
-class RoomyLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values [..., tokens, width] of at most `room` tokens, as views of memory taken once."""
+class StaticLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values [..., tokens, width] of at most `max_tokens` tokens, as views of memory taken once."""
 
-    def __init__(self, begun: DynamicLayer, room: int) -> None:
+    def __init__(self, layer: DynamicLayer, max_tokens: int) -> None:
         super().__init__()
-        self._held = [one.new_empty(*one.shape[:-2], room, one.shape[-1]) for one in (begun.keys, begun.values)]
-        self.lazy_initialization(begun.keys, begun.values)
-        self.update(begun.keys, begun.values)
+        self._buffers = [
+            tensor.new_empty(*tensor.shape[:-2], max_tokens, tensor.shape[-1]) for tensor in (layer.keys, layer.values)
+        ]
+        self.lazy_initialization(layer.keys, layer.values)
+        self.update(layer.keys, layer.values)
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take over what is new, and return all that there is."""
+        """Append new keys and values, and return all of them."""
         before = self.get_seq_length()
         after = before + keys.shape[-2]
-        for held, new in zip(self._held, (keys, values), strict=True):
-            held[..., before:after, :] = new
-        self.keys, self.values = (held[..., :after, :] for held in self._held)
+        for buffer, new in zip(self._buffers, (keys, values), strict=True):
+            buffer[..., before:after, :] = new
+        self.keys, self.values = (buffer[..., :after, :] for buffer in self._buffers)
         return self.keys, self.values
 
 
-def make_room(cache: Any, room: int) -> Any:
-    """The cache that a model began, with layers that hold up to `room` tokens in place of those that would grow."""
+def make_static(cache: Any, max_tokens: int) -> Any:
+    """The cache of a model with static layers of up to `max_tokens` tokens in place of growing ones."""
     layers = getattr(cache, "layers", [])
     for index, layer in enumerate(layers):
         if type(layer) is DynamicLayer and layer.is_initialized:
-            layers[index] = RoomyLayer(layer, room)
+            layers[index] = StaticLayer(layer, max_tokens)
     return cache

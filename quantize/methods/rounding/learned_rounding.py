@@ -1,9 +1,10 @@
-"""Rounding learned by gradients, a block of the model at a time, after codes and scales are chosen.
+"""Learned rounding: gradients choose between two levels for each weight, one decoder layer at a time.
 
-Each weight may take the level that it has, or the one on the other side of its original value. Which of the two is
-learned with Adam on the calibration text: what a block answers to the inputs that it gets in the quantized model shall
-be what the source's block answers to the source's. The choice is hard throughout, and gradients pass straight through
-it (Bengio et al. 2013); that rounding can be learned at all is AdaRound's finding (Nagel et al. 2020).
+After codes and scales are chosen, each weight may keep its level or take the one on the other side of its original
+value. A rounding variable v decides which: the weight rounds up to the other level where v > 1/2. It is learned with
+Adam on calibration text, so that the outputs of the decoder layer, on the inputs that it gets in the quantized model,
+come near those of the source's layer on the source's inputs. The choice is hard throughout, and gradients pass straight
+through it (Bengio et al. 2013); that rounding can be learned at all is AdaRound's finding (Nagel et al. 2020).
 """
 
 from __future__ import annotations
@@ -17,118 +18,135 @@ import torch
 
 from quantize.formats.bitsandbytes.modules import laid_out
 from quantize.formats.bitsandbytes.packing import Packed, expand_scales, table
-from quantize.methods.calibration.gradients import Gradient
-from quantize.methods.calibration.layers import Stream
+from quantize.methods.calibration.gradients import OutputGradient
+from quantize.methods.calibration.layers import ActivationStream
 from quantize.methods.calibration.resume import QuantizedLayer
 from quantize.methods.rounding.gptq import Levels
 
-REACH = 0.25
-"""About how far a `push` can move in all steps together: their rate falls along a cosine to 0. It begins half below the
-way to the other level, so only weights that compensation put on the farther side can come back."""
-CALM = 0.03
-"""Times the slopes' size at the beginning, what Adam adds to each one's: where one is small, `push` hardly moves."""
-EAGER = 0.45
-"""What `push` begins with at most, so that each weight begins with the level that it has."""
+MAX_MOVEMENT = 0.25
+"""About how far a rounding variable can move in all steps together: the learning rate falls along a cosine to 0. It
+begins at the weight's fraction of the way to the other level, less 1/2, so only weights whose error exceeds half a
+step, as compensation leaves them, can round up."""
+RELATIVE_EPSILON = 0.03
+"""Adam's epsilon as a multiple of the gradients' initial root mean square: where gradients are small, variables
+hardly move."""
+MAX_INITIAL_VALUE = 0.45
+"""Of a rounding variable, so that each weight begins with the level that it has."""
 
 
 @dataclass(frozen=True)
-class Choice:
-    """For each weight of a matrix [rows, inputs]: its value `now`, `step` to the value of the `other` code, and the
-    learned `push`, which takes that step where it is beyond 1/2."""
+class RoundingVariables:
+    """For each weight of a matrix [rows, inputs]: its `current` value, the `step` to the value of `other_codes`, and
+    the learned `variables`, which take that step where they exceed 1/2."""
 
-    now: torch.Tensor
+    current: torch.Tensor
     step: torch.Tensor
-    other: torch.Tensor
-    push: torch.Tensor
+    other_codes: torch.Tensor
+    variables: torch.Tensor
 
     @classmethod
-    def of(cls, packed: Packed, original: torch.Tensor) -> Choice:
+    def of(cls, packed: Packed, original: torch.Tensor) -> RoundingVariables:
         levels = Levels.of(table(packed.quant_type, original.device))
-        places = levels.codes.argsort()[packed.codes.long()]
+        indices = levels.codes.argsort()[packed.codes.long()]
         scales = expand_scales(packed.scales, packed.codes.shape, packed.block)
-        now = levels.values[places] * scales
-        onward = torch.where((original > now) == (scales > 0), 1, -1)
+        current = levels.values[indices] * scales
+        direction = torch.where((original > current) == (scales > 0), 1, -1)
         last = len(levels.values) - 1
-        beside = (places + onward).clamp(0, last)
-        twin = levels.values[beside] == levels.values[places]  # FP4 has two zeros
-        beside = torch.where(twin, beside + onward, beside).clamp(0, last)
-        step = levels.values[beside] * scales - now
-        way = ((original - now) / torch.where(step == 0, 1.0, step)).clamp(0, 1)
-        return cls(now, step, levels.codes[beside], (way - 0.5).clamp(max=EAGER).requires_grad_(True))
+        neighbours = (indices + direction).clamp(0, last)
+        duplicate = levels.values[neighbours] == levels.values[indices]  # FP4 has two zeros
+        neighbours = torch.where(duplicate, neighbours + direction, neighbours).clamp(0, last)
+        step = levels.values[neighbours] * scales - current
+        fraction = ((original - current) / torch.where(step == 0, 1.0, step)).clamp(0, 1)
+        variables = (fraction - 0.5).clamp(max=MAX_INITIAL_VALUE).requires_grad_(True)
+        return cls(current, step, levels.codes[neighbours], variables)
 
     @property
-    def taken(self) -> torch.Tensor:
-        return self.push.detach() > 0.5
+    def round_up(self) -> torch.Tensor:
+        """Which weights take the other level, bool [rows, inputs]."""
+        return self.variables.detach() > 0.5
 
     def values(self) -> torch.Tensor:
-        """The matrix as it is chosen now, with the gradient of `push` itself."""
-        return self.now + self.step * (self.taken.float() + self.push - self.push.detach())
+        """The matrix as it is rounded, with the gradient of `variables` themselves."""
+        return self.current + self.step * (self.round_up.float() + self.variables - self.variables.detach())
 
     def packed(self, before: Packed) -> Packed:
-        return dataclasses.replace(before, codes=torch.where(self.taken, self.other, before.codes))
+        return dataclasses.replace(before, codes=torch.where(self.round_up, self.other_codes, before.codes))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a decoder layer shall come near: `targets`, the outputs of the source's layer, one for each micro-batch.
+
+    `originals` are its float matrices by name. An output error e counts as e A e^T, with the Hessian A of
+    `output_gradient`, or without one as its square.
+    """
+
+    targets: list[torch.Tensor]
+    originals: Mapping[str, torch.Tensor]
+    output_gradient: OutputGradient | None
 
 
 def learn(
-    stream: Stream,
+    stream: ActivationStream,
     index: int,
-    wanted: list[torch.Tensor],
-    originals: Mapping[str, torch.Tensor],
-    found: Mapping[str, QuantizedLayer],
-    felt: Gradient | None,
+    quantized: Mapping[str, QuantizedLayer],
+    objective: Objective,
     epochs: int,
     advance: Callable[[int], None],
 ) -> dict[str, QuantizedLayer]:
-    """What was `found` for the matrices of a block, with other codes where that brings its answers nearer to `wanted`.
+    """The `quantized` matrices of a decoder layer, with other codes where those lower the error of its outputs.
 
-    `stream` stands in front of the block, which computes with what was found; `wanted` are the source's answers, one
-    for each part of the stream; `originals` the float matrices. An error counts by the moments of the loss's gradient
-    at the block's output, where there are any. Of what was found and what was learned the better is returned, measured
-    on the same text.
+    `stream` stands in front of the layer, which computes with the quantized matrices. What was learned is returned only
+    if its error on the calibration text is smaller.
     """
-    device = stream.device
-    choices = {name: Choice.of(one.packed, originals[name].float()) for name, one in found.items()}
-    metric = felt.moments.to(device) if felt else None
-    layer = stream.blocks.layers[index]
+    device, targets = stream.device, objective.targets
+    rounding = {
+        name: RoundingVariables.of(layer.packed, objective.originals[name].float()) for name, layer in quantized.items()
+    }
+    output_hessian = objective.output_gradient.hessian.to(device) if objective.output_gradient else None
+    decoder_layer = stream.decoder.layers[index]
+    variables = [matrix.variables for matrix in rounding.values()]
 
-    def change(part: int, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        weights = {f"{name}.weight": laid_out(layer.get_submodule(name), one) for name, one in values.items()}
-        off = stream.answer(index, part, weights).float() - wanted[part].to(device).float()
-        return (off * (off if metric is None else off @ metric)).mean()
+    def output_error(part: int) -> torch.Tensor:
+        weights = {
+            f"{name}.weight": laid_out(decoder_layer.get_submodule(name), matrix.values())
+            for name, matrix in rounding.items()
+        }
+        error = stream.output(index, part, weights).float() - targets[part].to(device).float()
+        return (error * (error if output_hessian is None else error @ output_hessian)).mean()
 
-    def whole() -> float:
+    def total_error() -> float:
         with torch.no_grad():
-            values = {name: one.values() for name, one in choices.items()}
-            return sum(float(change(part, values)) for part in range(len(wanted)))
+            return sum(float(output_error(part)) for part in range(len(targets)))
 
-    pushes = [one.push for one in choices.values()]
-
-    def slopes(part: int) -> tuple[torch.Tensor | None, ...]:
+    def gradients(part: int) -> tuple[torch.Tensor | None, ...]:
         with torch.enable_grad():
-            loss = change(part, {name: one.values() for name, one in choices.items()}) * scale
-            return torch.autograd.grad(loss, pushes, allow_unused=True)
+            return torch.autograd.grad(output_error(part) * loss_scale, variables, allow_unused=True)
 
-    before = whole()
-    mean = before / len(wanted)
-    scale = math.sqrt(wanted[0].numel()) / mean if mean > 0 else 0.0  # half precision would lose smaller slopes
-    steps, size = epochs * len(wanted), _size(slopes(0))
-    if not 0 < size < math.inf:
+    before = total_error()
+    mean = before / len(targets)
+    loss_scale = math.sqrt(targets[0].numel()) / mean if mean > 0 else 0.0  # half precision loses smaller gradients
+    steps, gradient_size = epochs * len(targets), _root_mean_square(gradients(0))
+    if not 0 < gradient_size < math.inf:
         advance(epochs)
-        return dict(found)
-    optimizer = torch.optim.Adam(pushes, 2 * REACH / steps, eps=CALM * size)
+        return dict(quantized)
+    optimizer = torch.optim.Adam(variables, 2 * MAX_MOVEMENT / steps, eps=RELATIVE_EPSILON * gradient_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(epochs):
-        for part in range(len(wanted)):
-            for push, slope in zip(pushes, slopes(part), strict=True):
-                push.grad = slope
+        for part in range(len(targets)):
+            for variable, gradient in zip(variables, gradients(part), strict=True):
+                variable.grad = gradient
             optimizer.step()
             schedule.step()
         advance(1)
-    if whole() < before:
-        return {name: dataclasses.replace(one, packed=choices[name].packed(one.packed)) for name, one in found.items()}
-    return dict(found)
+    if total_error() < before:
+        return {
+            name: dataclasses.replace(layer, packed=rounding[name].packed(layer.packed))
+            for name, layer in quantized.items()
+        }
+    return dict(quantized)
 
 
-def _size(slopes: tuple[torch.Tensor | None, ...]) -> float:
-    """The root of their mean square."""
-    every = torch.cat([slope.flatten() for slope in slopes if slope is not None])
+def _root_mean_square(gradients: tuple[torch.Tensor | None, ...]) -> float:
+    every = torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
     return float(every.square().mean().sqrt())

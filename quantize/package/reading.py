@@ -1,0 +1,68 @@
+"""A finished package is opened, compared with what was asked for, and with the hashes that it was sealed with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantize.errors import PackageError
+from quantize.evidence import Evidence
+from quantize.files import PARITY, PROVENANCE, records_of
+from quantize.package.sealing import UNSEALED
+from quantize.records import EvaluationSettings, Provenance, Recipe, Source
+from quantize.serialization import read_record
+
+
+@dataclass(frozen=True)
+class Package:
+    """A sealed folder with what it says about itself."""
+
+    folder: Path
+    provenance: Provenance
+    evidence: Evidence
+
+
+def open_package(folder: Path) -> Package:
+    """Read a package's records; raises PackageError when it is none."""
+    if not folder.is_dir():
+        raise PackageError(f"no such package: {folder}")
+    return Package(folder, read_record(Provenance, folder / PROVENANCE), read_record(Evidence, folder / PARITY))
+
+
+def require_unchanged(package: Package, *, but: str = "") -> None:
+    """Raise PackageError when a file, `but` this one, is missing, added or other than provenance.json says."""
+    expected = {file.path: file for file in package.provenance.files}
+    present = {file.path: file for file in records_of(package.folder, without=UNSEALED)}
+    for path in sorted((expected.keys() | present.keys()) - {but}):
+        if expected.get(path) != present.get(path):
+            state = "missing" if path not in present else "new" if path not in expected else "changed"
+            raise PackageError(
+                f"{package.folder} is not as it was sealed: {path} is {state}; restore it, or make the package again"
+            )
+
+
+def finished(
+    output: Path, source: Source, recipe: Recipe, settings: EvaluationSettings, *, outdated: bool = False
+) -> Package | None:
+    """The package that already stands at `output`, when it was made from this source in this way.
+
+    With `outdated`, one of an earlier state of the same Hub model, or of other settings, counts as none. Raises
+    PackageError when something else stands there, or when the package was changed since.
+    """
+    if not output.exists():
+        return None
+    package = open_package(output)
+    made_from = package.provenance
+    same = made_from.source.fingerprint() == source.fingerprint() and made_from.requested_recipe == recipe
+    ours = made_from.source.repo_id == source.repo_id is not None and made_from.requested_recipe == recipe
+    if outdated and ours and (made_from.source.commit, made_from.settings) != (source.commit, settings):
+        require_unchanged(package)
+        return None
+    if not same:
+        raise PackageError(
+            f"{output} holds a package of another source or recipe: name another --output, or replace it with --force"
+        )
+    if made_from.settings != settings:
+        raise PackageError(f"{output} was measured with other settings: see `quantize verify`, or use --force")
+    require_unchanged(package)
+    return package

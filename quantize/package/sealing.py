@@ -1,0 +1,50 @@
+"""What a package holds besides its weights is written, and everything is listed with its hash."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+from quantize.evidence import Evidence
+from quantize.files import CARD, CONFIG, PARITY, PROVENANCE, RECEIPT, hash_file, records_of
+from quantize.formats.safetensors import weight_files
+from quantize.records import Checkout, FileRecord, Provenance
+from quantize.serialization import to_json
+
+UNSEALED = (PROVENANCE, RECEIPT)
+"""What is not listed in provenance.json: the list itself, and what a push leaves behind."""
+
+
+def copy_carried(checkout: Checkout, names: tuple[str, ...], staging: Path) -> None:
+    """Copy tokenizer, template and legal files from the source byte for byte."""
+    for name in names:
+        target = staging / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checkout.folder / name, target)
+
+
+def write_evidence(staging: Path, evidence: Evidence) -> None:
+    (staging / PARITY).write_text(to_json(evidence), "utf-8")
+
+
+def write_card(staging: Path, card: str) -> None:
+    (staging / CARD).write_text(card, "utf-8", newline="\n")
+
+
+def seal(staging: Path, provenance: Provenance) -> Provenance:
+    """Write provenance.json with the hashes of everything else in the folder."""
+    for path in weight_files(staging):
+        shutil.copymode(staging / CONFIG, path)  # safetensors makes files that only their owner may read
+    sealed = dataclasses.replace(provenance, files=records_of(staging, without=UNSEALED))
+    (staging / PROVENANCE).write_text(to_json(sealed), "utf-8")
+    return sealed
+
+
+def reseal_card(staging: Path, provenance: Provenance) -> Provenance:
+    """Write provenance.json again for a new card beside files that are not all here."""
+    new = FileRecord(CARD, *hash_file(staging / CARD))
+    listed = tuple(new if file.path == CARD else file for file in provenance.files)
+    sealed = dataclasses.replace(provenance, files=listed)
+    (staging / PROVENANCE).write_text(to_json(sealed), "utf-8")
+    return sealed

@@ -1,0 +1,147 @@
+"""A model reference becomes a pinned commit and a local folder that holds only what is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quantize import hub
+from quantize.errors import CorruptModel, PackageError, SourceNotFound, UnsupportedModel
+from quantize.files import CONFIG, hash_file, require_space
+from quantize.formats import safetensors
+from quantize.formats.safetensors import INDEX, is_weights
+from quantize.progress import Progress
+from quantize.records import Checkout, FileRecord, Source
+from quantize.source.selection import choose_files
+from quantize.source.support import check_config, needs_remote_code
+
+
+def fetch(reference: str, *, revision: str | None, trust_remote_code: bool, progress: Progress) -> Checkout:
+    """Resolve `reference` (a local folder or a Hub id) once, and bring what is needed to this machine.
+
+    Raises SourceError, HubUnreachable or StorageError.
+    """
+    if is_local(reference):
+        if revision is not None:
+            raise SourceNotFound(f"{reference} is a local folder and has no revisions: leave --revision out")
+        return _from_folder(Path(reference).expanduser(), trust_remote_code, progress)
+    return _from_hub(reference, revision, trust_remote_code, progress)
+
+
+def refetch(source: Source, against: str | None, *, trust_remote_code: bool, progress: Progress) -> Checkout:
+    """The checkout that a record describes: the same commit, or the folder `against` with the same hashes."""
+    reference = against or source.repo_id
+    if reference is None:
+        raise SourceNotFound(f"{source.name} came from a local folder: say where it is with --against FOLDER")
+    revision = None if is_local(reference) else source.commit
+    checkout = fetch(reference, revision=revision, trust_remote_code=trust_remote_code, progress=progress)
+    if checkout.source.fingerprint() != source.fingerprint():
+        raise PackageError(f"{reference} is not the source that this package was made from")
+    return checkout
+
+
+def fetch_checkpoint(reference: str, records: tuple[str, ...], progress: Progress) -> Path:
+    """The folder of somebody's checkpoint: a local one as it is, a Hub repo's at its present commit.
+
+    `records` are files to bring besides, where the repo has them. Nothing is said about what the checkpoint is.
+    """
+    if is_local(reference):
+        return Path(reference).expanduser()
+    commit, listing = hub.resolve(reference, None)
+    remote = {file.path: file for file in listing}
+    index = hub.read_json(reference, commit, remote[INDEX]) if INDEX in remote else None
+    chosen = [*choose_files(remote, index, reference, remote_code=False), *(name for name in records if name in remote)]
+    require_space(hub.cache_folder(), sum(remote[path].size for path in chosen), f"downloading {reference}")
+    return _downloaded(reference, commit, [remote[path] for path in chosen], progress)
+
+
+def is_local(reference: str) -> bool:
+    """Whether a reference means a folder: it exists, or no Hub id is written like it."""
+    return Path(reference).expanduser().is_dir() or reference.startswith((".", "/", "~"))
+
+
+def name_of(reference: str) -> str:
+    """The last part of a model's name: `distilgpt2` for `distilbert/distilgpt2`."""
+    return Path(reference).expanduser().resolve().name if is_local(reference) else reference.rsplit("/", 1)[-1]
+
+
+def _from_folder(folder: Path, trust_remote_code: bool, progress: Progress) -> Checkout:
+    name = str(folder)
+    if not folder.is_dir():
+        raise SourceNotFound(f"no such folder: {folder} (a Hub id looks like distilbert/distilgpt2)")
+    config = _read_config(folder)
+    check_config(config, name, trust_remote_code)
+    paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    index = _read_json(folder / INDEX) if INDEX in paths else None
+    chosen = choose_files(paths, index, name, needs_remote_code(config))
+    with progress.task("hashing the original", sum((folder / path).stat().st_size for path in chosen), "B") as advance:
+        files = tuple(FileRecord(path, *hash_file(folder / path, advance)) for path in chosen)
+    return Checkout(_describe(folder, config, files, folder.resolve().name), folder)
+
+
+def _from_hub(repo_id: str, revision: str | None, trust_remote_code: bool, progress: Progress) -> Checkout:
+    commit, listing = hub.resolve(repo_id, revision)
+    remote = {file.path: file for file in listing}
+    if CONFIG not in remote:
+        raise UnsupportedModel(f"{repo_id} has no config.json: it is not a transformers model")
+    config = hub.read_json(repo_id, commit, remote[CONFIG])
+    check_config(config, repo_id, trust_remote_code)
+    index = hub.read_json(repo_id, commit, remote[INDEX]) if INDEX in remote else None
+    chosen = choose_files(remote, index, repo_id, needs_remote_code(config))
+    missing = sum(remote[path].size for path in chosen if not hub.is_cached(repo_id, commit, path))
+    require_space(hub.cache_folder(), missing, f"downloading {repo_id}")
+    folder = _downloaded(repo_id, commit, [remote[path] for path in chosen], progress)
+    files = tuple(FileRecord(path, *hash_file(folder / path)) for path in chosen)
+    source = _describe(folder, config, files, repo_id.rsplit("/", 1)[-1])
+    return Checkout(dataclasses.replace(source, repo_id=repo_id, revision=revision, commit=commit), folder)
+
+
+def _downloaded(repo_id: str, commit: str, files: list[hub.RemoteFile], progress: Progress) -> Path:
+    with progress.task("checking the download", sum(file.size for file in files), "B") as advance:
+        return hub.fetch(repo_id, commit, files, advance)
+
+
+def _describe(folder: Path, config: Mapping[str, Any], files: tuple[FileRecord, ...], name: str) -> Source:
+    dtypes, parameters = _weights_summary(folder, [file.path for file in files])
+    return Source(
+        name=name,
+        repo_id=None,
+        revision=None,
+        commit=None,
+        files=files,
+        architecture=config["architectures"][0],
+        model_type=config["model_type"],
+        dtype=max(dtypes, key=lambda dtype: dtypes[dtype]),
+        parameters=parameters,
+        remote_code=needs_remote_code(config),
+    )
+
+
+def _weights_summary(folder: Path, paths: list[str]) -> tuple[dict[str, int], int]:
+    """Parameters by type, and in all. Reading the headers also finds files that were cut short."""
+    counts: dict[str, int] = {}
+    for path in (path for path in paths if is_weights(path)):
+        for entry in safetensors.entries(folder / path).values():
+            counts[entry.kind] = counts.get(entry.kind, 0) + entry.numel
+    if not counts:
+        raise CorruptModel(f"{folder} holds weight files without a single tensor")
+    return counts, sum(counts.values())
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not (folder / CONFIG).is_file():
+        raise UnsupportedModel(f"{folder} has no config.json: it is not a transformers model")
+    return _read_json(folder / CONFIG)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise CorruptModel(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CorruptModel(f"{path} is not a JSON object")
+    return content
