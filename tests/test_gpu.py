@@ -161,9 +161,8 @@ def test_the_calibrated_recipe(tmp_path: Path) -> None:
 def test_the_whole_job_over_http(tmp_path: Path) -> None:
     with LoopbackHub() as hub:
         seed_distilgpt2(hub, POCKET)
-        made = as_a_person(
-            hub, tmp_path, "-m", "quantize", "run", "--bits", "4", "--recipe", "rtn", "--require", "degraded", "--json"
-        )
+        arguments = ("run", "--bits", "4", "--recipe", "rtn", "--require", "degraded", "--json")
+        made = as_a_person(hub, tmp_path, "-m", "quantize", *arguments)
         assert made.returncode == 0, made.stderr
         pushed = as_a_person(hub, tmp_path, "-m", "quantize", "push", "distilgpt2-bnb-4bit", "--to", TARGET, "--json")
         assert pushed.returncode == 0, pushed.stderr
