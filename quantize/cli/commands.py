@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from quantize import __version__, publishing
+from quantize.cli.decorators import FILE, FOLDER, former_flags, options_of
 from quantize.cli.display import Display
-from quantize.cli.options import FILE, FOLDER, former_flags, options_of
 from quantize.errors import ParityRefused, QuantizeError
 from quantize.files import CARD
 from quantize.grades import UNMEASURED
