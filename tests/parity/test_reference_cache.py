@@ -122,6 +122,7 @@ def test_one_at_a_time_says_what_side_by_side_says(
     assert again.scores == first.scores
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_spread_and_said(
     finished: Path, together: Evidence, monkeypatch: pytest.MonkeyPatch
 ) -> None:

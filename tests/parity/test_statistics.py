@@ -111,6 +111,7 @@ def test_slices_and_batches_do_not_change_scores(monkeypatch: pytest.MonkeyPatch
         np.testing.assert_allclose(getattr(whole, name), getattr(sliced, name), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_whatever_the_corpus() -> None:
     """GPT-2's vocabulary and window: under 1 GB beyond the models, and no more for three times the windows."""
     from transformers import GPT2Config, GPT2LMHeadModel

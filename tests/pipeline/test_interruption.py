@@ -28,7 +28,10 @@ def stop_at(place: Place, stage: str, folder: Path, number: signal.Signals) -> E
     return child.wait()
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage",
+    [pytest.param(one, marks=[] if one in ("==> quantize", "    scoring") else pytest.mark.slow) for one in STAGES],
+)
 def test_ctrl_c_leaves_finished_parts_only_and_says_so(place: Place, stage: str, tmp_path: Path) -> None:
     ended = stop_at(place, stage, tmp_path, signal.SIGINT)
     assert ended.code == 130, ended.err

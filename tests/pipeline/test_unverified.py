@@ -40,6 +40,7 @@ def test_it_is_never_published(folder: Path, place: Place) -> None:
     assert asked.code == 2 and "what is published has been measured" in asked.err
 
 
+@pytest.mark.slow
 def test_the_same_again_does_nothing_and_without_the_option_it_is_measured(folder: Path, place: Place) -> None:
     again = place.quantize("run", str(POCKET), "-o", "out", "--device", "cpu", "--unverified", "--json", folder=folder)
     assert again.code == 0 and json.loads(again.out)["created"] is False

@@ -107,6 +107,7 @@ def test_what_was_pushed_is_judged_and_not_pushed_twice(place: Place, tmp_path: 
     assert len(place.hub.log(TARGET)) == before
 
 
+@pytest.mark.slow
 def test_a_revision_is_resolved_once_and_kept(place: Place, folder: Path) -> None:
     commit = place.hub.head(MODEL)
     place.hub.commit(MODEL, {"README.md": b"a later card"}, message="later")
@@ -162,6 +163,7 @@ def test_push_needs_a_token_that_may_write(place: Place, tmp_path: Path) -> None
         place.hub.head(TARGET)
 
 
+@pytest.mark.slow
 def test_damage_on_the_way_is_noticed_and_mended(place: Place, folder: Path) -> None:
     """Bytes of the right number but wrong content arrive once: the second download counts."""
     place.hub.inject(Fault(method="GET", path=r"^/lfs/", times=1, kind="corrupt"))

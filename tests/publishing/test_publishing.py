@@ -227,6 +227,7 @@ def test_an_up_to_date_repo_is_left_alone_without_downloading(place: Place, tmp_
     assert json.loads(tampered.out)["state"] == "would publish"
 
 
+@pytest.mark.slow
 def test_what_else_was_asked_is_done_where_the_package_is_up_to_date(place: Place, tmp_path: Path) -> None:
     folder = place.fresh(tmp_path)
     assert place.quantize(*RUN, folder=folder).code == 0
@@ -282,6 +283,7 @@ def test_a_token_with_foreign_letters_is_said_in_one_line(place: Place, tmp_path
     assert ended.code == 1 and "contains a non-ASCII character" in ended.err and "Traceback" not in ended.err
 
 
+@pytest.mark.slow
 def test_a_new_commit_of_the_source_makes_a_new_package(place: Place, tmp_path: Path) -> None:
     folder = place.fresh(tmp_path)
     assert place.quantize(*RUN, folder=folder).code == 0
@@ -315,6 +317,7 @@ def test_a_card_alone_is_refreshed(place: Place, tmp_path: Path) -> None:
     assert len(place.commits()) == 2
 
 
+@pytest.mark.slow
 def test_a_refused_model_is_not_published(place: Place, tmp_path: Path) -> None:
     folder = place.fresh(tmp_path)
     shutil.rmtree(folder / NAME)

@@ -114,7 +114,8 @@ def somebody_deletes(hub: LoopbackHub) -> None:
 
 def marks(case: Case, name: str) -> list[pytest.MarkDecorator]:
     """Publishing is the same code in every command: the inner loop takes each case of it once, with `push`."""
-    return [] if name == case.commands[0] and case.made else [pytest.mark.slow]
+    lasting = any(fault.times is None and fault.kind != "status" for fault in case.faults)
+    return [] if name == case.commands[0] and case.made and not lasting else [pytest.mark.slow]
 
 
 CELLS = [
