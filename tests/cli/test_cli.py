@@ -112,6 +112,7 @@ def test_doctor_tells_what_is_here(command: Callable[..., Outcome], monkeypatch:
     assert "4-bit on" in command("doctor").err
 
 
+@pytest.mark.slow
 def test_an_unreachable_hub_is_one_line(tmp_path: Path) -> None:
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
     outcome = subprocess.run(

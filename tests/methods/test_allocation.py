@@ -77,10 +77,9 @@ def test_the_package_is_better_within_its_bytes_and_says_how(tmp_path: Path) -> 
     assert larger.evidence.scores.kld.mean.value < 0.9 * plain.evidence.scores.kld.mean.value
     assert 1.15 < larger.evidence.sizes.package_bytes / plain.evidence.sizes.package_bytes <= 1.3
     card = (larger.folder / "README.md").read_text()
-    assert f"(per 32 in {len(quantized.block_32_modules)} of {len(quantized.modules)} matrices" in card
-    assert (
-        f"{len(quantized.half_precision_modules)} sensitive matrices in float16" in card and "--size-budget 1.3" in card
-    )
+    assert f"or 32 in the {len(quantized.block_32_modules)} of {len(quantized.modules)} layers" in card
+    assert f"{len(quantized.half_precision_modules)} sensitive layers stay in float16" in card
+    assert "--size-budget 1.3" in card
     verified = pipeline.verify(pipeline.VerifyRequest(str(larger.folder), str(POCKET), SETTINGS, "cpu"), Silent())
     assert verified.verdict.passed and verified.checks == larger.evidence.checks
 

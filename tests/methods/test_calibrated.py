@@ -55,6 +55,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
     return pipeline.run(request, Silent()).package
 
 
+@pytest.mark.slow
 def test_it_diverges_much_less_than_stock_and_says_so(package: Package) -> None:
     """Even on a little text; the run measures stock on the same windows, and the card names both."""
     evidence = package.evidence
@@ -78,6 +79,7 @@ def test_it_diverges_much_less_than_stock_and_says_so(package: Package) -> None:
     assert "and rounding was then learned in 3 epochs on that text" in card and "--epochs 3" in card
 
 
+@pytest.mark.slow
 def test_as_many_bytes_as_stock(package: Package, finished: Path) -> None:
     """Names, types and shapes are stock's; only an offset in a header takes fewer digits."""
     plain, tensors = (load_file(folder / "model.safetensors") for folder in (finished, package.folder))
@@ -88,6 +90,7 @@ def test_as_many_bytes_as_stock(package: Package, finished: Path) -> None:
     assert sum(one.nbytes for one in tensors.values()) <= sum(one.nbytes for one in plain.values())
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_at_its_first_unfinished_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the bytes of a run that nobody killed: the seed decides all of them."""
     tiny("llama", tmp_path / "tiny")
@@ -145,9 +148,9 @@ def test_other_architectures(kind: str, tmp_path: Path) -> None:
     folder = tmp_path / kind
     model = tiny(kind, folder)
     errors = {}
-    tried: dict[str, dict[str, Any]] = {"rtn": {"name": "rtn"}, "calibrated": {}, "learned": {"epochs": 2}}
+    tried = {"rtn": Recipe(name="rtn"), "calibrated": LITTLE, "learned": methods.replace(LITTLE, epochs=2)}
     for name, recipe in tried.items():
-        checkout, _ = made(tmp_path / name, methods.replace(LITTLE, **recipe), folder)
+        checkout, _ = made(tmp_path / name, recipe, folder)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name, local_files_only=True)
         linear = [module for module in loaded.modules() if type(module).__name__ == "Linear4bit"]
         assert len(linear) == len(checkpoint.quantized_names(checkout, LITTLE)) > 0
@@ -191,7 +194,7 @@ def test_inputs_that_64_does_not_divide_are_rounded_to_nearest(tmp_path: Path) -
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(POCKET / name, tmp_path / "odd")
     _, mine = made(tmp_path / "mine", LITTLE, tmp_path / "odd")
-    _, plain = made(tmp_path / "rtn", dataclasses.replace(LITTLE, name="rtn"), tmp_path / "odd")
+    _, plain = made(tmp_path / "rtn", Recipe(name="rtn"), tmp_path / "odd")
     assert all(torch.equal(mine[name], plain[name]) for name in plain)
 
 
@@ -213,9 +216,8 @@ def test_auto_climbs_and_keeps_the_best(tmp_path: Path, monkeypatch: pytest.Monk
     hard = pipeline.RunRequest(str(POCKET), output=tmp_path / "hard", recipe=recipe, settings=SETTINGS, device="cpu")
     made = pipeline.run(hard, Silent()).package
     tried = made.evidence.attempts
-    assert [one.recipe.name for one in tried] == ["rtn", "calibrated", "calibrated"] and tried[2].recipe.options[
-        "epochs"
-    ] == 1
+    assert [one.recipe.name for one in tried] == ["rtn", "calibrated", "calibrated"]
+    assert tried[2].recipe.options["epochs"] == 1
     (chosen,) = [one for one in tried if one.chosen]
     assert chosen.kld and all(one.kld and chosen.kld.value <= one.kld.value for one in tried)
     assert made.provenance.recipe == chosen.recipe and made.evidence.verdict.passed

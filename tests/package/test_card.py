@@ -113,6 +113,7 @@ plain = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), m
     ),
 )
 @settings(max_examples=60, deadline=None)
+@pytest.mark.slow
 def test_metadata_survives_the_round_trip(title: str, fields: dict[str, Any]) -> None:
     text = f"---\n{yaml.safe_dump(fields, allow_unicode=True)}---\n# {title}\n"
     facts = dataclasses.replace(pocket_facts(), source_card=text, publisher=CardPublisher(title, ()))
@@ -213,6 +214,7 @@ def run_snippets(folder: Path) -> tuple[str, str]:
     return used.stdout, checked.stdout
 
 
+@pytest.mark.slow
 def test_every_snippet_runs(finished: Path) -> None:
     used, checked = run_snippets(finished)
     assert used.count("Hello, I'm a language model,") == 4 and "torch.Size([1, " in used
@@ -306,6 +308,7 @@ def test_an_unknown_license_is_shown(tmp_path: Path, package_copy: Path, pocket_
     assert "**License unknown.**" in text
 
 
+@pytest.mark.slow
 def test_a_long_card_is_quick() -> None:
     """Megabytes of text, and of what regular expressions stumble over: twice as much takes not much more than twice as
     long, where a square would take four times."""

@@ -86,6 +86,7 @@ def test_only_packages_are_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "thesis" / "chapter.txt").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line(tmp_path: Path, pocket: Path) -> None:
     """The operating system refuses to write more than 1 MB a file, as a full disk would."""
     outcome = subprocess.run(

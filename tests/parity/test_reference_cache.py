@@ -105,6 +105,7 @@ def together(finished: Path) -> Evidence:
     return pipeline.verify(pipeline.VerifyRequest(str(finished), str(POCKET), SETTINGS, "cpu"), Silent())
 
 
+@pytest.mark.slow
 def test_one_at_a_time_says_what_side_by_side_says(
     finished: Path, together: Evidence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,6 +78,7 @@ def test_wikitext_is_cut_into_pages_and_spelled_out() -> None:
     assert '"We have lost two horses and a boy in the water"' in text and "(a hand with six fingers)" in text
 
 
+@pytest.mark.slow
 def test_both_models_are_stated_on_request(finished: Path, tmp_path: Path) -> None:
     """On a part of the built-in text, since these figures read every token that there is."""
     corpus = tmp_path / "part.txt"

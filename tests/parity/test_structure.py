@@ -61,6 +61,7 @@ def test_the_good_package_passes(package_copy: Path) -> None:
 PARTS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
+@pytest.mark.slow
 def test_controls_show_the_noise_floor_and_the_alternatives(finished: Path) -> None:
     settings = dataclasses.replace(SETTINGS, controls=True)
     evidence = pipeline.verify(pipeline.VerifyRequest(str(finished), str(POCKET), settings, "cpu"), Silent())

@@ -73,6 +73,7 @@ def test_conv1d_becomes_4bit_ties_stay_and_the_head_stays(finished: Path) -> Non
     }
 
 
+@pytest.mark.slow
 def test_a_separate_process_loads_it_with_nothing_but_transformers(finished: Path) -> None:
     script = (
         "import sys; from transformers import AutoModelForCausalLM, pipeline\n"
@@ -108,6 +109,7 @@ def test_a_package_that_was_being_replaced_gets_its_name_back(package_copy: Path
         package.require_unchanged(package.open_package(package_copy))
 
 
+@pytest.mark.slow
 def test_generation_settings_that_saving_would_refuse_are_copied(tmp_path: Path, pocket_copy: Path) -> None:
     own = json.dumps({"do_sample": False, "temperature": 0.6, "eos_token_id": 0, "bos_token_id": 0})
     (pocket_copy / "generation_config.json").write_text(own)
@@ -141,6 +143,7 @@ def test_another_recipe_does_not_take_a_finished_name(finished: Path, command: C
     assert "holds a package of another source or recipe" in outcome.err
 
 
+@pytest.mark.slow
 def test_force_replaces_and_leaves_nothing_behind(package_copy: Path) -> None:
     request = pipeline.RunRequest(
         str(POCKET), output=package_copy, recipe=Recipe(name="rtn"), settings=SMALL, device="cpu", force=True
@@ -185,6 +188,7 @@ def test_a_refused_package_keeps_its_evidence_under_a_name_that_shows_it(
     ],
     ids=["fp4", "int8", "bfloat16", "skip"],
 )
+@pytest.mark.slow
 def test_other_recipes(tmp_path: Path, recipe: dict[str, Any]) -> None:
     made = small_run(tmp_path / "out", **recipe)
     failed = [check for check in made.evidence.checks if not check.passed]
@@ -203,6 +207,7 @@ def test_unknown_modules_to_skip_are_named(tmp_path: Path, command: Callable[...
     assert outcome.code == 1 and "--skip-modules h.99: pocket-gpt2 has no linear module of that name" in outcome.err
 
 
+@pytest.mark.slow
 def test_untied_llama_with_grouped_heads(tmp_path: Path, llama: Path) -> None:
     made = small_run(tmp_path / "out", llama)
     assert not [check for check in made.evidence.checks if not check.passed]
@@ -251,6 +256,7 @@ def test_verify_judges_a_checkpoint_that_is_no_package(
     assert outcome.code == 0 and "perplexity ratio" in outcome.err
 
 
+@pytest.mark.slow
 def test_verify_judges_an_8bit_checkpoint_made_by_stock_transformers(
     tmp_path: Path, command: Callable[..., Outcome]
 ) -> None:

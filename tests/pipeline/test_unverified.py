@@ -50,6 +50,7 @@ def test_the_same_again_does_nothing_and_without_the_option_it_is_measured(folde
     assert verified.code == 0 and "passed" in verified.err
 
 
+@pytest.mark.slow
 def test_a_measured_package_takes_its_place(tmp_path: Path) -> None:
     from tests.pipeline.test_run import SMALL
 

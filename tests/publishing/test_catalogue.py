@@ -122,6 +122,7 @@ def sensible(defaults: Keys, keys: Keys) -> Keys:
 
 
 @given(st.data(), some_keys, catalogues)
+@pytest.mark.slow
 def test_what_is_written_is_read(shelf: Path, data: st.DataObject, defaults: Keys, models: list[Keys]) -> None:
     models = [sensible(defaults, model) for model in models]
     text = data.draw(texts(defaults, models))

@@ -87,6 +87,7 @@ def test_run_and_push_over_http(tmp_path: Path) -> None:
         assert loaded.stdout.split() == ["True", "4096"], loaded.stderr
 
 
+@pytest.mark.slow
 def test_what_was_pushed_is_judged_and_not_pushed_twice(place: Place, tmp_path: Path) -> None:
     folder = place.fresh(tmp_path)
     assert place.run("push", folder).code == 0

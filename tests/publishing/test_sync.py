@@ -44,6 +44,7 @@ def folder(place: Place, tmp_path: Path) -> Path:
     return place.fresh(tmp_path)
 
 
+@pytest.mark.slow
 def test_published_refused_and_failed_in_one_job(place: Place, folder: Path) -> None:
     (folder / "catalogue.toml").write_text(THREE)
     summary = folder / "summary.md"
@@ -70,6 +71,7 @@ def test_published_refused_and_failed_in_one_job(place: Place, folder: Path) -> 
     assert third.code == 0 and len(place.commits()) == 1
 
 
+@pytest.mark.slow
 def test_a_refused_model_is_not_made_again(place: Place, folder: Path) -> None:
     (folder / "catalogue.toml").write_text(CATALOGUE.replace('"degraded"', '"lossless"'))
     shutil.rmtree(folder / "sync")
@@ -126,6 +128,7 @@ def test_former_names_in_a_catalogue_are_told(place: Place, folder: Path) -> Non
     ]
 
 
+@pytest.mark.slow
 def test_what_is_over_the_limit_waits_for_the_next_time(place: Place, folder: Path) -> None:
     other = "tester/another-copy"
     place.hub.delete_repo(other)
