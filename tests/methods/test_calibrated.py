@@ -198,6 +198,7 @@ def test_inputs_that_64_does_not_divide_are_rounded_to_nearest(tmp_path: Path) -
     assert all(torch.equal(mine[name], plain[name]) for name in plain)
 
 
+@pytest.mark.slow
 def test_auto_stops_at_the_first_attempt_that_is_good_enough(tmp_path: Path) -> None:
     recipe = dataclasses.replace(LITTLE, name="auto", target_grade="good")
     easy = pipeline.RunRequest(str(POCKET), output=tmp_path / "easy", recipe=recipe, settings=SETTINGS, device="cpu")
@@ -319,6 +320,7 @@ def test_the_hessian_of_inputs_far_from_zero_keeps_its_digits() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about what peft calls
+@pytest.mark.slow
 def test_a_pipeline_and_a_lora_step(package: Package) -> None:
     require_pipeline_and_lora(package.folder, "cpu")
 
