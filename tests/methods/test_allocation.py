@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantize import methods, pipeline, search, source
+from quantize import methods, search, source
 from quantize.errors import ConfigError
 from quantize.formats.bitsandbytes.sizes import BLOCK
 from quantize.methods.calibration import allocation
 from quantize.methods.calibration.allocation import HALF_PRECISION, SMALL_BLOCK, StorageOption
 from quantize.progress import Silent
 from tests.conftest import POCKET
-from tests.methods.test_calibrated import LITTLE, SETTINGS
 
 costs = st.integers(0, 1000).map(lambda cost: cost / 1000)
 matrices = st.dictionaries(
@@ -51,37 +48,6 @@ def test_with_bytes_for_all_nothing_diverges_and_with_none_all_stay_plain(
         for name, block in allocation.spend(offers, 1e9).items()
     )
     assert set(allocation.spend(offers, 0).values()) == {BLOCK}
-
-
-@pytest.mark.slow
-def test_the_package_is_better_within_its_bytes_and_says_how(tmp_path: Path) -> None:
-    """Stock transformers loads matrices of both block sizes and of half precision; the same budget gives the same."""
-    made = {}
-    for share in (1.0, 1.3):
-        recipe = methods.replace(LITTLE, size_budget=share)
-        output = tmp_path / f"package-{share}"
-        request = pipeline.RunRequest(str(POCKET), output=output, recipe=recipe, settings=SETTINGS, device="cpu")
-        made[share] = pipeline.run(request, Silent()).package
-    plain, larger = made[1.0], made[1.3]
-    quantized = larger.provenance.quantized
-    assert (
-        quantized.block_32_modules
-        and quantized.half_precision_modules
-        and not plain.provenance.quantized.block_32_modules
-    )
-    assert set(quantized.block_32_modules) <= set(quantized.modules) and set(quantized.half_precision_modules) <= set(
-        quantized.kept_modules
-    )
-    assert all(check.passed for check in larger.evidence.checks)
-    assert larger.evidence.scores and plain.evidence.scores
-    assert larger.evidence.scores.kld.mean.value < 0.9 * plain.evidence.scores.kld.mean.value
-    assert 1.15 < larger.evidence.sizes.package_bytes / plain.evidence.sizes.package_bytes <= 1.3
-    card = (larger.folder / "README.md").read_text()
-    assert f"or 32 in the {len(quantized.block_32_modules)} of {len(quantized.modules)} layers" in card
-    assert f"{len(quantized.half_precision_modules)} sensitive layers stay in float16" in card
-    assert "--size-budget 1.3" in card
-    verified = pipeline.verify(pipeline.VerifyRequest(str(larger.folder), str(POCKET), SETTINGS, "cpu"), Silent())
-    assert verified.verdict.passed and verified.checks == larger.evidence.checks
 
 
 def test_auto_spends_its_budget_last() -> None:

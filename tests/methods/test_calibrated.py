@@ -123,6 +123,31 @@ def test_work_of_another_recipe_is_not_taken_up(tmp_path: Path) -> None:
         (work.folder / "layer-0.safetensors").touch()
 
 
+@pytest.mark.slow
+def test_with_a_size_budget_it_is_better_within_its_bytes_and_says_how(package: Package, tmp_path: Path) -> None:
+    """Stock transformers loads matrices of both block sizes and of half precision; the same budget gives the same."""
+    recipe = methods.replace(LITTLE, size_budget=1.3)
+    request = pipeline.RunRequest(
+        str(POCKET), output=tmp_path / "package", recipe=recipe, settings=SETTINGS, device="cpu"
+    )
+    larger = pipeline.run(request, Silent()).package
+    quantized = larger.provenance.quantized
+    assert quantized.block_32_modules and quantized.half_precision_modules
+    assert not package.provenance.quantized.block_32_modules
+    assert set(quantized.block_32_modules) <= set(quantized.modules)
+    assert set(quantized.half_precision_modules) <= set(quantized.kept_modules)
+    assert all(check.passed for check in larger.evidence.checks)
+    assert larger.evidence.scores and package.evidence.scores
+    assert larger.evidence.scores.kld.mean.value < 0.9 * package.evidence.scores.kld.mean.value
+    assert 1.15 < larger.evidence.sizes.package_bytes / package.evidence.sizes.package_bytes <= 1.3
+    card = (larger.folder / "README.md").read_text()
+    assert f"or 32 in the {len(quantized.block_32_modules)} of {len(quantized.modules)} layers" in card
+    assert f"{len(quantized.half_precision_modules)} sensitive layers stay in float16" in card
+    assert "--size-budget 1.3" in card
+    verified = pipeline.verify(pipeline.VerifyRequest(str(larger.folder), str(POCKET), SETTINGS, "cpu"), Silent())
+    assert verified.verdict.passed and verified.checks == larger.evidence.checks
+
+
 def tiny(kind: str, folder: Path) -> Any:
     """A model of two blocks with random weights, saved with the pocket model's tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM
