@@ -15,7 +15,8 @@ def free() -> int:
     """Free bytes: those of the machine, or what is left within the process's control groups and resource limits."""
     import psutil
 
-    return max(0, min(int(psutil.virtual_memory().available), *_left_by_groups(), *_left_by_resource_limits()))
+    available = int(psutil.virtual_memory().available)
+    return max(0, min([available, *_left_by_groups(), *_left_by_resource_limits()]))
 
 
 def _left_by_resource_limits() -> Iterator[int]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from quantize import devices, memory
@@ -23,6 +24,11 @@ def group(folder: Path, **files: object) -> None:
 def left(tmp_path: Path, *lines: str) -> list[int]:
     (tmp_path / "cgroup").write_text("\n".join(lines) + "\n", "utf-8")
     return list(memory._left_by_groups(tmp_path / "cgroup", tmp_path / "fs"))
+
+
+def test_without_limits_it_is_what_the_machine_has_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_left_by_groups", lambda: iter(()))
+    assert 0 < memory.free() <= psutil.virtual_memory().total
 
 
 def test_control_groups_of_version_2(tmp_path: Path) -> None:
