@@ -43,7 +43,8 @@ class RunRequest:
     """What one `quantize run` was asked for; `output` None means a folder named after the model.
 
     `name` is what the card calls the package, where not its folder's name. `replace_outdated` replaces a finished
-    package of an earlier commit of the same model, as `force` replaces any. `unverified` measures nothing.
+    package of an earlier commit of the same model, as `force` replaces any. `unverified` measures nothing. With
+    `clean`, finished parts of a run that was stopped are neither taken up nor left.
     """
 
     model: str
@@ -60,6 +61,7 @@ class RunRequest:
     allow_no_derivatives: bool = False
     name: str = ""
     replace_outdated: bool = False
+    clean: bool = False
     unverified: bool = False
 
 
@@ -109,14 +111,14 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
     output = request.output or default_output(request.model, request.recipe)
     package.require_replaceable(output)
     device = devices.choose(request.device)
-    with package.staging_folder(output) as staging:
+    with package.staging_folder(output) as staging, package.finished_parts(output, clean=request.clean) as resume:
         checkout = _fetch(request, progress)
         finished = _finished(request, checkout, output)
         if finished is not None:
             return RunResult(finished, created=False)
         template = _read_template(request.card_template)
         _check(request, checkout, staging)
-        resume, corpus = output.with_name(f"{output.name}{package.UNFINISHED}"), corpus_text(request.settings)
+        corpus = corpus_text(request.settings)
         job = methods.Job(checkout, staging, request.recipe, device, progress, corpus, resume)
         candidate = search.build(job, request.settings, _measurement(request, job))
         progress.stage("write card and provenance")
