@@ -181,7 +181,7 @@ class ReferenceCache:
 
     def _checksum(self, packed: np.ndarray[Any, Any], index: int) -> int:
         """Of a record but for its last field, which is this: under the file's header and at its place in the file."""
-        content = packed.view(np.uint8)[: -self._record["checksum"].itemsize]
+        content = packed.view(np.uint8)[: -self._record["checksum"].itemsize].data
         return zlib.crc32(content, zlib.crc32(str(index).encode(), self._header_checksum))
 
     def _pack(self, logits: torch.Tensor, targets: torch.Tensor) -> np.ndarray[Any, Any]:
