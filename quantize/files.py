@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from quantize.errors import QuantizeError, StorageError, storage_errors
+from quantize.errors import PackageError, QuantizeError, StorageError, storage_errors
+from quantize.folders import require_no_link, require_own
 from quantize.records import FileRecord, Stamp
 
 CONFIG = "config.json"
@@ -53,8 +54,9 @@ def flush(path: Path) -> None:
 
 
 def records_of(folder: Path, *, without: tuple[str, ...] = ()) -> tuple[FileRecord, ...]:
-    """Every file below `folder`, in order of path."""
-    paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    """Every file below `folder`, in order of path; raises PackageError for one that lies elsewhere or is a pipe."""
+    paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    require_own(folder, paths, PackageError)
     return tuple(FileRecord(path, *hash_file(folder / path)) for path in paths if path not in without)
 
 
@@ -88,6 +90,7 @@ def locked(path: Path, busy: QuantizeError) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     lock = FileLock(path.parent.resolve() / f".{path.name}.lock", mode=0o666)
+    require_no_link(Path(lock.lock_file))
     try:
         with storage_errors(lock.lock_file):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from quantize.errors import PackageError
 from quantize.evidence import Evidence
 from quantize.files import CARD, CONFIG, PARITY, PROVENANCE, RECEIPT, hash_file, records_of
+from quantize.folders import write_text
 from quantize.formats.safetensors import weight_files
 from quantize.records import Checkout, FileRecord, Provenance
 from quantize.serialization import to_json
@@ -26,11 +27,11 @@ def copy_carried(checkout: Checkout, names: tuple[str, ...], staging: Path) -> N
 
 
 def write_evidence(staging: Path, evidence: Evidence) -> None:
-    (staging / PARITY).write_text(to_json(evidence), "utf-8")
+    write_text(staging / PARITY, to_json(evidence))
 
 
 def write_card(staging: Path, card: str) -> None:
-    (staging / CARD).write_text(card, "utf-8", newline="\n")
+    write_text(staging / CARD, card)
 
 
 def seal(staging: Path, provenance: Provenance, measured: tuple[FileRecord, ...] = ()) -> Provenance:
@@ -47,7 +48,7 @@ def seal(staging: Path, provenance: Provenance, measured: tuple[FileRecord, ...]
             f"{staging / changed[0]} was changed after it was measured: run again when nothing writes there"
         )
     sealed = dataclasses.replace(provenance, files=files)
-    (staging / PROVENANCE).write_text(to_json(sealed), "utf-8")
+    write_text(staging / PROVENANCE, to_json(sealed))
     return sealed
 
 
@@ -56,5 +57,5 @@ def reseal_card(staging: Path, provenance: Provenance) -> Provenance:
     new = FileRecord(CARD, *hash_file(staging / CARD))
     listed = tuple(new if file.path == CARD else file for file in provenance.files)
     sealed = dataclasses.replace(provenance, files=listed)
-    (staging / PROVENANCE).write_text(to_json(sealed), "utf-8")
+    write_text(staging / PROVENANCE, to_json(sealed))
     return sealed
