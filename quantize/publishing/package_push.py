@@ -6,9 +6,8 @@ import dataclasses
 from pathlib import Path
 
 from quantize import package
-from quantize.errors import ParityRefused, storage_errors
-from quantize.files import PROVENANCE, RECEIPT, hash_file
-from quantize.folders import write_text
+from quantize.errors import PackageError, ParityRefused, storage_errors
+from quantize.files import CARD, PROVENANCE, RECEIPT, hash_file
 from quantize.package import Package
 from quantize.progress import Progress
 from quantize.publishing.download_check import check_download
@@ -39,7 +38,7 @@ def push(folder: Path, destination: Destination, progress: Progress, *, verify_d
         receipt, key=passed.provenance.key, started=started, finished=now(), downloaded=downloaded
     )
     with storage_errors(folder):
-        write_text(folder / RECEIPT, to_json(receipt))
+        (folder / RECEIPT).write_text(to_json(receipt), "utf-8")
     return receipt
 
 
@@ -51,6 +50,8 @@ def published_files(sealed: Package) -> tuple[FileRecord, ...]:
 def _publishable(folder: Path) -> Package:
     sealed = package.open_package(folder)
     package.require_unchanged(sealed)
+    if not (folder / CARD).is_file():
+        raise PackageError(f"{folder} has no card yet: `quantize card {folder}` writes it")
     if not sealed.evidence.verdict.passed:
         raise ParityRefused(f"{folder} did not pass parity ({sealed.evidence.verdict.grade}): it is not published")
     return sealed
