@@ -99,7 +99,8 @@ class CardFacts:
     the Hub. Intervals are of level `confidence`; with `optional_stopping` only those of the two figures with a limit
     hold although scoring may have `stopped_early`. Windows of a kind that is rarer than `missed_share` can have been
     missed (5 %). `method_description` says how codes were chosen. Of the quantized modules `block_32_modules` have
-    blocks of 32 weights; `half_precision_modules` of the kept ones are kept for the sake of accuracy.
+    blocks of 32 weights; `half_precision_modules` of the kept ones are kept for the sake of accuracy. `unused_tensors`
+    are layers of the source's files that its model has no place for, each with its number of tensors.
     """
 
     publisher: CardPublisher | None
@@ -124,6 +125,7 @@ class CardFacts:
     block_32_modules: int
     half_precision_modules: int
     kept_modules: tuple[str, ...]
+    unused_tensors: tuple[tuple[str, int], ...]
     source_bytes: int
     package_bytes: int
     bits_per_parameter: float

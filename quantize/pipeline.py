@@ -15,6 +15,8 @@ from model_card import CardFacts
 from quantize import __version__, devices, files, methods, package, search, source
 from quantize.errors import ConfigError, PackageError, QuantizeError, UnsupportedModel, storage_errors
 from quantize.evidence import Evidence
+from quantize.folders import write_text
+from quantize.formats import source_model
 from quantize.formats.bitsandbytes.config import ExpectedConfig
 from quantize.formats.safetensors import recorded_weight_bytes
 from quantize.grades import UNMEASURED
@@ -24,6 +26,7 @@ from quantize.progress import Progress, Silent
 from quantize.records import (
     Checkout,
     EvaluationSettings,
+    FileRecord,
     Provenance,
     Publisher,
     Quantized,
@@ -114,17 +117,14 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
         if finished is not None:
             return RunResult(finished, created=False)
         template = _read_template(request.card_template)
-        measured = _undocumented(request, checkout, output)
-        if measured is None:
-            _check(request, checkout, staging)
-            resume, corpus = output.with_name(f"{output.name}{package.UNFINISHED}"), corpus_text(request.settings)
-            job = methods.Job(checkout, staging, request.recipe, device, progress, corpus, resume)
-            candidate = search.build(job, request.settings, _measurement(request, job))
-            package.write_evidence(staging, candidate.evidence)
-            measured = Package(staging, _provenance(request, checkout, candidate, output.name), candidate.evidence)
+        kept = _undocumented(request, checkout, output)
+        with source.watched(checkout):
+            measured, hashes = (kept, ()) if kept else _measured(request, checkout, staging, output, device, progress)
         progress.stage("write card and provenance")
         with _kept_undocumented(measured, output, progress):
-            sealed = _document(measured, source.card_text(checkout), template, request.card_template)
+            with source.watched(checkout):
+                text = source.card_text(checkout)
+                sealed = _document(measured, hashes, text, template, request.card_template)
             return RunResult(_in_place(sealed, output), created=True)
 
 
@@ -136,7 +136,7 @@ def verify(request: VerifyRequest, progress: Progress) -> Evidence:
     checkout, expected = _original(request, folder, progress)
     progress.stage(f"verify on {device}")
     recipes = CONTROLS if request.settings.controls else {}
-    with _controls(checkout, recipes, device, progress) as controls:
+    with source.watched(checkout), _controls(checkout, recipes, device, progress) as controls:
         return measure(
             checkout, folder, request.settings, device, progress, expected, controls, request.reference_cache
         )
@@ -157,7 +157,7 @@ def write_page(opened: Package, path: Path) -> None:
     """A package's card as one HTML file."""
     text = model_card.page((opened.folder / files.CARD).read_text("utf-8"), opened.folder)
     with storage_errors(path):
-        path.write_text(text, "utf-8")
+        write_text(path, text)
 
 
 def rewrite_card(request: CardRequest) -> Package:
@@ -222,9 +222,25 @@ def _undocumented(request: RunRequest, checkout: Checkout, output: Path) -> Pack
     )
 
 
-def _check(request: RunRequest, checkout: Checkout, staging: Path) -> None:
-    """Raise now what would otherwise end the run after hours: license, corpus, recipe, disk."""
+def _measured(
+    request: RunRequest, checkout: Checkout, staging: Path, output: Path, device: str, progress: Progress
+) -> tuple[Package, tuple[FileRecord, ...]]:
+    """What is made and measured in `staging`, to be documented, and its files as they were before measuring."""
+    _check(request, checkout, staging, progress)
+    resume, corpus = output.with_name(f"{output.name}{package.UNFINISHED}"), corpus_text(request.settings)
+    job = methods.Job(checkout, staging, request.recipe, device, progress, corpus, resume)
+    candidate = search.build(job, request.settings, _measurement(request, job))
+    package.write_evidence(staging, candidate.evidence)
+    provenance = _provenance(request, checkout, candidate, output.name)
+    return Package(staging, provenance, candidate.evidence), candidate.files
+
+
+def _check(request: RunRequest, checkout: Checkout, staging: Path, progress: Progress) -> None:
+    """Raise now what would otherwise end the run after hours: license, tensors, corpus, recipe, disk."""
     _require_derivable(checkout, request.allow_no_derivatives)
+    unused = source_model.grouped(source_model.check_tensors(checkout))
+    if unused:
+        progress.note(f"the model has no place for these tensors in its files: {', '.join(unused)}")
     check_inputs(checkout, request.settings)
     methods.check(checkout, request.recipe, corpus_text(request.settings))
     files.require_space(staging, recorded_weight_bytes(checkout.source.files), "the package")
@@ -299,13 +315,15 @@ def _provenance(request: RunRequest, checkout: Checkout, candidate: search.Candi
     )
 
 
-def _document(measured: Package, source_card: str | None, template: str | None, path: Path | None) -> Package:
+def _document(
+    measured: Package, hashes: tuple[FileRecord, ...], source_card: str | None, template: str | None, path: Path | None
+) -> Package:
     """Write figures and card beside weights and evidence, and seal all with hashes; `path` is the template's."""
     folder = measured.folder
     figures.draw(measured.evidence, folder / files.FIGURES)
     facts = card.facts(measured.provenance, measured.evidence, source_card, card.figure_names(folder))
     package.write_card(folder, _rendered(facts, template, path))
-    return dataclasses.replace(measured, provenance=package.seal(folder, measured.provenance))
+    return dataclasses.replace(measured, provenance=package.seal(folder, measured.provenance, hashes))
 
 
 @contextmanager
