@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 ARITHMETIC_WINDOWS, ARITHMETIC_TOKENS, CACHED_TOKENS = 2, 256, 48
 FLOAT16 = "original in float16"
-OVERFLOW = "its outputs overflow to NaN or infinity"
+OVERFLOW = "its outputs overflow and are no numbers"
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def test_a_control_without_figures_is_a_row_that_says_why(finished: Path, eviden
     assert whole.kld is not None and whole.problem == ""
     told = dataclasses.replace(evidence, controls=(control, whole))
     assert from_json(Evidence, to_json(told), "parity.json") == told
-    assert "overflow to NaN or infinity" in terminal(told) and "| | | its outputs overflow" in text_of(finished, told)
+    assert "overflow and are no numbers" in terminal(told) and "| | | its outputs overflow" in text_of(finished, told)
 
 
 def test_a_standard_perplexity_beyond_all_numbers_is_said_so(finished: Path, evidence: Evidence) -> None:
