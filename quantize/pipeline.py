@@ -114,7 +114,7 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
         if finished is not None:
             return RunResult(finished, created=False)
         template = _read_template(request.card_template)
-        _check(request, checkout, staging)
+        _check(request, checkout, staging, progress)
         resume, corpus = output.with_name(f"{output.name}{package.UNFINISHED}"), corpus_text(request.settings)
         job = methods.Job(checkout, staging, request.recipe, device, progress, corpus, resume)
         candidate = search.build(job, request.settings, _measurement(request, job))
@@ -201,9 +201,9 @@ def _finished(request: RunRequest, checkout: Checkout, output: Path) -> Package 
     return None
 
 
-def _check(request: RunRequest, checkout: Checkout, staging: Path) -> None:
+def _check(request: RunRequest, checkout: Checkout, staging: Path, progress: Progress) -> None:
     """Raise now what would otherwise end the run after hours: license, corpus, recipe, disk."""
-    _require_derivable(checkout, request.allow_no_derivatives)
+    _check_metadata(checkout, request.allow_no_derivatives, progress)
     check_inputs(checkout, request.settings)
     methods.check(checkout, request.recipe, corpus_text(request.settings))
     files.require_space(staging, recorded_weight_bytes(checkout.source.files), "the package")
@@ -305,15 +305,17 @@ def _facts(opened: Package, against: str | None) -> CardFacts:
     return card.facts(provenance, opened.evidence, text, card.figure_names(opened.folder))
 
 
-def _require_derivable(checkout: Checkout, allowed: bool) -> None:
-    """Raise UnsupportedModel where the source's license lets nobody publish changed copies."""
-    metadata = model_card.split(source.card_text(checkout) or "").metadata
-    license_name = model_card.forbids_derivatives(metadata)
+def _check_metadata(checkout: Checkout, allowed: bool, progress: Progress) -> None:
+    """Say what the card will not inherit as it stands; raises UnsupportedModel for a license against changed copies."""
+    original = model_card.split(source.card_text(checkout) or "")
+    license_name = model_card.forbids_derivatives(original)
     if license_name and not allowed:
         raise UnsupportedModel(
             f"{checkout.source.name} has the license {license_name}, which allows no changed copies: ask its authors, "
             f"and then say --allow-no-derivatives"
         )
+    for note in model_card.inherited(original)[1]:
+        progress.note(note)
 
 
 def _read_template(path: Path | None) -> str | None:

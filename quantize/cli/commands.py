@@ -147,12 +147,13 @@ def card(
     quantize card distilgpt2-bnb-4bit --preview
     quantize card distilgpt2-bnb-4bit --card-template my-card.md.j2 --html card.html
     """
+    from model_card import visible_json
     from quantize import pipeline
     from quantize.cli import console
 
     request = pipeline.CardRequest(folder, against, publisher, card_template)
     if facts:
-        click.echo(to_json(pipeline.card_names(request)), nl=False)
+        click.echo(visible_json(to_json(pipeline.card_names(request))), nl=False)
         return
     package = pipeline.rewrite_card(request)
     if html is not None:
@@ -199,13 +200,14 @@ def sync(context: click.Context, /, catalogue: Path, display: Display, **request
     quantize sync catalogue.toml
     quantize sync catalogue.toml --only you/distilgpt2-bnb-4bit --dry-run
     """
+    from model_card import visible
     from quantize.cli import console
 
     report = publishing.sync(SyncRequest(catalogue, **request), display.progress)
     display.show(report, lambda terminal: console.show_report(terminal, report))
     for outcome in report.outcomes if display.quiet else ():
         if not outcome.ok:
-            click.echo(f"{outcome.state}: {outcome.repo}: {outcome.detail}", err=True)
+            click.echo(visible(f"{outcome.state}: {outcome.repo}: {outcome.detail}"), err=True)
     context.exit(report.exit_code)
 
 
@@ -239,6 +241,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         click.echo("interrupted: no partial result was left behind; run the same command again to continue", err=True)
         sys.exit(INTERRUPTED)
     except QuantizeError as error:
-        click.echo(f"error: {error}", err=True)
+        from model_card import visible
+
+        click.echo(visible(f"error: {error}"), err=True)
         sys.exit(error.exit_code)
     sys.exit(code)

@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from model_card import nats, split
+from model_card import nats, split, visible
+from quantize.cli.visible_console import VisibleConsole
 from quantize.diagnostics import Diagnostics
 from quantize.evidence import Estimate, Evidence
 from quantize.files import CARD
@@ -30,12 +31,12 @@ class Terminal:
 
     def __init__(self) -> None:
         self.interactive = sys.stderr.isatty()
-        self.console = Console(
+        self.console: Console = VisibleConsole(
             stderr=True, highlight=False, markup=False, width=None if self.interactive else PLAIN_WIDTH
         )
 
     def stage(self, title: str) -> None:
-        self.console.print(Text.assemble(("==>", "bold"), f" {title}"), soft_wrap=True)
+        self.console.print(Text.assemble(("==>", "bold"), f" {visible(title)}"), soft_wrap=True)
 
     def note(self, text: str) -> None:
         self.console.print(f"    {text}", soft_wrap=True)

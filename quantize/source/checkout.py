@@ -10,11 +10,12 @@ from typing import Any
 
 from quantize import hub
 from quantize.errors import CorruptModel, PackageError, SourceNotFound, UnsupportedModel
-from quantize.files import CONFIG, hash_file, require_space
+from quantize.files import CARD, CONFIG, hash_file, require_space
 from quantize.formats import safetensors
 from quantize.formats.safetensors import INDEX, is_weights
 from quantize.progress import Progress
 from quantize.records import Checkout, FileRecord, Source
+from quantize.source.legal import linked_license
 from quantize.source.selection import choose_files
 from quantize.source.support import check_config, needs_remote_code
 
@@ -76,7 +77,7 @@ def _from_folder(folder: Path, trust_remote_code: bool, progress: Progress) -> C
     check_config(config, name, trust_remote_code)
     paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     index = _read_json(folder / INDEX) if INDEX in paths else None
-    chosen = choose_files(paths, index, name, needs_remote_code(config))
+    chosen = choose_files(paths, index, name, needs_remote_code(config), linked_license(folder / CARD, None))
     with progress.task("hashing the original", sum((folder / path).stat().st_size for path in chosen), "B") as advance:
         files = tuple(FileRecord(path, *hash_file(folder / path, advance)) for path in chosen)
     return Checkout(_describe(folder, config, files, folder.resolve().name), folder)
@@ -90,13 +91,20 @@ def _from_hub(repo_id: str, revision: str | None, trust_remote_code: bool, progr
     config = hub.read_json(repo_id, commit, remote[CONFIG])
     check_config(config, repo_id, trust_remote_code)
     index = hub.read_json(repo_id, commit, remote[INDEX]) if INDEX in remote else None
-    chosen = choose_files(remote, index, repo_id, needs_remote_code(config))
+    chosen = choose_files(remote, index, repo_id, needs_remote_code(config), _linked_license(repo_id, commit, remote))
     missing = sum(remote[path].size for path in chosen if not hub.is_cached(repo_id, commit, path))
     require_space(hub.cache_folder(), missing, f"downloading {repo_id}")
     folder = _downloaded(repo_id, commit, [remote[path] for path in chosen], progress)
     files = tuple(FileRecord(path, *hash_file(folder / path)) for path in chosen)
     source = _describe(folder, config, files, repo_id.rsplit("/", 1)[-1])
     return Checkout(dataclasses.replace(source, repo_id=repo_id, revision=revision, commit=commit), folder)
+
+
+def _linked_license(repo_id: str, commit: str, remote: Mapping[str, hub.RemoteFile]) -> str | None:
+    """The license's path as the card has it, for which the card is fetched before all else."""
+    if CARD not in remote:
+        return None
+    return linked_license(hub.fetch(repo_id, commit, [remote[CARD]]) / CARD, repo_id)
 
 
 def _downloaded(repo_id: str, commit: str, files: list[hub.RemoteFile], progress: Progress) -> Path:

@@ -8,8 +8,9 @@ from typing import Any
 
 from quantize.errors import CorruptModel, UnsupportedModel
 from quantize.files import CARD, CONFIG
-from quantize.formats.safetensors import INDEX, SINGLE_FILE
+from quantize.formats.safetensors import INDEX, SINGLE_FILE, is_weights
 from quantize.records import Source
+from quantize.source.legal import is_legal
 
 PICKLE_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -33,26 +34,32 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
-LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
-CARRIED_FILES = (*TOKENIZER_FILES, *LEGAL_FILES, "generation_config.json")
+CARRIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
 """Copied into the package byte for byte: saving them anew would rewrite them."""
 OTHER_FILES = (CONFIG, CARD)
 
 
-def choose_files(paths: Iterable[str], index: Mapping[str, Any] | None, name: str, remote_code: bool) -> list[str]:
-    """The files that a run needs out of all that a model has; raises UnsupportedModel when some are absent."""
+def choose_files(
+    paths: Iterable[str], index: Mapping[str, Any] | None, name: str, remote_code: bool, license_path: str | None = None
+) -> list[str]:
+    """The files that a run needs out of all that a model has; raises UnsupportedModel when some are absent.
+
+    `license_path` is the file that the model's card links as its license.
+    """
     available = set(paths)
     weights = _choose_weights(available, index, name)
     if not any(_matches(path, TOKENIZER_MODELS) for path in available):
         raise UnsupportedModel(f"{name} has no tokenizer: add its tokenizer.json beside config.json")
     patterns = (*OTHER_FILES, *CARRIED_FILES, "*.py") if remote_code else (*OTHER_FILES, *CARRIED_FILES)
-    return sorted({*weights, *(path for path in available if _matches(path, patterns))})
+    legal = {path for path in available if is_legal(path) or path == license_path}
+    return sorted({*weights, *legal, *(path for path in available if _matches(path, patterns))})
 
 
 def carried_files(source: Source) -> tuple[str, ...]:
     """Names of the files that a package copies from its source unchanged."""
-    patterns = (*CARRIED_FILES, "*.py") if source.remote_code else CARRIED_FILES
-    return tuple(file.path for file in source.files if _matches(file.path, patterns))
+    return tuple(
+        file.path for file in source.files if file.path not in (*OTHER_FILES, INDEX) and not is_weights(file.path)
+    )
 
 
 def _choose_weights(available: set[str], index: Mapping[str, Any] | None, name: str) -> set[str]:
