@@ -1,6 +1,6 @@
 """What a card says: facts in, README.md out. Knows nothing of how the facts came about."""
 
-from model_card.escape import visible, visible_json
+from model_card.escape import visible_json
 from model_card.facts import (
     CardAttempt,
     CardCalibration,
@@ -37,6 +37,5 @@ __all__ = [
     "page",
     "render",
     "split",
-    "visible",
     "visible_json",
 ]

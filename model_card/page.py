@@ -33,13 +33,13 @@ POLICY = (
     "form-action 'none'; base-uri 'none'"
 )
 NAMES_OF_ELEMENTS = """
-    a abbr b bdi bdo blockquote br caption center cite code col colgroup dd del details dfn div dl dt em figcaption figure
-    font h1 h2 h3 h4 h5 h6 hr i img ins kbd li mark ol p picture pre q rp rt ruby s samp small source span strike strong
-    sub summary sup table tbody td tfoot th thead tr tt u ul var video audio wbr
+    a abbr b bdi bdo blockquote br caption center cite code col colgroup dd del details dfn div dl dt em figcaption
+    figure font h1 h2 h3 h4 h5 h6 hr i img ins kbd li mark ol p picture pre q rp rt ruby s samp small source span strike
+    strong sub summary sup table tbody td tfoot th thead tr tt u ul var video audio wbr
 """
 NAMES_OF_ATTRIBUTES = """
-    abbr align alt border cellpadding cellspacing cite color colspan controls datetime dir height href hspace id lang loop
-    media muted name open poster reversed rowspan scope size span src srcset start title type valign vspace width
+    abbr align alt border cellpadding cellspacing cite color colspan controls datetime dir height href hspace id lang
+    loop media muted name open poster reversed rowspan scope size span src srcset start title type valign vspace width
 """
 ELEMENTS, ATTRIBUTES = frozenset(NAMES_OF_ELEMENTS.split()), frozenset(NAMES_OF_ATTRIBUTES.split())
 """What HTML of a card may be; everything else, such as meta, base, form, link, style and script, is left out."""

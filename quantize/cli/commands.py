@@ -14,7 +14,7 @@ import click
 from quantize import __version__, publishing
 from quantize.cli.decorators import FILE, FOLDER, former_flags, options_of
 from quantize.cli.display import Display
-from quantize.errors import ParityRefused, QuantizeError
+from quantize.errors import ParityRefused, QuantizeError, printable
 from quantize.files import CARD
 from quantize.grades import UNMEASURED
 from quantize.options import DEFAULT_MODEL
@@ -200,14 +200,13 @@ def sync(context: click.Context, /, catalogue: Path, display: Display, **request
     quantize sync catalogue.toml
     quantize sync catalogue.toml --only you/distilgpt2-bnb-4bit --dry-run
     """
-    from model_card import visible
     from quantize.cli import console
 
     report = publishing.sync(SyncRequest(catalogue, **request), display.progress)
     display.show(report, lambda terminal: console.show_report(terminal, report))
     for outcome in report.outcomes if display.quiet else ():
         if not outcome.ok:
-            click.echo(visible(f"{outcome.state}: {outcome.repo}: {outcome.detail}"), err=True)
+            click.echo(printable(f"{outcome.state}: {outcome.repo}: {outcome.detail}"), err=True)
     context.exit(report.exit_code)
 
 
@@ -241,8 +240,6 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         click.echo("interrupted: no partial result was left behind; run the same command again to continue", err=True)
         sys.exit(INTERRUPTED)
     except QuantizeError as error:
-        from model_card import visible
-
-        click.echo(visible(f"error: {error}"), err=True)
+        click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     sys.exit(code)

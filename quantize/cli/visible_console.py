@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.segment import Segment
 
-from model_card import visible
+from quantize.errors import printable
 
 
 class VisibleConsole(Console):
@@ -19,7 +19,7 @@ class VisibleConsole(Console):
         self.push_render_hook(_Escapes())
 
     def print(self, *objects: Any, **settings: Any) -> None:
-        super().print(*(visible(item) if isinstance(item, str) else item for item in objects), **settings)
+        super().print(*(printable(item) if isinstance(item, str) else item for item in objects), **settings)
 
 
 class _Escapes(RenderHook):
@@ -39,4 +39,4 @@ class _Escaped:
 
 
 def _visible_lines(text: str) -> str:
-    return re.sub(r"[^\n]+", lambda match: visible(match[0]), text)
+    return re.sub(r"[^\n]+", lambda match: printable(match[0]), text)

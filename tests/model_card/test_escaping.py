@@ -128,7 +128,7 @@ def test_a_console_shows_escapes() -> None:
     console.print(table)
     console.print("c\x1b]0;t\x07\n::error::d", style="red")
     text = output.getvalue()
-    assert "\\x1b[2Jb\\u202e" in text and "c\\x1b]0;t\\x07\\n::error::d" in text
+    assert "\\x1b[2Jb\\u202e" in text and "c\\x1b]0;t\\x07 ::error::d" in text
     assert "\x1b[2J" not in text and "\x1b]" not in text and "\x1b[31m" in text
 
 
