@@ -16,6 +16,7 @@ from quantize import __version__, devices, files, methods, package, search, sour
 from quantize.errors import ConfigError, PackageError, UnsupportedModel, storage_errors
 from quantize.evidence import Evidence
 from quantize.folders import write_text
+from quantize.formats import source_model
 from quantize.formats.bitsandbytes.config import ExpectedConfig
 from quantize.formats.safetensors import recorded_weight_bytes
 from quantize.grades import UNMEASURED
@@ -115,13 +116,14 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
         if finished is not None:
             return RunResult(finished, created=False)
         template = _read_template(request.card_template)
-        _check(request, checkout, staging, progress)
-        resume, corpus = output.with_name(f"{output.name}{package.UNFINISHED}"), corpus_text(request.settings)
-        job = methods.Job(checkout, staging, request.recipe, device, progress, corpus, resume)
-        candidate = search.build(job, request.settings, _measurement(request, job))
-        progress.stage("write card and provenance")
-        provenance = _provenance(request, checkout, candidate, output.name)
-        sealed = _document(checkout, candidate, provenance, template, request.card_template)
+        with source.watched(checkout):
+            _check(request, checkout, staging, progress)
+            resume, corpus = output.with_name(f"{output.name}{package.UNFINISHED}"), corpus_text(request.settings)
+            job = methods.Job(checkout, staging, request.recipe, device, progress, corpus, resume)
+            candidate = search.build(job, request.settings, _measurement(request, job))
+            progress.stage("write card and provenance")
+            provenance = _provenance(request, checkout, candidate, output.name)
+            sealed = _document(checkout, candidate, provenance, template, request.card_template)
         verdict = candidate.evidence.verdict
         sound = verdict.passed or verdict.grade == UNMEASURED
         final = package.move_into_place(staging, output, passed=sound)
@@ -136,7 +138,7 @@ def verify(request: VerifyRequest, progress: Progress) -> Evidence:
     checkout, expected = _original(request, folder, progress)
     progress.stage(f"verify on {device}")
     recipes = CONTROLS if request.settings.controls else {}
-    with _controls(checkout, recipes, device, progress) as controls:
+    with source.watched(checkout), _controls(checkout, recipes, device, progress) as controls:
         return measure(
             checkout, folder, request.settings, device, progress, expected, controls, request.reference_cache
         )
@@ -203,8 +205,11 @@ def _finished(request: RunRequest, checkout: Checkout, output: Path) -> Package 
 
 
 def _check(request: RunRequest, checkout: Checkout, staging: Path, progress: Progress) -> None:
-    """Raise now what would otherwise end the run after hours: license, corpus, recipe, disk."""
+    """Raise now what would otherwise end the run after hours: license, tensors, corpus, recipe, disk."""
     _check_metadata(checkout, request.allow_no_derivatives, progress)
+    unused = source_model.grouped(source_model.check_tensors(checkout))
+    if unused:
+        progress.note(f"the model has no place for these tensors in its files: {', '.join(unused)}")
     check_inputs(checkout, request.settings)
     methods.check(checkout, request.recipe, corpus_text(request.settings))
     files.require_space(staging, recorded_weight_bytes(checkout.source.files), "the package")
@@ -287,7 +292,7 @@ def _document(
     figures.draw(evidence, staging / files.FIGURES)
     facts = card.facts(provenance, evidence, source.card_text(checkout), card.figure_names(staging))
     package.write_card(staging, _rendered(facts, template, path))
-    return package.seal(staging, provenance)
+    return package.seal(staging, provenance, candidate.files)
 
 
 def _opened(request: CardRequest) -> Package:
