@@ -27,6 +27,7 @@ SHOWN = ("src", "poster", "data", "background")
 """Attributes of HTML whose file is shown in the page, where `href` leads to another page."""
 HEADING = re.compile(r"h[1-6]")
 CLOSING_MARKS = re.compile(r"(?<!\S)#+$")
+BLANKS = " \t"
 DEEPEST = 6
 LONGEST = 500_000
 
@@ -162,13 +163,23 @@ class Lines:
 
     def fragment(self, content: str, first: int) -> Fragment:
         """The place of some lines' content, which lacks the marks of quotations and lists and the indent before it."""
-        begins: list[int | None] = []
-        for number, part in enumerate(content.split("\n"), start=first):
-            start, end = self.starts[number], self.ends[min(number, len(self.ends) - 1)]
-            line, core = self.text[start:end].rstrip(), part.strip()
-            column = len(line) - len(core) if line.endswith(core) else line.find(core)
-            begins.append(start + column - (len(part) - len(part.lstrip())) if core and column >= 0 else None)
+        parts = content.split("\n")
+        while first < len(self.ends) - 1 and parts[0].strip(BLANKS) not in self._line(first):
+            first += 1  # a line of blanks such as U+2028 belongs to a paragraph, but not to its content
+        begins = [self._begin(part, number) for number, part in enumerate(parts, start=first)]
         return Fragment(content, begins, cell=False)
+
+    def _begin(self, part: str, number: int) -> int | None:
+        """Where a line's content begins in the text; None where it is empty or was not found."""
+        core = part.strip(BLANKS)
+        if not core or number >= len(self.ends):
+            return None
+        line = self._line(number).rstrip(BLANKS)
+        column = len(line) - len(core) if line.endswith(core) else line.find(core)
+        return self.starts[number] + column - (len(part) - len(part.lstrip(BLANKS))) if column >= 0 else None
+
+    def _line(self, number: int) -> str:
+        return self.text[self.starts[number] : self.ends[number]]
 
     def cell(self, content: str, start: int, end: int) -> Fragment:
         """The place of a table cell's content in the rest of its row, in which `\\|` stands for each `|`."""
@@ -210,7 +221,7 @@ class Fragment:
         """Start and end in the text of each line's content, without the blanks around it."""
         for begin, part in zip(self.begins, self.content.split("\n"), strict=True):
             if begin is not None:
-                yield begin + len(part) - len(part.lstrip()), begin + len(part.rstrip())
+                yield begin + len(part) - len(part.lstrip(BLANKS)), begin + len(part.rstrip(BLANKS))
 
 
 def quote(body: str, base: str | None, demote_by: int = 2) -> str:
@@ -220,7 +231,8 @@ def quote(body: str, base: str | None, demote_by: int = 2) -> str:
     """
     if len(body) > LONGEST:
         return body.strip("\r\n")
-    return Quotation(re.sub("\r\n?", "\n", body).strip("\n"), base, demote_by).written()
+    text = re.sub("\r\n?", "\n", body).replace("\0", "\ufffd").strip("\n")
+    return Quotation(text, base, demote_by).written()
 
 
 def _applied(text: str, edits: list[Edit]) -> str:
