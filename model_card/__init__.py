@@ -15,7 +15,7 @@ from model_card.facts import (
 from model_card.licenses import forbids_derivatives, linked_file
 from model_card.metadata import inherited
 from model_card.page import page
-from model_card.render import TemplateProblem, names, nats, render
+from model_card.render import TemplateProblem, names, nats, parse, render
 from model_card.source_card import split
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "names",
     "nats",
     "page",
+    "parse",
     "render",
     "split",
     "visible_json",

@@ -177,11 +177,12 @@ def _model_index(facts: CardFacts) -> dict[str, Any]:
             **_dataset(facts),
         )
         for kind, name, value in _measured(facts)
+        if value is not None
     ]
     return {"model-index": eval_results_to_model_index(facts.package_name, results)}
 
 
-def _measured(facts: CardFacts) -> list[tuple[str, str, float]]:
+def _measured(facts: CardFacts) -> list[tuple[str, str, float | None]]:
     """Kind, name and value of every figure."""
     assert facts.reference_perplexity and facts.candidate_perplexity and facts.perplexity_ratio
     assert facts.kld and facts.same_top
