@@ -71,6 +71,12 @@ def show_evidence(console: Console, evidence: Evidence) -> None:
     if evidence.scores is not None:
         console.print(_scores_table(evidence))
     verdict = evidence.verdict
+    if count := len(evidence.misread_on_cpu):
+        console.print(
+            f"not for CPUs with AVX-512: bitsandbytes dequantizes {count} of its layers wrongly there",
+            style="yellow",
+            soft_wrap=True,
+        )
     if verdict.grade == UNMEASURED:
         console.print("not measured: only the files were checked", style="yellow", soft_wrap=True)
         return
