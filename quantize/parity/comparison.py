@@ -99,7 +99,7 @@ def compare(
     checks = [_arithmetic_check(pair, windows)] if pair.device == "cpu" else []
     cache = _open_cache(reference_cache, pair, record, settings, progress) if reference_cache else None
     comparison = _Comparison(pair, settings, progress, cache)
-    plan = sequential.plan(len(windows), full=settings.full, attempts=attempts)
+    plan = sequential.plan(len(windows), settings.require, full=settings.full, attempts=attempts)
     scores = _score(comparison, windows, record.prefix, plan)
     checks.append(_outputs_check(scores))
     if scores is None:
@@ -171,7 +171,7 @@ def _score(comparison: _Comparison, windows: torch.Tensor, prefix: int, plan: Lo
             more = more.without_prefix(prefix)
             tokens = tokens + more if tokens else more
             figures, start = sequential.figures_of(tokens), stop.windows
-            if sequential.looks(figures, plan, settings.require)[-1].certain:
+            if sequential.looks(figures, plan)[-1].certain:
                 break
     assert tokens is not None
     return dataclasses.replace(statistics.summarize(tokens, settings.seed, plan.error), window_figures=figures)

@@ -20,18 +20,23 @@ def unmeasured(checks: Sequence[Check], required: str) -> Verdict:
 def judged(evidence: Evidence, required: str) -> Evidence:
     """The evidence with everything that follows from its recorded figures and the grade `required`.
 
-    These are the looks, the two intervals that decide, and the verdict. Evidence from before windows' figures were
-    recorded keeps its looks and intervals. Raises PackageError where too few figures are recorded for a single look.
+    These are the looks, the two intervals that decide, and the verdict. Looks that were planned to settle another
+    grade count where they pass it, and are taken anew otherwise. Evidence from before windows' figures were recorded
+    keeps its looks and intervals. Raises PackageError where too few figures are recorded for a single look.
     """
-    scores, looks = evidence.scores, evidence.looks
-    if scores is not None and evidence.look_plan is not None:
-        looks = sequential.looks(scores.window_figures, evidence.look_plan, required)
-        if not looks:
-            raise PackageError("the evidence has too few figures of windows for a verdict: measure the package again")
-        kld = dataclasses.replace(scores.kld, mean=looks[-1].kld)
-        scores = dataclasses.replace(scores, perplexity_ratio=looks[-1].perplexity_ratio, kld=kld)
+    scores, plan = evidence.scores, evidence.look_plan
+    if scores is None or plan is None:
+        return dataclasses.replace(evidence, verdict=gate(evidence.checks, scores, required))
+    looks = sequential.looks(scores.window_figures, plan)
+    if looks and not sequential.is_passed(looks[-1].perplexity_ratio, looks[-1].kld, plan.required):
+        plan = dataclasses.replace(plan, required=required)
+        looks = sequential.looks(scores.window_figures, plan)
+    if not looks:
+        raise PackageError("the evidence has too few figures of windows for a verdict: measure the package again")
+    kld = dataclasses.replace(scores.kld, mean=looks[-1].kld)
+    scores = dataclasses.replace(scores, perplexity_ratio=looks[-1].perplexity_ratio, kld=kld)
     verdict = gate(evidence.checks, scores, required)
-    return dataclasses.replace(evidence, scores=scores, looks=looks, verdict=verdict)
+    return dataclasses.replace(evidence, scores=scores, look_plan=plan, looks=looks, verdict=verdict)
 
 
 def gate(checks: Sequence[Check], scores: Scores | None, required: str) -> Verdict:

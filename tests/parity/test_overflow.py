@@ -89,6 +89,17 @@ def test_judging_again_from_the_record_says_the_same(evidence: Evidence) -> None
     assert len(evidence.scores.window_figures.kld) == evidence.looks[-1].windows == 16
 
 
+def test_a_refusal_for_one_grade_is_no_pass_for_another(evidence: Evidence) -> None:
+    """16 windows are enough to miss a strict grade, and too few to reach a loose one before the end."""
+    assert evidence.look_plan is not None
+    plan = dataclasses.replace(evidence.look_plan, windows=204, required="lossless")
+    strict = judged(dataclasses.replace(evidence, look_plan=plan), "lossless")
+    assert not strict.verdict.passed and strict.looks[-1].certain
+    loose = judged(strict, "degraded")
+    assert not loose.verdict.passed and not loose.looks[-1].certain
+    assert loose.look_plan == dataclasses.replace(plan, required="degraded")
+
+
 def terminal(evidence: Evidence) -> str:
     screen = Console(record=True, width=160)
     console.show_evidence(screen, evidence)
