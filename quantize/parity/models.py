@@ -14,6 +14,7 @@ from typing import Any
 from quantize import devices
 from quantize.errors import DeviceError
 from quantize.formats.bitsandbytes import loading
+from quantize.formats.model_class import auto_class
 from quantize.formats.safetensors import weight_bytes
 from quantize.records import Checkout
 
@@ -184,10 +185,10 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
 
 def _load(folder: Path, trust_remote_code: bool, device_map: Any, **options: Any) -> Placed:
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(folder).from_pretrained(
             folder,
             device_map=device_map,
             use_safetensors=True,

@@ -70,8 +70,16 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
+PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "image_processor_config.json",
+    "feature_extractor_config.json",
+)
+"""What turns pictures, videos and sounds into a model's input."""
 LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
-CARRIED_FILES = (*TOKENIZER_FILES, *LEGAL_FILES, "generation_config.json")
+CARRIED_FILES = (*TOKENIZER_FILES, *PROCESSOR_FILES, *LEGAL_FILES, "generation_config.json")
 """Copied into the package byte for byte: saving them anew would rewrite them."""
 OTHER_FILES = (CONFIG, CARD)
 

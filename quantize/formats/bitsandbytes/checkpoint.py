@@ -13,6 +13,7 @@ from quantize.formats import safetensors
 from quantize.formats.bitsandbytes import config, modules, tensor_plan, writer
 from quantize.formats.bitsandbytes.tensor_plan import NotKnown, PrecomputedTensors
 from quantize.formats.bitsandbytes.writer import MatrixRounding
+from quantize.formats.model_class import auto_class
 from quantize.progress import Progress
 from quantize.records import Checkout, Recipe
 
@@ -75,9 +76,8 @@ def _rounded_whole(
 ) -> PrecomputedTensors:
     """What `rounding` makes of every matrix of a source that is loaded as a whole."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
+    model = auto_class(checkout.folder).from_pretrained(
         checkout.folder,
         dtype=getattr(torch, dtype),
         use_safetensors=True,
@@ -161,21 +161,20 @@ def quantized_names(checkout: Checkout, recipe: Recipe) -> tuple[str, ...]:
 def _skeleton(checkout: Checkout, dtype: str = "float32") -> Any:
     """The source's model without weights."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     trust = checkout.source.remote_code
     own = AutoConfig.from_pretrained(checkout.folder, local_files_only=True, trust_remote_code=trust)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(own, dtype=getattr(torch, dtype), trust_remote_code=trust)
+        return auto_class(checkout.folder).from_config(own, dtype=getattr(torch, dtype), trust_remote_code=trust)
 
 
 def load_quantized(checkout: Checkout, recipe: Recipe, dtype: str, device: str) -> Any:
     """The source as stock transformers and bitsandbytes quantize it; raises DeviceError."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        return auto_class(checkout.folder).from_pretrained(
             checkout.folder,
             quantization_config=_quantization_config(_skeleton(checkout), checkout, recipe, dtype),
             dtype=getattr(torch, dtype),
@@ -189,8 +188,9 @@ def load_quantized(checkout: Checkout, recipe: Recipe, dtype: str, device: str) 
 
 
 def _quantization_config(model: Any, checkout: Checkout, recipe: Recipe, dtype: str) -> Any:
-    """The skip list is left to transformers unless the recipe has one."""
-    skip_list = modules.to_skip(model, recipe, checkout.source.name) if recipe.skip_modules else None
+    """The skip list is left to transformers unless the recipe has one, or the model has towers."""
+    own_list = recipe.skip_modules or (modules.towers(model) and not recipe.quantize_towers)
+    skip_list = modules.to_skip(model, recipe, checkout.source.name) if own_list else None
     return config.build(recipe, dtype, skip_list)
 
 

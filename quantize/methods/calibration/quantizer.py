@@ -19,6 +19,7 @@ import torch
 from quantize import devices
 from quantize.formats.bitsandbytes import checkpoint, packing
 from quantize.formats.bitsandbytes.modules import laid_out, matrix
+from quantize.formats.model_class import auto_class
 from quantize.methods.calibration import allocation, calibration_text
 from quantize.methods.calibration.gradients import OutputGradient, output_gradients
 from quantize.methods.calibration.hessian import CenteredHessianAccumulator
@@ -292,10 +293,8 @@ def _quantize_matrix(module: Any, name: str, inputs: CenteredHessianAccumulator,
 
 def _load_source(checkout: Checkout, dtype: str, device: str) -> Any:
     """The source on the CPU: float32 where gradients are to be taken, else in the half precision of the package."""
-    from transformers import AutoModelForCausalLM
-
     small = checkout.source.parameters * 4 <= MAX_OUTPUT_HESSIAN_BYTES
-    model = AutoModelForCausalLM.from_pretrained(
+    model = auto_class(checkout.folder).from_pretrained(
         checkout.folder,
         dtype=torch.float32 if small or torch.device(device).type == "cpu" else getattr(torch, dtype),
         use_safetensors=True,
