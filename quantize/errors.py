@@ -5,7 +5,8 @@
     │   ├── SourceNotFound        no such model, revision or folder
     │   ├── AccessDenied          gated or private, or the token has no rights
     │   ├── UnsupportedModel      pickle only, already quantized, not causal, remote code ...
-    │   └── CorruptModel          truncated or damaged files, NaN weights
+    │   ├── CorruptModel          truncated or damaged files, absent tensors, NaN weights
+    │   └── SourceChanged         its files were replaced while a run worked on them
     ├── HubUnreachable            no network, or the Hub answers with errors
     ├── ConfigError               the config file, the catalogue, or options about the publisher or the card
     ├── CorpusError               the text to measure on
@@ -52,6 +53,15 @@ class QuantizeError(Exception):
         super().__init__("\n".join(map(printable, lines)))
 
 
+def described(error: BaseException, message: str | None = None) -> str:
+    """The message of an error, or another one, and in its last line the notes that it got on its way."""
+    return "; ".join([str(error) if message is None else message, *map(printable, _notes(error))])
+
+
+def _notes(error: BaseException | None) -> list[str]:
+    return [] if error is None else [*getattr(error, "__notes__", ()), *_notes(error.__cause__)]
+
+
 class SourceError(QuantizeError):
     pass
 
@@ -69,6 +79,10 @@ class UnsupportedModel(SourceError):
 
 
 class CorruptModel(SourceError):
+    pass
+
+
+class SourceChanged(SourceError):
     pass
 
 

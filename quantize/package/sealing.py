@@ -6,8 +6,9 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+from quantize.errors import PackageError
 from quantize.evidence import Evidence
-from quantize.files import CARD, CONFIG, PARITY, PROVENANCE, RECEIPT, hash_file, records_of
+from quantize.files import CARD, CONFIG, FIGURES, PARITY, PROVENANCE, RECEIPT, hash_file, records_of
 from quantize.folders import write_text
 from quantize.formats.safetensors import weight_files
 from quantize.records import Checkout, FileRecord, Provenance
@@ -25,6 +26,13 @@ def copy_carried(checkout: Checkout, names: tuple[str, ...], staging: Path) -> N
         shutil.copyfile(checkout.folder / name, target)
 
 
+def seal_undocumented(staging: Path, provenance: Provenance) -> Provenance:
+    """Seal weights and evidence alone, without what was written of figures and card."""
+    shutil.rmtree(staging / FIGURES, ignore_errors=True)
+    (staging / CARD).unlink(missing_ok=True)
+    return seal(staging, provenance)
+
+
 def write_evidence(staging: Path, evidence: Evidence) -> None:
     write_text(staging / PARITY, to_json(evidence))
 
@@ -33,11 +41,20 @@ def write_card(staging: Path, card: str) -> None:
     write_text(staging / CARD, card)
 
 
-def seal(staging: Path, provenance: Provenance) -> Provenance:
-    """Write provenance.json with the hashes of everything else in the folder."""
+def seal(staging: Path, provenance: Provenance, measured: tuple[FileRecord, ...] = ()) -> Provenance:
+    """Write provenance.json with the hashes of everything else in the folder.
+
+    Raises PackageError where a file is not as it was when it was `measured`.
+    """
     for path in weight_files(staging):
         shutil.copymode(staging / CONFIG, path)  # safetensors makes files that only their owner may read
-    sealed = dataclasses.replace(provenance, files=records_of(staging, without=UNSEALED))
+    files = records_of(staging, without=UNSEALED)
+    changed = sorted(file.path for file in set(measured) - set(files))
+    if changed:
+        raise PackageError(
+            f"{staging / changed[0]} was changed after it was measured: run again when nothing writes there"
+        )
+    sealed = dataclasses.replace(provenance, files=files)
     write_text(staging / PROVENANCE, to_json(sealed))
     return sealed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
@@ -9,7 +10,7 @@ import traceback
 from pathlib import Path
 
 from quantize import package
-from quantize.errors import ConfigError, ParityRefused, QuantizeError, StorageError, storage_errors
+from quantize.errors import ConfigError, ParityRefused, QuantizeError, StorageError, described, storage_errors
 from quantize.files import PROVENANCE, locked
 from quantize.formats.safetensors import SUFFIX
 from quantize.pipeline import RunRequest
@@ -43,7 +44,7 @@ def sync(request: SyncRequest, progress: Progress) -> SyncReport:
     outcomes: list[SyncOutcome] = []
     code = 0
     busy = ConfigError(f"another job works on {request.catalogue}: wait for it")
-    with locked(request.catalogue.resolve(), busy):
+    with contextlib.nullcontext() if request.dry_run else locked(request.folder / request.catalogue.name, busy):
         for number, entry in enumerate(entries, 1):
             progress.stage(f"{number} of {len(entries)}: {entry.repo}")
             tried = sum(outcome.state in TRIED for outcome in outcomes)
@@ -83,9 +84,9 @@ def _attempt(entry: Entry, request: SyncRequest, progress: Progress, *, enough: 
         state = "postponed" if enough and delivery.state in PENDING else delivery.state
         detail = delivery.receipt.url if delivery.receipt else ""
     except ParityRefused as error:
-        state, detail = "refused", str(error)
+        state, detail = "refused", described(error)
     except QuantizeError as error:
-        state, detail = "failed", str(error)
+        state, detail = "failed", described(error)
     except Exception as error:  # noqa: BLE001 - a bug met in one model must not stop the others; its traceback is shown
         traceback.print_exc()
         state, detail = "failed", f"a bug: {type(error).__name__}: {error}"

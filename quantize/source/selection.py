@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from quantize.errors import CorruptModel, UnsupportedModel, printable
-from quantize.files import CARD, CONFIG
+from quantize.files import CARD, CONFIG, GENERATION_CONFIG, PROCESSOR_FILES
 from quantize.formats.safetensors import INDEX, SINGLE_FILE, is_weights
 from quantize.records import Source
 
@@ -70,16 +70,8 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
-PROCESSOR_FILES = (
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "image_processor_config.json",
-    "feature_extractor_config.json",
-)
-"""What turns pictures, videos and sounds into a model's input."""
 LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
-CARRIED_FILES = (*TOKENIZER_FILES, *PROCESSOR_FILES, *LEGAL_FILES, "generation_config.json")
+CARRIED_FILES = (*TOKENIZER_FILES, *LEGAL_FILES, *PROCESSOR_FILES, GENERATION_CONFIG)
 """Copied into the package byte for byte: saving them anew would rewrite them."""
 OTHER_FILES = (CONFIG, CARD)
 

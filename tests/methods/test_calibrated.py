@@ -61,6 +61,7 @@ def test_it_diverges_much_less_than_stock_and_says_so(package: Package) -> None:
     evidence = package.evidence
     (control,) = evidence.controls
     assert evidence.scores and evidence.verdict.passed and all(check.passed for check in evidence.checks)
+    assert control.kld is not None
     assert evidence.scores.kld.mean.value < 0.7 * control.kld.value and control.name == "NF4 rounded to nearest"
     assert package.provenance.quantized.calibration_text == CalibrationText(
         "self",
@@ -119,7 +120,7 @@ def test_work_of_another_recipe_is_not_taken_up(tmp_path: Path) -> None:
     checkout = source.fetch(str(POCKET), revision=None, trust_remote_code=False, progress=Silent())
     for recipe in (LITTLE, methods.replace(LITTLE, calibration_seed=1)):
         work = ResumeFolder.begin(tmp_path / "work", {"source": checkout.source.fingerprint(), "recipe": recipe})
-        assert [path.name for path in work.folder.iterdir()] == ["fingerprint"]
+        assert [path.name for path in work.folder.iterdir()] == ["parts.json"]
         (work.folder / "layer-0.safetensors").touch()
 
 
