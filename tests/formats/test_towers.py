@@ -81,7 +81,7 @@ def linear4bit(folder: Path) -> list[str]:
 )
 def test_the_language_model_is_quantized_and_the_tower_is_not(kind: str, tmp_path: Path) -> None:
     save(kind, tmp_path / "model")
-    settings = EvaluationSettings(max_windows=4, window=64, new_tokens=4, require=GRADES[-2])
+    settings = EvaluationSettings(max_windows=16, window=64, new_tokens=4, require=GRADES[-2])
     request = pipeline.RunRequest(
         str(tmp_path / "model"), output=tmp_path / "package", recipe=Recipe(name="rtn"), settings=settings, device="cpu"
     )
