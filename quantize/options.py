@@ -13,6 +13,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from quantize.errors import CorpusError
 from quantize.grades import PASSING_GRADES
 from quantize.records import EvaluationSettings, Recipe
 
@@ -20,6 +21,8 @@ DEFAULT_MODEL = "distilbert/distilgpt2"
 HUB_ID = re.compile(r"(?!.*(?:--|\.\.))(?:\b[\w.-]{1,96}\b/)?\b[\w.-]{1,96}\b(?<!\.git)", re.ASCII)
 """As the Hub's client checks it."""
 LARGEST_SEED = 2**32 - 1
+CORPORA = ("builtin", "wikitext-2")
+"""Texts to compare on that have a name."""
 
 
 # What a value may be, in words and as a test; `metavar` is what a help text calls it
@@ -107,6 +110,36 @@ class Text:
 
 
 @dataclass(frozen=True)
+class GivenText:
+    """One line of text: one of a few names, or a text of the user's own, which is a file unless it lies on the Hub."""
+
+    names: tuple[str, ...]
+    metavar: str = "TEXT"
+    words: str = "one line of text"
+
+    def accepts(self, value: object) -> bool:
+        return Text().accepts(value)
+
+    def file(self, value: str) -> Path | None:
+        """The file that `value` means, if it does; raises CorpusError for one that would pass for another text."""
+        if value in self.names:
+            return None
+        path = Path(value).expanduser()
+        try:
+            exists = path.is_file()
+        except (OSError, ValueError):  # too long, or not possible as a path
+            exists = False
+        if exists and path.name.casefold() in self.names:
+            raise CorpusError(f"{path} is called like the text {path.name.casefold()!r} of quantize: rename the file")
+        return path if exists else None
+
+    def bare(self, value: str) -> str:
+        """What a record calls the text: a file without its folder, which is nobody else's business."""
+        path = self.file(value)
+        return value if path is None else f"./{path.name}"
+
+
+@dataclass(frozen=True)
 class HubId:
     """The id of a repo on the Hub."""
 
@@ -140,7 +173,7 @@ class Folder:
         return isinstance(value, Path)
 
 
-Kind = Flag | Choice | Whole | Number | Positive | Text | HubId | File | Folder
+Kind = Flag | Choice | Whole | Number | Positive | Text | GivenText | HubId | File | Folder
 
 
 # A row
@@ -264,7 +297,7 @@ REQUEST = (
         "device",
         Text("DEVICE"),
         "cpu, cuda, cuda:1, xpu; auto uses a GPU if there is one.",
-        commands=(RUN, VERIFY, SYNC),
+        commands=(RUN, VERIFY, PUSH, SYNC),
         unset="auto",
     ),
     Option(
@@ -275,7 +308,13 @@ REQUEST = (
         commands=(RUN, VERIFY),
         reproduced=True,
     ),
-    Option("--force", "force", Flag(), "Replace a finished package."),
+    Option(
+        "--force",
+        "force",
+        Flag(),
+        "Make the package again, though a finished one is here or on the Hub, or it was refused before.",
+        commands=(RUN, SYNC),
+    ),
     Option(
         "--unverified",
         "unverified",
@@ -302,11 +341,12 @@ REQUEST = (
 """Of RunRequest: how the work is done."""
 
 _MEASURED = (RUN, VERIFY)
+CORPUS_TEXT = GivenText(CORPORA)
 SETTINGS = (
     Option(
         "--corpus",
         "corpus",
-        Text("TEXT"),
+        CORPUS_TEXT,
         "Text to compare on: builtin, wikitext-2 (from the Hub, needs the extra wikitext) or a text file.",
         EvaluationSettings,
         _MEASURED,

@@ -1,5 +1,6 @@
 """The folder that a run leaves behind: built beside its final name, sealed with hashes, moved into place."""
 
+from quantize.package.demand import demanded, without_paths
 from quantize.package.reading import Package, finished, open_package, require_unchanged
 from quantize.package.sealing import copy_carried, reseal_card, seal, write_card, write_evidence
 from quantize.package.staging import (
@@ -18,6 +19,7 @@ __all__ = [
     "UNFINISHED",
     "Package",
     "copy_carried",
+    "demanded",
     "finished",
     "move_into_place",
     "open_package",
@@ -27,6 +29,7 @@ __all__ = [
     "reseal_card",
     "seal",
     "staging_folder",
+    "without_paths",
     "write_card",
     "write_evidence",
 ]

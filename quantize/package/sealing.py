@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from quantize.evidence import Evidence
-from quantize.files import CARD, CONFIG, PARITY, PROVENANCE, RECEIPT, hash_file, records_of
+from quantize.files import CARD, CONFIG, PARITY, PROVENANCE, RECEIPT, blob_ids, hash_file, records_of
 from quantize.formats.safetensors import weight_files
 from quantize.records import Checkout, FileRecord, Provenance
 from quantize.serialization import to_json
@@ -36,7 +36,8 @@ def seal(staging: Path, provenance: Provenance) -> Provenance:
     """Write provenance.json with the hashes of everything else in the folder."""
     for path in weight_files(staging):
         shutil.copymode(staging / CONFIG, path)  # safetensors makes files that only their owner may read
-    sealed = dataclasses.replace(provenance, files=records_of(staging, without=UNSEALED))
+    files = records_of(staging, without=UNSEALED)
+    sealed = dataclasses.replace(provenance, files=files, blob_ids=blob_ids(staging, files))
     (staging / PROVENANCE).write_text(to_json(sealed), "utf-8")
     return sealed
 
@@ -45,6 +46,7 @@ def reseal_card(staging: Path, provenance: Provenance) -> Provenance:
     """Write provenance.json again for a new card beside files that are not all here."""
     new = FileRecord(CARD, *hash_file(staging / CARD))
     listed = tuple(new if file.path == CARD else file for file in provenance.files)
-    sealed = dataclasses.replace(provenance, files=listed)
+    ids = provenance.blob_ids | blob_ids(staging, [new])
+    sealed = dataclasses.replace(provenance, files=listed, blob_ids=ids)
     (staging / PROVENANCE).write_text(to_json(sealed), "utf-8")
     return sealed

@@ -24,7 +24,9 @@ def plan(folder: Path, destination: Destination) -> Plan:
     return upload_plan(folder, published_files(passed), _titled(destination, passed.provenance))
 
 
-def push(folder: Path, destination: Destination, progress: Progress, *, verify_download: bool = False) -> Receipt:
+def push(
+    folder: Path, destination: Destination, progress: Progress, *, verify_download: bool = False, device: str = "auto"
+) -> Receipt:
     """Publish a package that passed and is unchanged since, in one commit; leaves a receipt beside its files."""
     passed = _publishable(folder)
     destination, files = _titled(destination, passed.provenance), published_files(passed)
@@ -33,7 +35,9 @@ def push(folder: Path, destination: Destination, progress: Progress, *, verify_d
     receipt = upload(folder, files, destination, upload_plan(folder, files, destination), progress)
     downloaded = None
     if verify_download:
-        downloaded = check_download(destination.repo_id, receipt.commit, files, passed.provenance, folder, progress)
+        downloaded = check_download(
+            destination.repo_id, receipt.commit, files, passed.provenance, folder, device, progress
+        )
     receipt = dataclasses.replace(
         receipt, key=passed.provenance.key, started=started, finished=now(), downloaded=downloaded
     )

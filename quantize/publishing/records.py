@@ -146,6 +146,7 @@ class SyncRequest:
     refresh_card: bool = False
     verify_download: bool = False
     device: str = "auto"
+    force: bool = False
     publisher: Publisher | None = None
 
 

@@ -11,7 +11,7 @@ from quantize.errors import Conflict, HubUnreachable, PublishError
 from quantize.hub.retries import retried
 from quantize.progress import Progress
 from quantize.publishing.records import Destination, Plan, Receipt
-from quantize.publishing.remote_state import PULL_REQUEST_MARK, same_bytes
+from quantize.publishing.remote_state import PULL_REQUEST_MARK, same_bytes, untold
 from quantize.publishing.upload_plan import HUBS_OWN, require_free_tag
 from quantize.records import FileRecord
 
@@ -39,7 +39,7 @@ def upload(
         sent = sum(change.size for change in plan.changes if change.action in ("create", "replace"))
         progress.note(f"uploading {sent / 1e6:.1f} MB in {len(plan.changes)} files")
         commit = _commit(folder, files, destination, plan)
-    _require_arrived(folder, files, repo_id, commit.id)
+    _require_arrived(folder, files, repo_id, commit.id, progress)
     if destination.tag:
         ensure_tag(destination, commit.id)
     return Receipt(
@@ -116,17 +116,21 @@ def _landed(
         if commit == parent:
             return None
         remote = {file.path: file for file in hub.resolve(destination.repo_id, commit)[1]}
-        complete = all(same_bytes(path, file, remote.get(name)) for name, (path, file) in expected.items())
+        complete = all(same_bytes(path, file, remote.get(name)) is not False for name, (path, file) in expected.items())
         if complete and not remote.keys() & set(deleted):
             return Commit(commit, _discussion(destination.repo_id, revision))
     return None
 
 
-def _require_arrived(folder: Path, files: Sequence[FileRecord], repo_id: str, commit: str) -> None:
+def _require_arrived(folder: Path, files: Sequence[FileRecord], repo_id: str, commit: str, progress: Progress) -> None:
+    """Raise PublishError where the Hub lists other content than was sent; say where it does not tell."""
     remote = {file.path: file for file in hub.resolve(repo_id, commit)[1]}
-    wrong = [file.path for file in files if not same_bytes(folder / file.path, file, remote.get(file.path))]
+    arrived = {file.path: same_bytes(folder / file.path, file, remote.get(file.path)) for file in files}
+    wrong = [path for path, same in arrived.items() if same is False]
     if wrong:
         raise PublishError(f"{wrong[0]} arrived at {repo_id} with other content: push again")
+    if unchecked := [path for path, same in arrived.items() if same is None]:
+        progress.note(f"{untold(repo_id, unchecked)}; --verify-download fetches and compares them")
 
 
 def _discussion(repo_id: str, revision: str | None) -> str | None:

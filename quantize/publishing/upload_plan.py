@@ -10,7 +10,7 @@ from quantize.errors import PublishError
 from quantize.files import CARD
 from quantize.formats.safetensors import SUFFIX
 from quantize.publishing.records import Change, Destination, Plan
-from quantize.publishing.remote_state import RemoteState, listed_as, remote_state, require_access, same_bytes
+from quantize.publishing.remote_state import RemoteState, remote_state, require_access, same_bytes, same_content
 from quantize.records import FileRecord
 
 LOADED_FILES = (SUFFIX, f"{SUFFIX}.index.json", ".bin", "adapter_config.json")
@@ -52,7 +52,7 @@ def require_no_foreign_weights(destination: Destination, state: RemoteState, fil
 
     They would be lost, or be loaded in place of the package's own: `model.safetensors` comes before shards.
     """
-    own = {file.path for file in files if listed_as(file, state.files.get(file.path), exactly=True)}
+    own = {file.path for file in files if same_content(file, None, state.files.get(file.path))}
     own |= state.unchanged_files()
     foreign = sorted(path for path in state.files if path.endswith(LOADED_FILES) and path not in own)
     if foreign and not destination.prune:

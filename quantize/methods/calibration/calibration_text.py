@@ -13,7 +13,7 @@ import torch
 from quantize import devices, hub
 from quantize.errors import CorpusError
 from quantize.methods.calibration.layers import autocast
-from quantize.methods.calibration.options import SELF, CalibratedOptions
+from quantize.methods.calibration.options import CALIBRATION_TEXT, SELF, CalibratedOptions
 from quantize.methods.calibration.sampling import draw
 from quantize.methods.calibration.static_cache import make_static
 from quantize.progress import Progress
@@ -114,8 +114,8 @@ def generated(
 
 def _read(source: str) -> str:
     """The text of a file, or of one file of a data set on the Hub written as owner/name:path."""
-    path = Path(source).expanduser()
-    if not path.is_file():
+    path = CALIBRATION_TEXT.file(source)
+    if path is None:
         repo_id, mark, inside = source.partition(":")
         if not mark or repo_id.count("/") != 1:
             raise CorpusError(
