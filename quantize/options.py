@@ -21,6 +21,8 @@ DEFAULT_MODEL = "distilbert/distilgpt2"
 HUB_ID = re.compile(r"(?!.*(?:--|\.\.))(?:\b[\w.-]{1,96}\b/)?\b[\w.-]{1,96}\b(?<!\.git)", re.ASCII)
 """As the Hub's client checks it."""
 LARGEST_SEED = 2**32 - 1
+HUB_WAIT = 600.0
+"""Seconds; the Hub counts requests in windows of 300."""
 CORPORA = ("builtin", "wikitext-2")
 """Texts to compare on that have a name."""
 
@@ -433,7 +435,22 @@ _CREATED = "created if missing."
 DESTINATION = (
     Option("--push-to", "repo_id", _OWNED_REPO, f"Publish to this repo; {_CREATED}"),
     Option("--to", "repo_id", _OWNED_REPO, f"The repo to publish to; {_CREATED}", commands=(PUSH,), required=True),
-    Option("--private", "private", Flag(), "Make a new repo private.", commands=(RUN, PUSH), key="private"),
+    Option(
+        "--private",
+        "private",
+        Flag(),
+        "Publish to a private repo: make a new one private, and refuse a public one.",
+        commands=(RUN, PUSH),
+        key="private",
+    ),
+    Option(
+        "--public",
+        "public",
+        Flag(),
+        "Publish to a public repo though the original is private or gated; only if you have the right to.",
+        commands=(RUN, PUSH),
+        key="public",
+    ),
     Option("--branch", "branch", Text("NAME"), f"Publish to this branch; {_CREATED}", commands=(RUN, PUSH)),
     Option(
         "--pr",
@@ -540,11 +557,24 @@ PUBLISHER = (
 )
 """Of Publisher."""
 
+HUB = (
+    Option(
+        "--hub-wait",
+        "seconds",
+        Positive(),
+        "Where the Hub asks to wait, wait this many seconds for one answer in all, at most.",
+        commands=(RUN, VERIFY, PUSH, SYNC),
+        unset=HUB_WAIT,
+        envvar="QUANTIZE_HUB_WAIT",
+    ),
+)
+"""How the Hub is asked."""
+
 DISPLAY = (
     Option("--json", "as_json", Flag(), "Print one JSON document to stdout.", commands=COMMANDS),
     Option("--quiet", "quiet", Flag(), "Print no progress and no tables, only errors.", commands=COMMANDS, short="-q"),
 )
 """What is printed."""
 
-OTHERS = (*REQUEST, *SETTINGS, *OUTCOME, *DESTINATION, *PUBLISHING, *CATALOGUE, *PUBLISHER, *DISPLAY)
+OTHERS = (*REQUEST, *SETTINGS, *OUTCOME, *DESTINATION, *PUBLISHING, *CATALOGUE, *PUBLISHER, *HUB, *DISPLAY)
 """All that stand after the recipe's."""

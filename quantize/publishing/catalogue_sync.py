@@ -152,7 +152,7 @@ def _publish_request(
             publisher=request.publisher,
             allow_no_derivatives=entry.allow_no_derivatives,
         ),
-        destination=Destination(entry.repo, private=entry.private),
+        destination=Destination(entry.repo, private=entry.private, public=entry.public),
         refresh_card=request.refresh_card,
         verify_download=request.verify_download,
         dry_run=dry_run,

@@ -26,6 +26,7 @@ from quantize.publishing.remote_state import (
 )
 from quantize.publishing.upload import ensure_tag
 from quantize.publishing.upload_plan import require_no_foreign_weights
+from quantize.publishing.visibility import require_wished
 from quantize.records import Demand, Provenance
 
 
@@ -39,7 +40,8 @@ def deliver(request: PublishRequest, progress: Progress) -> Delivery:
     if run.model.lower() == destination.repo_id.lower():
         raise PublishError(f"{destination.repo_id} is the source itself: publish to another repo")
     progress.stage(f"compare {run.model} with {destination.repo_id}")
-    state = remote_state(destination, require_access(destination))
+    state = remote_state(destination, require_access(destination, progress.note))
+    require_wished(destination, state, None if source.is_local(run.model) else run.model)
     require_no_foreign_weights(destination, state)
     published = published_package(destination.repo_id, state)
     commit, pinned = _pinned(run, request.largest_source, progress)

@@ -21,7 +21,8 @@ from quantize.serialization import now, to_json
 def plan(folder: Path, destination: Destination) -> Plan:
     """What pushing a package would do."""
     passed = _publishable(folder)
-    return upload_plan(folder, published_files(passed), _titled(destination, passed.provenance))
+    source_repo = passed.provenance.source.repo_id
+    return upload_plan(folder, published_files(passed), _titled(destination, passed.provenance), source_repo)
 
 
 def push(
@@ -32,7 +33,8 @@ def push(
     destination, files = _titled(destination, passed.provenance), published_files(passed)
     started = now()
     progress.stage(f"push to {destination.repo_id}")
-    receipt = upload(folder, files, destination, upload_plan(folder, files, destination), progress)
+    plan = upload_plan(folder, files, destination, passed.provenance.source.repo_id)
+    receipt = upload(folder, files, destination, plan, progress)
     downloaded = None
     if verify_download:
         downloaded = check_download(

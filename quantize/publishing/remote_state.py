@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +22,8 @@ PULL_REQUEST_MARK = "[quantize]"
 class RemoteState:
     """A repo as it is now, at the revision that a package is to go to (None: main).
 
-    A branch that does not exist yet starts at main's head, so it has main's files. `head` is None where the repo does
-    not exist.
+    A branch that does not exist yet starts at main's head, so it has main's files. `head`, and `access` (who may read
+    it), are None where the repo does not exist.
     """
 
     revision: str | None
@@ -31,6 +31,7 @@ class RemoteState:
     head: str | None
     files: dict[str, hub.RemoteFile]
     provenance: Provenance | None = None
+    access: str | None = None
 
     @property
     def exists(self) -> bool:
@@ -61,34 +62,47 @@ class PublishedPackage:
     unchecked: tuple[str, ...] = ()
 
 
-def require_access(destination: Destination) -> hub.Account:
-    """Raise AccessDenied unless the token may publish to the destination, without sending anything."""
+def require_access(destination: Destination, note: Callable[[str], None]) -> hub.Account:
+    """Raise AccessDenied unless the token may publish to the destination, without sending anything.
+
+    `note` is told where the Hub cannot be asked.
+    """
     account = hub.account()
     if account.read_only:
         raise AccessDenied(f"the token of {account.name} may only read: log in with one that may write")
     if destination.pull_request:
         return account
     try:
-        hub.require_write(destination.repo_id)
+        if not hub.require_write(destination.repo_id):
+            hub.access(destination.repo_id)
+            note(f"not checked: this Hub does not tell whether the token may write to {destination.repo_id}")
     except SourceNotFound:
-        namespace = destination.repo_id.split("/")[0]
-        if namespace not in account.namespaces:
-            raise AccessDenied(
-                f"{destination.repo_id} does not exist, and {account.name} cannot make it under {namespace}: "
-                f"publish under {' or '.join(sorted(account.namespaces))}"
-            ) from None
+        _require_creator(account, destination.repo_id)
     return account
+
+
+def _require_creator(account: hub.Account, repo_id: str) -> None:
+    namespace = repo_id.split("/")[0]
+    if namespace in account.namespaces:
+        return
+    others = " or ".join(sorted(account.namespaces))
+    advice = f"publish under {others}" if others else "log in with a token that may"
+    raise AccessDenied(
+        f"{repo_id} does not exist, and {account.name} cannot make it under {namespace} with this token: {advice}"
+    ) from None
 
 
 def remote_state(destination: Destination, account: hub.Account) -> RemoteState:
     """The destination as it is now. Raises NewerFormat where a newer version of quantize published there."""
-    if not _exists(destination.repo_id):
+    access = _access(destination.repo_id)
+    if access is None:
         return RemoteState(destination.branch, destination.branch is not None, None, {})
     revision = _revision(destination, account)
     is_new = destination.branch is not None and destination.branch not in hub.refs(destination.repo_id)[0]
     head, listing = hub.resolve(destination.repo_id, None if is_new else revision)
     files = {file.path: file for file in listing}
-    return RemoteState(revision, is_new, head, files, _provenance(destination.repo_id, head, files.get(PROVENANCE)))
+    provenance = _provenance(destination.repo_id, head, files.get(PROVENANCE))
+    return RemoteState(revision, is_new, head, files, provenance, access)
 
 
 def published_package(repo_id: str, state: RemoteState) -> PublishedPackage | None:
@@ -167,9 +181,9 @@ def _provenance(repo_id: str, head: str, file: hub.RemoteFile | None) -> Provena
         return None
 
 
-def _exists(repo_id: str) -> bool:
+def _access(repo_id: str) -> str | None:
+    """Who may read a repo, None where it does not exist."""
     try:
-        hub.head(repo_id, None)
+        return hub.access(repo_id)
     except SourceNotFound:
-        return False
-    return True
+        return None

@@ -13,6 +13,7 @@ from quantize.progress import Progress
 from quantize.publishing.records import Destination, Plan, Receipt
 from quantize.publishing.remote_state import PULL_REQUEST_MARK, same_bytes, untold
 from quantize.publishing.upload_plan import HUBS_OWN, require_free_tag
+from quantize.publishing.visibility import require_created
 from quantize.records import FileRecord
 
 
@@ -33,12 +34,14 @@ def upload(
     HubUnreachable (a rerun finishes the work).
     """
     repo_id = destination.repo_id
+    for note in plan.notes:
+        progress.note(note)
     if plan.idle:
         commit = Commit(str(plan.head))
     else:
         sent = sum(change.size for change in plan.changes if change.action in ("create", "replace"))
         progress.note(f"uploading {sent / 1e6:.1f} MB in {len(plan.changes)} files")
-        commit = _commit(folder, files, destination, plan)
+        commit = _commit(folder, files, destination, plan, progress)
     _require_arrived(folder, files, repo_id, commit.id, progress)
     if destination.tag:
         ensure_tag(destination, commit.id)
@@ -60,10 +63,12 @@ def ensure_tag(destination: Destination, commit: str) -> None:
     require_free_tag(destination, commit)
 
 
-def _commit(folder: Path, files: Sequence[FileRecord], destination: Destination, plan: Plan) -> Commit:
+def _commit(
+    folder: Path, files: Sequence[FileRecord], destination: Destination, plan: Plan, progress: Progress
+) -> Commit:
     """Create the repo or branch that is missing, send the large files and commit."""
     repo_id, revision = destination.repo_id, plan.revision
-    parent = plan.head or _create_repo(destination)
+    parent = plan.head or _create_repo(destination, progress)
     if revision and plan.creates_branch:
         hub.create_branch(repo_id, revision, parent)
     opens = destination.pull_request and revision is None
@@ -89,9 +94,11 @@ def _commit(folder: Path, files: Sequence[FileRecord], destination: Destination,
     return commit() if opens else retried(commit)()
 
 
-def _create_repo(destination: Destination) -> str:
+def _create_repo(destination: Destination, progress: Progress) -> str:
     """Create the repo; its first commit. Raises Conflict where somebody else created it and put something there."""
-    hub.create_repo(destination.repo_id, private=destination.private)
+    wish = True if destination.private else False if destination.public else None
+    hub.create_repo(destination.repo_id, private=wish)
+    progress.note(f"{destination.repo_id} was created and is {require_created(destination)}")
     head, files = hub.resolve(destination.repo_id, None)
     if any(file.path != HUBS_OWN for file in files):
         raise Conflict(f"somebody else made {destination.repo_id} meanwhile: look at it and push again")
