@@ -234,7 +234,7 @@ def _advice(reason: str) -> str:
 
 def _retry_after(response: Any) -> float | None:
     """Seconds that a response asks to wait, in Retry-After (a number or a date) or in RateLimit."""
-    from huggingface_hub.utils import parse_ratelimit_headers
+    from huggingface_hub.utils._http import parse_ratelimit_headers
 
     if response is None:
         return None

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,7 +73,7 @@ def test_what_another_attempt_cannot_change_is_not_tried_again(place: Place, tmp
     ],
 )
 def test_rights_to_create_a_repo_are_asked_before_work(
-    place: Place, tmp_path: Path, rights: dict[str, tuple[str, ...]], advice: str
+    place: Place, tmp_path: Path, rights: dict[str, Any], advice: str
 ) -> None:
     place.hub.add_user("member", "hf_member", **rights)
     folder = place.fresh(tmp_path)
