@@ -52,6 +52,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "require": st.sampled_from(GRADES[:-1]),
     "revision": lines_of_text,
     "private": st.booleans(),
+    "public": st.just(False),
     "allow_no_derivatives": st.booleans(),
     "max_source_gb": st.integers(1, 10**6) | st.floats(1e-6, 1e6),
 }
