@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from quantize.errors import QuantizeError, StorageError, storage_errors
+from quantize.errors import PackageError, QuantizeError, StorageError, storage_errors
+from quantize.folders import require_own
 from quantize.records import FileRecord
 
 CONFIG = "config.json"
@@ -36,8 +37,9 @@ def hash_file(path: Path, advance: Callable[[int], None] = lambda amount: None) 
 
 
 def records_of(folder: Path, *, without: tuple[str, ...] = ()) -> tuple[FileRecord, ...]:
-    """Every file below `folder`, in order of path."""
-    paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    """Every file below `folder`, in order of path; raises PackageError for one that lies elsewhere or is a pipe."""
+    paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    require_own(folder, paths, PackageError)
     return tuple(FileRecord(path, *hash_file(folder / path)) for path in paths if path not in without)
 
 

@@ -15,6 +15,7 @@ from model_card import CardFacts
 from quantize import __version__, devices, files, methods, package, search, source
 from quantize.errors import ConfigError, CorpusError, PackageError, UnsupportedModel, storage_errors
 from quantize.evidence import Evidence
+from quantize.folders import write_text
 from quantize.formats.bitsandbytes.config import ExpectedConfig
 from quantize.formats.safetensors import recorded_weight_bytes
 from quantize.grades import UNMEASURED
@@ -158,7 +159,7 @@ def write_page(opened: Package, path: Path) -> None:
     """A package's card as one HTML file."""
     text = model_card.page((opened.folder / files.CARD).read_text("utf-8"), opened.folder)
     with storage_errors(path):
-        path.write_text(text, "utf-8")
+        write_text(path, text)
 
 
 def rewrite_card(request: CardRequest) -> Package:

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from quantize.errors import PackageError, storage_errors
+from quantize.errors import PackageError, printable, storage_errors
 from quantize.files import PROVENANCE, locked
+from quantize.folders import require_no_link
 
 BUILDING, REFUSED, UNFINISHED = ".building", "-refused", ".unfinished"
 """Endings of names beside a package's own: under construction, refused, finished parts of a run that was stopped."""
@@ -48,7 +49,14 @@ def move_into_place(staging: Path, output: Path, *, passed: bool) -> Path:
 
 
 def require_replaceable(output: Path) -> None:
-    """Raise PackageError unless `output` is free or holds a package: nothing else is ever replaced."""
+    """Raise PackageError unless `output` is free or holds a package: nothing else is ever replaced.
+
+    Nothing is written through a link of that name, or of those beside it: raises StorageError.
+    """
+    if output.name in ("", "..") or printable(output.name) != output.name:
+        raise PackageError(f"{output} is no name for a new folder: name another --output")
+    for ending in ("", BUILDING, REFUSED, UNFINISHED):
+        require_no_link(output.with_name(f"{output.name}{ending}"))
     for folder in (output, refused_folder(output)):
         if folder.exists() and not (folder / PROVENANCE).is_file():
             raise PackageError(f"{folder} exists and is not a package: name another --output")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from quantize.documents import parse_json
 from quantize.errors import CorpusError, storage_errors
 from quantize.evidence import CacheRecord, CorpusRecord
 from quantize.files import locked, require_space
@@ -77,9 +78,9 @@ class ReferenceCache:
 
     def _agreed(self, header: bytes) -> str:
         try:
-            stored = json.loads(header)
+            stored = parse_json(header)
             dtype = str(stored.pop("dtype"))
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError, TypeError):
             stored, dtype = None, ""
         if stored != asdict(self.contents):
             raise CorpusError(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from quantize import package
-from quantize.errors import PackageError, StorageError, storage_errors
+from quantize.errors import PackageError, StorageError
 from tests.conftest import Outcome
 
 
@@ -133,8 +133,28 @@ def test_no_write_permission_is_one_line(tmp_path: Path, command: Callable[..., 
     assert outcome.stdout.startswith(f"no permission while writing {locked}"), outcome
 
 
-def test_other_errors_keep_their_type() -> None:
-    with pytest.raises(FileNotFoundError), storage_errors("here"):
-        raise FileNotFoundError(2, "No such file")
-    with pytest.raises(StorageError, match="no space left while writing here"), storage_errors("here"):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("name", ["README.md", "LICENSE", "receipt.json", "figures/kld.png"])
+def test_a_package_with_links_is_refused_and_nothing_written_through_them(
+    package_copy: Path, tmp_path: Path, command: Callable[..., Outcome], pocket: Path, name: str
+) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (package_copy / name).unlink(missing_ok=True)
+    (package_copy / name).symlink_to(tmp_path / "mine")
+    outcome = command("card", package_copy, "--against", pocket)
+    assert outcome.code == 1
+    assert f"{name} in {package_copy} is a link to a file outside of that folder" in outcome.err
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("ending", ["", package.REFUSED, package.UNFINISHED, package.BUILDING])
+def test_no_package_is_built_through_a_link(tmp_path: Path, ending: str) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / f"model{ending}").symlink_to(tmp_path / "mine")
+    with pytest.raises(StorageError, match=f"model{ending} is a symbolic link"):
+        package.require_replaceable(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", [".", "/", "..", "a/..", "model\n", os.fsdecode(b"model\xff")])
+def test_what_no_folder_may_be_called(name: str) -> None:
+    with pytest.raises(PackageError, match="is no name for a new folder"):
+        package.require_replaceable(Path(name))

@@ -6,11 +6,11 @@ in the model as quantized so far, and, where they fit into memory, with the Hess
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from quantize.formats.bitsandbytes.modules import laid_out, matrix
 from quantize.methods.calibration import allocation, calibration_text
 from quantize.methods.calibration.gradients import OutputGradient, output_gradients
 from quantize.methods.calibration.hessian import CenteredHessianAccumulator
-from quantize.methods.calibration.layers import ActivationStream, DecoderLayers, on_device
+from quantize.methods.calibration.layers import ActivationStream, DecoderLayers, check_walk, on_device
 from quantize.methods.calibration.options import CalibratedOptions
 from quantize.methods.calibration.resume import FinishedParts, QuantizedLayer
 from quantize.methods.method import Job
@@ -135,6 +135,8 @@ def _quantize_model(
     batch = math.gcd(len(tokens), max(1, TOKENS_AT_ONCE // tokens.shape[1]))
     linear = checkpoint.quantized_names(job.checkout, job.recipe)
     decoder = DecoderLayers.of(model, linear)
+    check_walk(model, decoder, tokens, device, bfloat16)
+    model.to(device)
     names = [name for name in linear if name.startswith(f"{decoder.path}.")]
     gradients = _gradients(job, options, ablation, model, decoder, names, tokens, batch, bfloat16)
     block_sizes = dict.fromkeys(names, ablation.gptq.block)
@@ -147,8 +149,15 @@ def _quantize_model(
     model.to("cpu")
     devices.release(device)
     plan = Plan(job.recipe, dtype, ablation, gradients, block_sizes)
-    stream = ActivationStream(model, decoder, tokens, device, batch, bfloat16)
-    return QuantizedModel(_quantize_layers(stream, plan, options.epochs, finished, job), block_sizes, record)
+    with ExitStack() as streams:
+        stream, *source_stream = [
+            streams.enter_context(ActivationStream(model, decoder, tokens, device, batch, bfloat16))
+            for _ in range(2 if options.epochs else 1)
+        ]
+        layers = _quantize_layers(
+            stream, source_stream[0] if source_stream else None, plan, options.epochs, finished, job
+        )
+    return QuantizedModel(layers, block_sizes, record)
 
 
 def _gradients(
@@ -174,23 +183,29 @@ def _gradients(
 
 
 def _quantize_layers(
-    stream: ActivationStream, plan: Plan, epochs: int, finished: FinishedParts, job: Job
+    stream: ActivationStream,
+    source_stream: ActivationStream | None,
+    plan: Plan,
+    epochs: int,
+    finished: FinishedParts,
+    job: Job,
 ) -> dict[str, QuantizedLayer]:
-    """All matrices, one decoder layer on the device at a time; finished ones are taken from the resume folder."""
+    """All matrices, one decoder layer on the device at a time; finished ones are taken from the resume folder.
+
+    Rounding is learned where there is a `source_stream`, in which all layers stay the source's.
+    """
     decoder = stream.decoder
-    source_stream = copy.copy(stream) if epochs else None
     quantized: dict[str, QuantizedLayer] = {}
     total = len(decoder.layers) * (1 + epochs)
     with job.progress.task("choosing codes and scales", total, "passes") as advance:
         for index, layer in enumerate(decoder.layers):
             with on_device(layer, stream.device):
-                if source_stream:
-                    source_stream.advance(index)
+                targets = source_stream.advance(index) if source_stream else None
                 matrices = finished.layer(index)
                 if matrices or not plan.names(decoder.name(index)):
                     advance(1 + epochs)
                 else:
-                    matrices = _quantize_and_learn(stream, source_stream, index, plan, epochs, advance)
+                    matrices = _quantize_and_learn(stream, targets, index, plan, epochs, advance)
                     finished.save(index, matrices)
                 for name, quantized_matrix in matrices.items():
                     _replace(layer.get_submodule(name), quantized_matrix)
@@ -202,21 +217,21 @@ def _quantize_layers(
 
 def _quantize_and_learn(
     stream: ActivationStream,
-    source_stream: ActivationStream | None,
+    targets: list[torch.Tensor] | None,
     index: int,
     plan: Plan,
     epochs: int,
     advance: Callable[[int], None],
 ) -> dict[str, QuantizedLayer]:
-    """The matrices of a decoder layer; with a `source_stream`, which is one layer ahead, their rounding is learned."""
+    """The matrices of a decoder layer; where there are `targets`, the source layer's outputs, rounding is learned."""
     layer, path = stream.decoder.layers[index], stream.decoder.name(index)
     names = plan.names(path)
-    originals = {name: matrix(layer.get_submodule(name)) for name in names} if source_stream else {}
+    originals = {name: matrix(layer.get_submodule(name)) for name in names} if targets else {}
     matrices = _quantize_layer(stream, index, names, plan)
     advance(1)
-    if source_stream is None or not matrices:
+    if targets is None or not matrices:
         return matrices
-    objective = learned_rounding.Objective(source_stream.hidden, originals, plan.gradients.get(path))
+    objective = learned_rounding.Objective(targets, originals, plan.gradients.get(path))
     return learned_rounding.learn(stream, index, matrices, objective, epochs, advance)
 
 
