@@ -5,7 +5,8 @@
     │   ├── SourceNotFound        no such model, revision or folder
     │   ├── AccessDenied          gated or private, or the token has no rights
     │   ├── UnsupportedModel      pickle only, already quantized, not causal, remote code ...
-    │   └── CorruptModel          truncated or damaged files, NaN weights
+    │   ├── CorruptModel          truncated or damaged files, absent tensors, NaN weights
+    │   └── SourceChanged         its files were replaced while a run worked on them
     ├── HubUnreachable            no network, or the Hub answers with errors
     ├── ConfigError               the config file, the catalogue, or options about the publisher or the card
     ├── CorpusError               the text to measure on
@@ -69,6 +70,10 @@ class UnsupportedModel(SourceError):
 
 
 class CorruptModel(SourceError):
+    pass
+
+
+class SourceChanged(SourceError):
     pass
 
 

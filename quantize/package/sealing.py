@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+from quantize.errors import PackageError
 from quantize.evidence import Evidence
 from quantize.files import CARD, CONFIG, PARITY, PROVENANCE, RECEIPT, blob_ids, hash_file, records_of
 from quantize.folders import write_text
@@ -33,11 +34,19 @@ def write_card(staging: Path, card: str) -> None:
     write_text(staging / CARD, card)
 
 
-def seal(staging: Path, provenance: Provenance) -> Provenance:
-    """Write provenance.json with the hashes of everything else in the folder."""
+def seal(staging: Path, provenance: Provenance, measured: tuple[FileRecord, ...] = ()) -> Provenance:
+    """Write provenance.json with the hashes of everything else in the folder.
+
+    Raises PackageError where a file is not as it was when it was `measured`.
+    """
     for path in weight_files(staging):
         shutil.copymode(staging / CONFIG, path)  # safetensors makes files that only their owner may read
     files = records_of(staging, without=UNSEALED)
+    changed = sorted(file.path for file in set(measured) - set(files))
+    if changed:
+        raise PackageError(
+            f"{staging / changed[0]} was changed after it was measured: run again when nothing writes there"
+        )
     sealed = dataclasses.replace(provenance, files=files, blob_ids=blob_ids(staging, files))
     write_text(staging / PROVENANCE, to_json(sealed))
     return sealed

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from quantize.errors import PackageError, printable, storage_errors
-from quantize.files import PROVENANCE, locked
+from quantize.files import PROVENANCE, flush, locked
 from quantize.folders import require_no_link
 
 BUILDING, REFUSED, UNFINISHED = ".building", "-refused", ".unfinished"
@@ -26,7 +25,6 @@ def staging_folder(output: Path) -> Iterator[Path]:
     busy = PackageError(f"another run is building {output}: wait for it, or name another --output")
     with storage_errors(staging), locked(output, busy):
         try:
-            output.parent.mkdir(parents=True, exist_ok=True)
             _restore(output)
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
@@ -44,6 +42,7 @@ def move_into_place(staging: Path, output: Path, *, passed: bool) -> Path:
     if final.exists():
         final.rename(outdated)
     staging.rename(final)
+    flush(final.parent)
     shutil.rmtree(outdated, ignore_errors=True)
     return final
 
@@ -81,7 +80,5 @@ def _restore(output: Path) -> None:
 
 def _flush(folder: Path) -> None:
     """Files reach the disk before the name does, so that a power cut leaves no half package."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    for path in (*folder.rglob("*"), folder):
+        flush(path)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from quantize import hub
 from quantize.documents import read_json
-from quantize.errors import CorruptModel, PackageError, SourceNotFound, UnsupportedModel, printable
-from quantize.files import CONFIG, hash_file, require_space
+from quantize.errors import CorruptModel, PackageError, SourceChanged, SourceNotFound, UnsupportedModel, printable
+from quantize.files import CONFIG, hash_file, require_space, stamp
 from quantize.folders import expanded, listing, require_own
 from quantize.formats import safetensors
 from quantize.formats.safetensors import INDEX, is_weights
-from quantize.progress import Progress
-from quantize.records import Checkout, FileRecord, Source
+from quantize.progress import Progress, ignore
+from quantize.records import Checkout, FileRecord, Source, Stamp
 from quantize.source.selection import choose_files, is_settings, require_config, require_no_adapter
 from quantize.source.support import check_config, needs_remote_code, runs_remote_code
 
@@ -59,6 +60,30 @@ def fetch_checkpoint(reference: str, records: tuple[str, ...], progress: Progres
     return _downloaded(reference, commit, [remote[path] for path in chosen], progress)
 
 
+@contextmanager
+def watched(checkout: Checkout) -> Iterator[None]:
+    """Work on a source whose files must stay as they were hashed.
+
+    Raises SourceChanged at the end where one does not, also in place of an error that came of it.
+    """
+    try:
+        yield
+    except Exception:
+        _require_unchanged(checkout)
+        raise
+    _require_unchanged(checkout)
+
+
+def _require_unchanged(checkout: Checkout) -> None:
+    """Hash again what has another stamp than when it was hashed."""
+    for file in checkout.source.files:
+        path = checkout.folder / file.path
+        if not path.is_file():
+            raise SourceChanged(f"{path} is gone since the run began: restore it, and run again")
+        if stamp(path) != checkout.stamps.get(file.path) and hash_file(path)[1] != file.sha256:
+            raise SourceChanged(f"{path} was changed while the run worked on it: run again when nothing writes there")
+
+
 def _local_checkpoint(folder: Path) -> Path:
     """A folder whose settings and weights are files of its own, and whose settings can be read."""
     paths = [path for path in listing(folder) if "/" not in path] if folder.is_dir() else []
@@ -93,8 +118,8 @@ def _from_folder(folder: Path, trust_remote_code: bool, progress: Progress) -> C
     chosen = choose_files(paths, index, name, needs_remote_code(config))
     require_own(folder, chosen, CorruptModel)
     with progress.task("hashing the original", sum((folder / path).stat().st_size for path in chosen), "B") as advance:
-        files = tuple(FileRecord(path, *hash_file(folder / path, advance)) for path in chosen)
-    return Checkout(_describe(folder, config, files, own_name), folder)
+        files, stamps = _hashed(folder, chosen, advance)
+    return Checkout(_describe(folder, config, files, own_name), folder, stamps)
 
 
 def _from_hub(repo_id: str, revision: str | None, trust_remote_code: bool, progress: Progress) -> Checkout:
@@ -108,9 +133,17 @@ def _from_hub(repo_id: str, revision: str | None, trust_remote_code: bool, progr
     missing = sum(remote[path].size for path in chosen if not hub.is_cached(repo_id, commit, path))
     require_space(hub.cache_folder(), missing, f"downloading {repo_id}")
     folder = _downloaded(repo_id, commit, [remote[path] for path in chosen], progress)
-    files = tuple(FileRecord(path, *hash_file(folder / path)) for path in chosen)
+    files, stamps = _hashed(folder, chosen, ignore)
     source = _describe(folder, config, files, repo_id.rsplit("/", 1)[-1])
-    return Checkout(dataclasses.replace(source, repo_id=repo_id, revision=revision, commit=commit), folder)
+    return Checkout(dataclasses.replace(source, repo_id=repo_id, revision=revision, commit=commit), folder, stamps)
+
+
+def _hashed(
+    folder: Path, paths: list[str], advance: Callable[[int], None]
+) -> tuple[tuple[FileRecord, ...], dict[str, Stamp]]:
+    """Records of the files, and their stamps, which are older than their hashes."""
+    stamps = {path: stamp(folder / path) for path in paths}
+    return tuple(FileRecord(path, *hash_file(folder / path, advance)) for path in paths), stamps
 
 
 def _downloaded(repo_id: str, commit: str, files: list[hub.RemoteFile], progress: Progress) -> Path:

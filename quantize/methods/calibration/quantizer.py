@@ -7,6 +7,7 @@ in the model as quantized so far, and, where they fit into memory, with the Hess
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from quantize import devices
+from quantize.formats import source_model
 from quantize.formats.bitsandbytes import checkpoint, packing
 from quantize.formats.bitsandbytes.modules import laid_out, matrix
 from quantize.methods.calibration import allocation, calibration_text
@@ -100,6 +102,8 @@ def quantize(job: Job, options: CalibratedOptions, ablation: Ablation | None = N
         "recipe": recipe,
         "device": torch.device(device).type,
         "ablation": ablation,
+        "corpus": hashlib.sha256(job.corpus.encode()).hexdigest(),
+        "calibration": calibration_text.content_hash(options),
     }
     finished = FinishedParts.begin(job.resume_folder, fingerprint)
     quantized = _quantize_model(job, options, ablation, dtype, finished)
@@ -108,9 +112,9 @@ def quantize(job: Job, options: CalibratedOptions, ablation: Ablation | None = N
     skipping = dataclasses.replace(recipe, skip_modules=(*recipe.skip_modules, *half_precision))
     precomputed = {name: layer.tensors() for name, layer in quantized.layers.items()}
     files = FinishedParts.begin(
-        finished.folder / "files", {**fingerprint, "device": device, "precomputed": sorted(precomputed)}
+        finished.folder / "files", {**fingerprint, "device": device, "precomputed": finished.hashes}
     )
-    written = checkpoint.write(checkout, job.output, skipping, dtype, device, job.progress, files.folder, precomputed)
+    written = checkpoint.write(checkout, job.output, skipping, dtype, device, job.progress, files, precomputed)
     return Quantized(
         modules=written.modules,
         kept_modules=written.kept_modules,
@@ -292,14 +296,11 @@ def _quantize_matrix(module: Any, name: str, inputs: CenteredHessianAccumulator,
 
 def _load_source(checkout: Checkout, dtype: str, device: str) -> Any:
     """The source on the CPU: float32 where gradients are to be taken, else in the half precision of the package."""
-    from transformers import AutoModelForCausalLM
-
     small = checkout.source.parameters * 4 <= MAX_OUTPUT_HESSIAN_BYTES
-    model = AutoModelForCausalLM.from_pretrained(
+    model = source_model.load(
         checkout.folder,
+        checkout.source.name,
         dtype=torch.float32 if small or torch.device(device).type == "cpu" else getattr(torch, dtype),
-        use_safetensors=True,
-        local_files_only=True,
         trust_remote_code=checkout.source.remote_code,
     )
     return model.eval().requires_grad_(False)
