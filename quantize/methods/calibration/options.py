@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from quantize.options import LARGEST_SEED, TextName, Number, Option, Whole
+from quantize.options import LARGEST_SEED, Number, Option, TextName, Whole
 from quantize.records import Recipe
 
 SELF = "self"
