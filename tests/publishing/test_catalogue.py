@@ -296,7 +296,7 @@ def test_what_cannot_be_read_is_one_line(shelf: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not UTF-8 text"):
         catalogue.read(shelf)
     for missing in (tmp_path / "none.toml", tmp_path):
-        with pytest.raises(ConfigError, match="cannot be read: |is no regular file"):
+        with pytest.raises(ConfigError, match=r"cannot be read: |is no regular file"):
             catalogue.read(missing)
 
 
