@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from quantize.errors import CorruptModel, UnsupportedModel, printable
-from quantize.files import CARD, CONFIG
+from quantize.files import CARD, CONFIG, GENERATION_CONFIG, PROCESSOR_FILES
 from quantize.formats.safetensors import INDEX, SINGLE_FILE, is_weights
 from quantize.records import Source
 
@@ -71,7 +71,7 @@ TOKENIZER_FILES = (
     "additional_chat_templates/*.jinja",
 )
 LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
-CARRIED_FILES = (*TOKENIZER_FILES, *LEGAL_FILES, "generation_config.json")
+CARRIED_FILES = (*TOKENIZER_FILES, *LEGAL_FILES, *PROCESSOR_FILES, GENERATION_CONFIG)
 """Copied into the package byte for byte: saving them anew would rewrite them."""
 OTHER_FILES = (CONFIG, CARD)
 
