@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from model_card import nats, split
+from quantize.cli.visible_console import VisibleConsole
 from quantize.diagnostics import Diagnostics
 from quantize.errors import printable
 from quantize.evidence import Estimate, Evidence
@@ -31,7 +32,7 @@ class Terminal:
 
     def __init__(self) -> None:
         self.interactive = sys.stderr.isatty()
-        self.console = Console(
+        self.console: Console = VisibleConsole(
             stderr=True, highlight=False, markup=False, width=None if self.interactive else PLAIN_WIDTH
         )
 
