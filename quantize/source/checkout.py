@@ -18,7 +18,7 @@ from quantize.formats.safetensors import INDEX, is_weights
 from quantize.progress import Progress, ignore
 from quantize.records import Checkout, FileRecord, Source, Stamp
 from quantize.source.selection import choose_files, is_settings, require_config, require_no_adapter
-from quantize.source.support import check_config, needs_remote_code, runs_remote_code
+from quantize.source.support import check_config, check_model, needs_remote_code, runs_remote_code
 
 
 def fetch(reference: str, *, revision: str | None, trust_remote_code: bool, progress: Progress) -> Checkout:
@@ -128,6 +128,7 @@ def _from_hub(repo_id: str, revision: str | None, trust_remote_code: bool, progr
     require_config(remote, repo_id)
     config = hub.read_json(repo_id, commit, remote[CONFIG])
     check_config(config, repo_id, trust_remote_code)
+    check_model(config, repo_id)
     index = hub.read_json(repo_id, commit, remote[INDEX]) if INDEX in remote else None
     chosen = choose_files(remote, index, repo_id, needs_remote_code(config))
     missing = sum(remote[path].size for path in chosen if not hub.is_cached(repo_id, commit, path))

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from quantize.errors import CorruptModel, UnsupportedModel
+from quantize.formats import source_model
 from quantize.formats.bitsandbytes.config import quantization_method
+from quantize.formats.bitsandbytes.modules import require_mostly_linear
 
 OWN_ATTENTION = ("eager", "sdpa", "flex_attention")
 OWN_EXPERTS = ("eager", "grouped_mm", "batched_mm")
@@ -34,6 +36,15 @@ def check_config(config: Mapping[str, Any], name: str, trust_remote_code: bool) 
     _require_trusted(config, name, trust_remote_code)
     if not needs_remote_code(config):
         _require_causal(config, architectures, name)
+
+
+def check_model(config: Mapping[str, Any], name: str) -> None:
+    """Raise UnsupportedModel or CorruptModel where transformers builds a model of the config that cannot be quantized.
+
+    Of a model with code of its own nothing is known before that is here.
+    """
+    if not needs_remote_code(config):
+        require_mostly_linear(source_model.promised(config, name), name)
 
 
 def needs_remote_code(config: Mapping[str, Any]) -> bool:
