@@ -239,7 +239,7 @@ def _measured(
 
 def _check(request: RunRequest, checkout: Checkout, staging: Path, progress: Progress) -> None:
     """Raise now what would otherwise end the run after hours: license, tensors, corpus, recipe, disk."""
-    _require_derivable(checkout, request.allow_no_derivatives)
+    _check_metadata(checkout, request.allow_no_derivatives, progress)
     unused = source_model.grouped(source_model.check_tensors(checkout))
     if unused:
         progress.note(f"the model has no place for these tensors in its files: {', '.join(unused)}")
@@ -370,15 +370,17 @@ def _facts(opened: Package, against: str | None) -> CardFacts:
     return card.facts(provenance, opened.evidence, text, card.figure_names(opened.folder))
 
 
-def _require_derivable(checkout: Checkout, allowed: bool) -> None:
-    """Raise UnsupportedModel where the source's license lets nobody publish changed copies."""
-    metadata = model_card.split(source.card_text(checkout) or "").metadata
-    license_name = model_card.forbids_derivatives(metadata)
+def _check_metadata(checkout: Checkout, allowed: bool, progress: Progress) -> None:
+    """Say what the card will not inherit as it stands; raises UnsupportedModel for a license against changed copies."""
+    original = model_card.split(source.card_text(checkout) or "")
+    license_name = model_card.forbids_derivatives(original)
     if license_name and not allowed:
         raise UnsupportedModel(
             f"{checkout.source.name} has the license {license_name}, which allows no changed copies: ask its authors, "
             f"and then say --allow-no-derivatives"
         )
+    for note in model_card.inherited(original)[1]:
+        progress.note(note)
 
 
 def _read_template(path: Path | None) -> str | None:

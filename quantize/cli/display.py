@@ -37,7 +37,9 @@ class Display:
     def show(self, record: object, *tables: Callable[[Any], None]) -> None:
         """Print a record as JSON, or as the tables that were made of it."""
         if self.as_json:
-            click.echo(to_json(record), nl=False)
+            from model_card import visible_json
+
+            click.echo(visible_json(to_json(record)), nl=False)
         elif not self.quiet:
             from quantize.cli.console import Terminal
 
