@@ -137,7 +137,7 @@ def _has_one_matrix(module: Any) -> bool:
     """Whether a module is linear, in whatever class, or an embedding."""
     import torch
 
-    return isinstance(module, torch.nn.Linear | torch.nn.Embedding) or type(module).__name__ in LINEAR_CLASSES
+    return isinstance(module, torch.nn.Linear | torch.nn.Embedding) or is_transposed(module)
 
 
 def matrix(module: Any) -> torch.Tensor:
