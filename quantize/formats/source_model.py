@@ -16,6 +16,7 @@ from quantize.documents import read_json
 from quantize.errors import CorruptModel, QuantizeError, UnsupportedModel
 from quantize.files import CONFIG
 from quantize.formats import safetensors
+from quantize.formats.model_class import auto_class, class_of
 from quantize.formats.safetensors import Entry
 from quantize.records import Checkout
 
@@ -56,7 +57,7 @@ def skeleton(checkout: Checkout, dtype: str = "float32") -> Any:
     UnsupportedModel where transformers builds nothing from it.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     name, trust = checkout.source.name, checkout.source.remote_code
     held = tensors(checkout)
@@ -64,7 +65,7 @@ def skeleton(checkout: Checkout, dtype: str = "float32") -> Any:
     _require_countable(content, name, max(MOST_COUNTED, len(held)))
     with _built_by_transformers(name), torch.device("meta"), _no_larger_than(held.values(), name):
         config = AutoConfig.from_pretrained(checkout.folder, local_files_only=True, trust_remote_code=trust)
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust)
+        return class_of(content).from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust)
 
 
 def promised(content: Mapping[str, Any], name: str) -> Any:
@@ -73,12 +74,12 @@ def promised(content: Mapping[str, Any], name: str) -> Any:
     Its files need not be here. Raises CorruptModel where there is no end of layers, UnsupportedModel as `skeleton`.
     """
     import torch
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING
 
     _require_countable(content, name, MOST_LAYERS)
     with _built_by_transformers(name), torch.device("meta"), _no_more_than(MOST_PARAMETERS, name):
         config = CONFIG_MAPPING[content["model_type"]].from_dict(copy.deepcopy(dict(content)))
-        return AutoModelForCausalLM.from_config(config)
+        return class_of(content).from_config(config)
 
 
 @contextmanager
@@ -134,9 +135,7 @@ def load(folder: Path, name: str, **options: Any) -> Any:
 
     Raises CorruptModel where a tensor is absent, which transformers would fill with random values.
     """
-    from transformers import AutoModelForCausalLM
-
-    model, report = AutoModelForCausalLM.from_pretrained(
+    model, report = auto_class(folder).from_pretrained(
         folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
     )
     require_complete(report["missing_keys"], name)

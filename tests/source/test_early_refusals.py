@@ -40,8 +40,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         "stacked expert tensors",
     ),
     "t5": ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "an encoder and a decoder"),
-    "sees": (
-        {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "vision_config": {"a": 1}},
+    "hears": (
+        {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "audio_config": {"a": 1}},
         "reads more than text",
     ),
     "fp8": (
