@@ -13,6 +13,7 @@ from quantize.errors import QuantizeError, StorageError, storage_errors
 from quantize.records import FileRecord
 
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 CARD = "README.md"
 PROVENANCE = "provenance.json"
 PARITY = "parity.json"

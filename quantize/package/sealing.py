@@ -8,6 +8,7 @@ from pathlib import Path
 
 from quantize.evidence import Evidence
 from quantize.files import CARD, CONFIG, PARITY, PROVENANCE, RECEIPT, hash_file, records_of
+from quantize.formats import remote_code
 from quantize.formats.safetensors import weight_files
 from quantize.records import Checkout, FileRecord, Provenance
 from quantize.serialization import to_json
@@ -17,11 +18,16 @@ UNSEALED = (PROVENANCE, RECEIPT)
 
 
 def copy_carried(checkout: Checkout, names: tuple[str, ...], staging: Path) -> None:
-    """Copy tokenizer, template and legal files from the source byte for byte."""
+    """Copy tokenizer, template and legal files from the source byte for byte.
+
+    Only a config that names code which is not carried is written anew, without naming it.
+    """
     for name in names:
         target = staging / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkout.folder / name, target)
+        if checkout.source.code_left_out and target.match(remote_code.CONFIGS):
+            remote_code.leave_out(target)
 
 
 def write_evidence(staging: Path, evidence: Evidence) -> None:

@@ -68,7 +68,7 @@ def measure(
     started = time.monotonic()
     text = corpus.load(settings.corpus)
     expected = expected or ExpectedConfig.read_if_possible(candidate)
-    trust = checkout.source.remote_code and structure.same_code(checkout.folder, candidate)
+    trust = checkout.source.remote_code and structure.same_code(checkout, candidate)
     tokenizer = source_tokenizer(checkout)
     alone = reference_cache is not None
     with Pair(checkout, candidate, device, trust=trust, tokenizer=tokenizer, alone=alone) as pair:
@@ -85,7 +85,7 @@ def unmeasured(
     """What can be said about the checkpoint in `candidate` without loading it or its source: files and tokenizer."""
     started = time.monotonic()
     checks = format_checks.check_files(candidate, expected)
-    trust = checkout.source.remote_code and structure.same_code(checkout.folder, candidate)
+    trust = checkout.source.remote_code and structure.same_code(checkout, candidate)
     checks.append(structure.tokenizer_check(source_tokenizer(checkout), candidate, trust))
     return Evidence(
         reference_dtype="none",

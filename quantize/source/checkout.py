@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantize import hub
 from quantize.errors import CorruptModel, PackageError, SourceNotFound, UnsupportedModel
 from quantize.files import CONFIG, hash_file, require_space
-from quantize.formats import safetensors
+from quantize.formats import remote_code, safetensors
 from quantize.formats.safetensors import INDEX, is_weights
 from quantize.progress import Progress
 from quantize.records import Checkout, FileRecord, Source
 from quantize.source.selection import choose_files
-from quantize.source.support import check_config, needs_remote_code
+from quantize.source.support import check_config
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def fetch(reference: str, *, revision: str | None, trust_remote_code: bool, progress: Progress) -> Checkout:
@@ -32,30 +35,49 @@ def fetch(reference: str, *, revision: str | None, trust_remote_code: bool, prog
 
 
 def refetch(source: Source, against: str | None, *, trust_remote_code: bool, progress: Progress) -> Checkout:
-    """The checkout that a record describes: the same commit, or the folder `against` with the same hashes."""
+    """The checkout that a record describes: the same commit, or the folder `against` with the same hashes.
+
+    The model's own code runs where it did, which has to be allowed again.
+    """
     reference = against or source.repo_id
     if reference is None:
         raise SourceNotFound(f"{source.name} came from a local folder: say where it is with --against FOLDER")
+    if source.remote_code and not trust_remote_code:
+        raise UnsupportedModel(
+            f"{source.name} was measured with code from its own repo: read that code, then allow it with "
+            f"--trust-remote-code"
+        )
     revision = None if is_local(reference) else source.commit
-    checkout = fetch(reference, revision=revision, trust_remote_code=trust_remote_code, progress=progress)
-    if checkout.source.fingerprint() != source.fingerprint():
+    checkout = fetch(reference, revision=revision, trust_remote_code=source.remote_code, progress=progress)
+    if not _same_files(source, checkout.source):
         raise PackageError(f"{reference} is not the source that this package was made from")
     return checkout
 
 
-def fetch_checkpoint(reference: str, records: tuple[str, ...], progress: Progress) -> Path:
+def _same_files(recorded: Source, present: Source) -> bool:
+    """Whether `present` has the recorded files; beside code of its own it may have more, since earlier versions took
+    fewer of them."""
+    recorded_files, present_files = recorded.fingerprint(), present.fingerprint()
+    shared = recorded_files.keys() if recorded.remote_code else recorded_files.keys() | present_files.keys()
+    return all(recorded_files.get(path) == present_files.get(path) for path in shared)
+
+
+def fetch_checkpoint(
+    reference: str, records: tuple[str, ...], progress: Progress, *, trust_remote_code: bool = False
+) -> Path:
     """The folder of somebody's checkpoint: a local one as it is, a Hub repo's at its present commit.
 
-    `records` are files to bring besides, where the repo has them. Nothing is said about what the checkpoint is.
+    `records` are files to bring besides, where the repo has them, and with `trust_remote_code` its code, which nothing
+    runs here. Nothing is said about what the checkpoint is.
     """
     if is_local(reference):
         return Path(reference).expanduser()
     commit, listing = hub.resolve(reference, None)
     remote = {file.path: file for file in listing}
     index = hub.read_json(reference, commit, remote[INDEX]) if INDEX in remote else None
-    chosen = [*choose_files(remote, index, reference, remote_code=False), *(name for name in records if name in remote)]
+    chosen = {*choose_files(remote, index, reference, trust_remote_code), *(name for name in records if name in remote)}
     require_space(hub.cache_folder(), sum(remote[path].size for path in chosen), f"downloading {reference}")
-    return _downloaded(reference, commit, [remote[path] for path in chosen], progress)
+    return _downloaded(reference, commit, [remote[path] for path in sorted(chosen)], progress)
 
 
 def is_local(reference: str) -> bool:
@@ -72,14 +94,16 @@ def _from_folder(folder: Path, trust_remote_code: bool, progress: Progress) -> C
     name = str(folder)
     if not folder.is_dir():
         raise SourceNotFound(f"no such folder: {folder} (a Hub id looks like distilbert/distilgpt2)")
-    config = _read_config(folder)
-    check_config(config, name, trust_remote_code)
     paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    config = _read_config(folder)
+    tokenizer_config = _read_json(folder / TOKENIZER_CONFIG) if TOKENIZER_CONFIG in paths else {}
+    check_config(config, tokenizer_config, name, trust_remote_code)
     index = _read_json(folder / INDEX) if INDEX in paths else None
-    chosen = choose_files(paths, index, name, needs_remote_code(config))
+    code = _Code.of(config, tokenizer_config, trust_remote_code)
+    chosen = choose_files(paths, index, name, code.runs)
     with progress.task("hashing the original", sum((folder / path).stat().st_size for path in chosen), "B") as advance:
         files = tuple(FileRecord(path, *hash_file(folder / path, advance)) for path in chosen)
-    return Checkout(_describe(folder, config, files, folder.resolve().name), folder)
+    return Checkout(_describe(folder, config, files, folder.resolve().name, code), folder)
 
 
 def _from_hub(repo_id: str, revision: str | None, trust_remote_code: bool, progress: Progress) -> Checkout:
@@ -88,14 +112,16 @@ def _from_hub(repo_id: str, revision: str | None, trust_remote_code: bool, progr
     if CONFIG not in remote:
         raise UnsupportedModel(f"{repo_id} has no config.json: it is not a transformers model")
     config = hub.read_json(repo_id, commit, remote[CONFIG])
-    check_config(config, repo_id, trust_remote_code)
+    tokenizer_config = hub.read_json(repo_id, commit, remote[TOKENIZER_CONFIG]) if TOKENIZER_CONFIG in remote else {}
+    check_config(config, tokenizer_config, repo_id, trust_remote_code)
     index = hub.read_json(repo_id, commit, remote[INDEX]) if INDEX in remote else None
-    chosen = choose_files(remote, index, repo_id, needs_remote_code(config))
+    code = _Code.of(config, tokenizer_config, trust_remote_code)
+    chosen = choose_files(remote, index, repo_id, code.runs)
     missing = sum(remote[path].size for path in chosen if not hub.is_cached(repo_id, commit, path))
     require_space(hub.cache_folder(), missing, f"downloading {repo_id}")
     folder = _downloaded(repo_id, commit, [remote[path] for path in chosen], progress)
     files = tuple(FileRecord(path, *hash_file(folder / path)) for path in chosen)
-    source = _describe(folder, config, files, repo_id.rsplit("/", 1)[-1])
+    source = _describe(folder, config, files, repo_id.rsplit("/", 1)[-1], code)
     return Checkout(dataclasses.replace(source, repo_id=repo_id, revision=revision, commit=commit), folder)
 
 
@@ -104,7 +130,20 @@ def _downloaded(repo_id: str, commit: str, files: list[hub.RemoteFile], progress
         return hub.fetch(repo_id, commit, files, advance)
 
 
-def _describe(folder: Path, config: Mapping[str, Any], files: tuple[FileRecord, ...], name: str) -> Source:
+@dataclass(frozen=True)
+class _Code:
+    """Code of the model's own: whether it is run, and whether there is some that is not."""
+
+    runs: bool
+    left_out: bool
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], tokenizer_config: Mapping[str, Any], trusted: bool) -> _Code:
+        named = remote_code.names_code(config) or remote_code.names_code(tokenizer_config)
+        return cls(runs=named and trusted, left_out=named and not trusted)
+
+
+def _describe(folder: Path, config: Mapping[str, Any], files: tuple[FileRecord, ...], name: str, code: _Code) -> Source:
     dtypes, parameters = _weights_summary(folder, [file.path for file in files])
     return Source(
         name=name,
@@ -116,7 +155,9 @@ def _describe(folder: Path, config: Mapping[str, Any], files: tuple[FileRecord, 
         model_type=config["model_type"],
         dtype=max(dtypes, key=lambda dtype: dtypes[dtype]),
         parameters=parameters,
-        remote_code=needs_remote_code(config),
+        remote_code=code.runs,
+        code_left_out=code.left_out,
+        transformers_version=str(config.get("transformers_version") or ""),
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from quantize.errors import CorruptModel, UnsupportedModel
-from quantize.files import CARD, CONFIG
+from quantize.files import CARD, CONFIG, GENERATION_CONFIG
 from quantize.formats.safetensors import INDEX, SINGLE_FILE
 from quantize.records import Source
 
@@ -34,25 +34,38 @@ TOKENIZER_FILES = (
     "additional_chat_templates/*.jinja",
 )
 LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
-CARRIED_FILES = (*TOKENIZER_FILES, *LEGAL_FILES, "generation_config.json")
-"""Copied into the package byte for byte: saving them anew would rewrite them."""
+CARRIED_FILES = (*TOKENIZER_FILES, *LEGAL_FILES, GENERATION_CONFIG)
+"""Copied into the package as they are: saving them anew would rewrite them."""
 OTHER_FILES = (CONFIG, CARD)
+NOT_FOR_CODE = (
+    *(CONFIG, CARD, INDEX, ".*", "*.safetensors", "*.index.json"),
+    *(*PICKLE_WEIGHTS, "*.pkl", "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.tflite", "*.gguf", "*.npz"),
+    *("*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp", "*.mp4", "*.pdf", "*.zip", "*.tar*"),
+)
+"""What a model's own code is not given. All else at the top it may read: its vocabulary may have any name."""
 
 
 def choose_files(paths: Iterable[str], index: Mapping[str, Any] | None, name: str, remote_code: bool) -> list[str]:
     """The files that a run needs out of all that a model has; raises UnsupportedModel when some are absent."""
     available = set(paths)
     weights = _choose_weights(available, index, name)
-    if not any(_matches(path, TOKENIZER_MODELS) for path in available):
-        raise UnsupportedModel(f"{name} has no tokenizer: add its tokenizer.json beside config.json")
-    patterns = (*OTHER_FILES, *CARRIED_FILES, "*.py") if remote_code else (*OTHER_FILES, *CARRIED_FILES)
-    return sorted({*weights, *(path for path in available if _matches(path, patterns))})
+    if not remote_code and not any(_matches(path, TOKENIZER_MODELS) for path in available):
+        raise UnsupportedModel(
+            f"{name} has no tokenizer: add its tokenizer.json beside config.json; one that is code of the model's own "
+            f"needs --trust-remote-code"
+        )
+    others = (path for path in available if _matches(path, OTHER_FILES) or _is_carried(path, remote_code))
+    return sorted({*weights, *others})
 
 
 def carried_files(source: Source) -> tuple[str, ...]:
     """Names of the files that a package copies from its source unchanged."""
-    patterns = (*CARRIED_FILES, "*.py") if source.remote_code else CARRIED_FILES
-    return tuple(file.path for file in source.files if _matches(file.path, patterns))
+    return tuple(file.path for file in source.files if _is_carried(file.path, source.remote_code))
+
+
+def _is_carried(path: str, remote_code: bool) -> bool:
+    for_code = remote_code and "/" not in path and not _matches(path, NOT_FOR_CODE)
+    return for_code or _matches(path, CARRIED_FILES)
 
 
 def _choose_weights(available: set[str], index: Mapping[str, Any] | None, name: str) -> set[str]:

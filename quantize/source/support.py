@@ -9,7 +9,9 @@ from quantize.errors import UnsupportedModel
 from quantize.formats.bitsandbytes.config import is_quantized
 
 
-def check_config(config: Mapping[str, Any], name: str, trust_remote_code: bool) -> None:
+def check_config(
+    config: Mapping[str, Any], tokenizer_config: Mapping[str, Any], name: str, trust_remote_code: bool
+) -> None:
     """Raise UnsupportedModel for a model that cannot be quantized, saying what to do about it."""
     architectures = config.get("architectures") or []
     if not config.get("model_type") or not architectures:
@@ -25,6 +27,11 @@ def check_config(config: Mapping[str, Any], name: str, trust_remote_code: bool) 
         raise UnsupportedModel(
             f"{name} is not a causal language model ({', '.join(architectures)}): only those can be quantized here"
         )
+    if not trust_remote_code and tokenizer_needs_remote_code(config, tokenizer_config):
+        raise UnsupportedModel(
+            f"the tokenizer of {name} needs code from its own repo: read that code, then allow it with "
+            f"--trust-remote-code"
+        )
 
 
 def needs_remote_code(config: Mapping[str, Any]) -> bool:
@@ -33,6 +40,21 @@ def needs_remote_code(config: Mapping[str, Any]) -> bool:
 
     brings_code = "AutoModelForCausalLM" in (config.get("auto_map") or {})
     return brings_code and config.get("model_type") not in CONFIG_MAPPING_NAMES
+
+
+def tokenizer_needs_remote_code(config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -> bool:
+    """Whether transformers itself has no tokenizer for this model and the repo brings code of one."""
+    code = tokenizer_config.get("auto_map") or {}
+    brings_code = isinstance(code, list) or "AutoTokenizer" in code
+    return brings_code and not _has_tokenizer(config["model_type"], str(tokenizer_config.get("tokenizer_class") or ""))
+
+
+def _has_tokenizer(model_type: str, class_name: str) -> bool:
+    from transformers.models.auto import tokenization_auto
+
+    plain = class_name.removesuffix("Fast")
+    known = map(tokenization_auto.tokenizer_class_from_name, (plain, f"{plain}Fast") if plain else ())
+    return bool(tokenization_auto.TOKENIZER_MAPPING_NAMES.get(model_type)) or any(known)
 
 
 def _causal_architectures() -> set[str]:

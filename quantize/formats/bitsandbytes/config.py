@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from quantize.files import CONFIG
+from quantize.formats import remote_code
 from quantize.formats.bitsandbytes.modules import is_listed
 from quantize.formats.bitsandbytes.sizes import MatrixFormat
-from quantize.records import Recipe
+from quantize.records import Checkout, Recipe
 
 QUANTIZATION_KEY, COMPRESSION_KEY = "quantization_config", "compression_config"
 """Of the config of a quantized model; bitsandbytes has the first."""
+DTYPE_KEYS = ("dtype", "torch_dtype")
+"""What transformers calls the type of the weights, and what versions before 4.56 did."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,36 @@ class ExpectedConfig:
 
 def is_quantized(config: Mapping[str, Any]) -> bool:
     """Whether the contents of a config.json say that the model is quantized, in this format or another."""
-    return QUANTIZATION_KEY in config or COMPRESSION_KEY in config
+    return bool(config.get(QUANTIZATION_KEY) or config.get(COMPRESSION_KEY))
+
+
+def write(checkout: Checkout, output: Path, model: Any, quantization: Any, dtype: str) -> None:
+    """Write config.json of the quantized `model`: the source's own, with what is different now.
+
+    One that transformers writes anew is in its newest dialect, of which older versions take defaults without a word.
+    `quantization` is a BitsAndBytesConfig, `dtype` the type of what stays in half precision.
+    """
+    own = json.loads((checkout.folder / CONFIG).read_text("utf-8"))
+    if checkout.source.code_left_out:
+        own = remote_code.without_code(own)
+    changed = {
+        **_with_dtype(own, dtype),
+        "architectures": [type(model).__name__],
+        "dtype": dtype,
+        QUANTIZATION_KEY: quantization.to_dict(),
+    }
+    (output / CONFIG).write_text(json.dumps(changed, indent=2) + "\n", "utf-8")
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A config whose every mention of the weights' type is `dtype`, in those of its parts as well."""
+
+    def renewed(name: str, value: Any) -> Any:
+        if name in DTYPE_KEYS:
+            return dtype
+        return _with_dtype(value, dtype) if name.endswith("_config") and isinstance(value, dict) else value
+
+    return {name: renewed(name, value) for name, value in config.items()}
 
 
 def build(recipe: Recipe, compute_dtype: str, skip_list: list[str] | None) -> Any:
