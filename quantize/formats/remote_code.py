@@ -7,6 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from quantize.documents import read_json
+from quantize.errors import CorruptModel
+
 KEYS = ("auto_map", "custom_pipelines")
 """Under these a config names classes in Python files of its own repo, or of another one."""
 CONFIGS = "*config.json"
@@ -16,6 +19,11 @@ CONFIGS = "*config.json"
 def names_code(config: Mapping[str, Any]) -> bool:
     """Whether the contents of a config name code, in themselves or in a part."""
     return next(_classes(config), None) is not None
+
+
+def names_own_code(config: Mapping[str, Any]) -> bool:
+    """Whether the contents of a config name code of the model's own repo."""
+    return any("--" not in name for name in _classes(config))
 
 
 def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,12 +48,11 @@ def classes(folder: Path) -> set[str]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The contents of a config; nothing where it is no JSON object, which others find out."""
+    """The contents of a config; nothing where it cannot be read, which others find out."""
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(path, path, CorruptModel, finite=False)
+    except (OSError, CorruptModel):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _classes(config: Mapping[str, Any]) -> Iterator[str]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from quantize.documents import read_json
+from quantize.errors import CorruptModel
 from quantize.files import CONFIG
 from quantize.formats import remote_code
 from quantize.formats.bitsandbytes.modules import is_listed
@@ -44,11 +46,10 @@ class ExpectedConfig:
 
     @classmethod
     def read(cls, folder: Path) -> ExpectedConfig | None:
-        """What config.json in `folder` says; None when it says nothing of bitsandbytes.
-
-        Raises OSError, ValueError or AttributeError where it cannot be read.
-        """
-        config = json.loads((folder / CONFIG).read_text("utf-8")).get(QUANTIZATION_KEY) or {}
+        """What config.json in `folder` says, None where not of bitsandbytes; raises OSError or CorruptModel."""
+        config = read_json(folder / CONFIG, CONFIG, CorruptModel, finite=False).get(QUANTIZATION_KEY) or {}
+        if not isinstance(config, dict):
+            raise CorruptModel(f"{CONFIG} has a {QUANTIZATION_KEY} that is no object")
         if not (config.get("load_in_4bit") or config.get("load_in_8bit")):
             return None
         skip_list = config.get("llm_int8_skip_modules")
@@ -64,13 +65,20 @@ class ExpectedConfig:
         """What config.json in `folder` says, None also where it cannot be read."""
         try:
             return cls.read(folder)
-        except (OSError, ValueError, AttributeError):
+        except (OSError, CorruptModel):
             return None
 
 
-def is_quantized(config: Mapping[str, Any]) -> bool:
-    """Whether the contents of a config.json say that the model is quantized, in this format or another."""
-    return bool(config.get(QUANTIZATION_KEY) or config.get(COMPRESSION_KEY))
+def quantization_method(config: Mapping[str, Any]) -> str | None:
+    """How a model is quantized by what its config.json says, in this format or another; None where it is not."""
+    stated = config.get(QUANTIZATION_KEY) or config.get(COMPRESSION_KEY)
+    if not stated:
+        return None
+    if not isinstance(stated, dict):
+        return str(stated)
+    if stated.get("load_in_4bit") or stated.get("load_in_8bit"):
+        return "bitsandbytes"
+    return str(stated.get("quant_method") or COMPRESSION_KEY)
 
 
 def write(checkout: Checkout, output: Path, model: Any, quantization: Any, dtype: str) -> None:
@@ -79,7 +87,7 @@ def write(checkout: Checkout, output: Path, model: Any, quantization: Any, dtype
     One that transformers writes anew is in its newest dialect, of which older versions take defaults without a word.
     `quantization` is a BitsAndBytesConfig, `dtype` the type of what stays in half precision.
     """
-    own = json.loads((checkout.folder / CONFIG).read_text("utf-8"))
+    own = read_json(checkout.folder / CONFIG, CONFIG, CorruptModel, finite=False)
     if checkout.source.code_left_out:
         own = remote_code.without_code(own)
     changed = {
