@@ -8,7 +8,7 @@ from pathlib import Path
 
 from quantize.errors import PackageError
 from quantize.evidence import Evidence
-from quantize.files import CARD, CONFIG, PARITY, PROVENANCE, RECEIPT, hash_file, records_of
+from quantize.files import CARD, CONFIG, FIGURES, PARITY, PROVENANCE, RECEIPT, hash_file, records_of
 from quantize.folders import write_text
 from quantize.formats import remote_code
 from quantize.formats.safetensors import weight_files
@@ -30,6 +30,13 @@ def copy_carried(checkout: Checkout, names: tuple[str, ...], staging: Path) -> N
         shutil.copyfile(checkout.folder / name, target)
         if checkout.source.code_left_out and target.match(remote_code.CONFIGS):
             remote_code.leave_out(target)
+
+
+def seal_undocumented(staging: Path, provenance: Provenance) -> Provenance:
+    """Seal weights and evidence alone, without what was written of figures and card."""
+    shutil.rmtree(staging / FIGURES, ignore_errors=True)
+    (staging / CARD).unlink(missing_ok=True)
+    return seal(staging, provenance)
 
 
 def write_evidence(staging: Path, evidence: Evidence) -> None:
