@@ -16,6 +16,7 @@ from quantize.records import FileRecord, Stamp
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 CARD = "README.md"
 PROVENANCE = "provenance.json"
 PARITY = "parity.json"

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from quantize.errors import CorruptModel, UnsupportedModel, printable
-from quantize.files import CARD, CONFIG, GENERATION_CONFIG
+from quantize.files import CARD, CONFIG, GENERATION_CONFIG, PROCESSOR_FILES
 from quantize.formats.safetensors import INDEX, SINGLE_FILE, is_weights
 from quantize.records import Source
+from quantize.source.legal import is_legal
 
 PICKLE_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 ADAPTER = "adapter_config.json"
@@ -70,8 +71,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
-LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
-CARRIED_FILES = (*TOKENIZER_FILES, *LEGAL_FILES, GENERATION_CONFIG)
+CARRIED_FILES = (*TOKENIZER_FILES, *PROCESSOR_FILES, GENERATION_CONFIG)
 """Copied into the package as they are: saving them anew would rewrite them."""
 OTHER_FILES = (CONFIG, CARD)
 NOT_FOR_CODE = (
@@ -82,15 +82,22 @@ NOT_FOR_CODE = (
 """What a model's own code is not given. All else at the top it may read: its vocabulary may have any name."""
 
 
-def choose_files(paths: Iterable[str], index: Mapping[str, Any] | None, name: str, remote_code: bool) -> list[str]:
-    """The files that a run needs out of all that a model has; raises UnsupportedModel when some are absent."""
+def choose_files(
+    paths: Iterable[str], index: Mapping[str, Any] | None, name: str, remote_code: bool, license_path: str | None = None
+) -> list[str]:
+    """The files that a run needs out of all that a model has; raises UnsupportedModel when some are absent.
+
+    `license_path` is the file that the model's card links as its license.
+    """
     available = set(paths)
     require_no_adapter(available, name)
     weights = _choose_weights(available, index, name)
     if not remote_code:
         _require_tokenizer(available, name)
-    others = (path for path in available if _matches(path, OTHER_FILES) or _is_carried(path, remote_code))
-    chosen = sorted({*weights, *others})
+    legal = {path for path in available if is_legal(path) or path == license_path}
+    others = {path for path in available if _matches(path, (*OTHER_FILES, *CARRIED_FILES))}
+    for_code = {path for path in available if remote_code and "/" not in path and not _matches(path, NOT_FOR_CODE)}
+    chosen = sorted({*weights, *legal, *others, *for_code})
     _require_plain_names(chosen, name)
     return chosen
 
@@ -106,12 +113,9 @@ def require_config(paths: Iterable[str], name: str) -> None:
 
 def carried_files(source: Source) -> tuple[str, ...]:
     """Names of the files that a package copies from its source unchanged."""
-    return tuple(file.path for file in source.files if _is_carried(file.path, source.remote_code))
-
-
-def _is_carried(path: str, remote_code: bool) -> bool:
-    for_code = remote_code and "/" not in path and not _matches(path, NOT_FOR_CODE)
-    return for_code or _matches(path, CARRIED_FILES)
+    return tuple(
+        file.path for file in source.files if file.path not in (*OTHER_FILES, INDEX) and not is_weights(file.path)
+    )
 
 
 def is_settings(path: str) -> bool:
