@@ -14,7 +14,7 @@ import click
 from quantize import __version__, publishing
 from quantize.cli.decorators import FILE, FOLDER, former_flags, options_of
 from quantize.cli.display import Display
-from quantize.errors import ParityRefused, QuantizeError
+from quantize.errors import ParityRefused, QuantizeError, described
 from quantize.files import CARD
 from quantize.grades import UNMEASURED
 from quantize.options import DEFAULT_MODEL
@@ -235,10 +235,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted: no partial result was left behind; run the same command again to continue", err=True)
+    except (click.Abort, KeyboardInterrupt) as error:
+        click.echo(described(error, "interrupted: run the same command again to continue"), err=True)
         sys.exit(INTERRUPTED)
+    except SystemExit as error:  # SIGTERM
+        click.echo(described(error, "stopped"), err=True)
+        raise
     except QuantizeError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {described(error)}", err=True)
         sys.exit(error.exit_code)
     sys.exit(code)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quantize.errors import ParityRefused, QuantizeError
+from quantize.errors import ParityRefused, QuantizeError, described
 from quantize.serialization import to_json
 
 if TYPE_CHECKING:
@@ -52,5 +52,5 @@ class Display:
             yield
         except QuantizeError as error:
             if self.as_json and not isinstance(error, ParityRefused):
-                click.echo(json.dumps({"error": str(error), "kind": type(error).__name__}))
+                click.echo(json.dumps({"error": described(error), "kind": type(error).__name__}))
             raise
