@@ -14,7 +14,7 @@ import click
 from quantize import __version__, publishing
 from quantize.cli.decorators import FILE, FOLDER, former_flags, options_of
 from quantize.cli.display import Display
-from quantize.errors import ParityRefused, QuantizeError, described
+from quantize.errors import ParityRefused, QuantizeError, described, printable
 from quantize.files import CARD
 from quantize.grades import UNMEASURED
 from quantize.options import DEFAULT_MODEL
@@ -147,12 +147,13 @@ def card(
     quantize card distilgpt2-bnb-4bit --preview
     quantize card distilgpt2-bnb-4bit --card-template my-card.md.j2 --html card.html
     """
+    from model_card import visible_json
     from quantize import pipeline
     from quantize.cli import console
 
     request = pipeline.CardRequest(folder, against, publisher, card_template)
     if facts:
-        click.echo(to_json(pipeline.card_names(request)), nl=False)
+        click.echo(visible_json(to_json(pipeline.card_names(request))), nl=False)
         return
     package = pipeline.rewrite_card(request)
     if html is not None:
@@ -166,7 +167,9 @@ def card(
 @cli.command(context_settings=former_flags("push"))
 @click.argument("folder", type=FOLDER)
 @options_of("push")
-def push(folder: Path, destination: Destination, verify_download: bool, dry_run: bool, display: Display) -> None:
+def push(
+    folder: Path, destination: Destination, device: str, verify_download: bool, dry_run: bool, display: Display
+) -> None:
     """Publish a package that passed and has not been changed since, in one commit.
 
     The token comes from HF_TOKEN or `hf auth login`.
@@ -182,7 +185,7 @@ def push(folder: Path, destination: Destination, verify_download: bool, dry_run:
         plan = publishing.plan(folder, destination)
         display.show(plan, lambda terminal: console.show_plan(terminal, plan))
         return
-    receipt = publishing.push(folder, destination, display.progress, verify_download=verify_download)
+    receipt = publishing.push(folder, destination, display.progress, verify_download=verify_download, device=device)
     display.show(receipt, lambda terminal: console.show_receipt(terminal, receipt))
 
 
@@ -205,7 +208,7 @@ def sync(context: click.Context, /, catalogue: Path, display: Display, **request
     display.show(report, lambda terminal: console.show_report(terminal, report))
     for outcome in report.outcomes if display.quiet else ():
         if not outcome.ok:
-            click.echo(f"{outcome.state}: {outcome.repo}: {outcome.detail}", err=True)
+            click.echo(printable(f"{outcome.state}: {outcome.repo}: {outcome.detail}"), err=True)
     context.exit(report.exit_code)
 
 

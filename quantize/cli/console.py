@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from model_card import nats, split
+from quantize.cli.visible_console import VisibleConsole
 from quantize.diagnostics import Diagnostics
 from quantize.errors import printable
 from quantize.evidence import Estimate, Evidence
@@ -31,7 +32,7 @@ class Terminal:
 
     def __init__(self) -> None:
         self.interactive = sys.stderr.isatty()
-        self.console = Console(
+        self.console: Console = VisibleConsole(
             stderr=True, highlight=False, markup=False, width=None if self.interactive else PLAIN_WIDTH
         )
 
@@ -70,6 +71,12 @@ def show_evidence(console: Console, evidence: Evidence) -> None:
     if evidence.scores is not None:
         console.print(_scores_table(evidence))
     verdict = evidence.verdict
+    if count := len(evidence.misread_on_cpu):
+        console.print(
+            f"not for CPUs with AVX-512: bitsandbytes dequantizes {count} of its layers wrongly there",
+            style="yellow",
+            soft_wrap=True,
+        )
     if verdict.grade == UNMEASURED:
         console.print("not measured: only the files were checked", style="yellow", soft_wrap=True)
         return
@@ -120,8 +127,10 @@ def show_plan(console: Console, plan: Plan) -> None:
     kept = sum(change.action == "keep" for change in plan.changes)
     sent = sum(change.size for change in plan.changes if change.action in ("create", "replace"))
     branch = "a new pull request" if plan.pull_request and not plan.revision else plan.revision or "main"
-    created = " (would be created)" if plan.creates_repo else ""
-    console.print(f"{plan.repo_id}{created}, {branch}", soft_wrap=True)
+    state = f" ({plan.access})" if plan.access else " (would be created)"
+    console.print(f"{plan.repo_id}{state}, {branch}", soft_wrap=True)
+    for note in plan.notes:
+        console.print(note, soft_wrap=True)
     console.print(f"{sent / 1e6:.1f} MB to upload, {kept} files are already there; nothing was changed", soft_wrap=True)
 
 
