@@ -57,7 +57,10 @@ class CardCalibration:
 
 @dataclass(frozen=True)
 class CardAttempt:
-    """One attempt of the recipe search; size in bytes, measured values None where it failed a structural check."""
+    """One attempt of the recipe search; size in bytes, measured values None where it failed a structural check.
+
+    `failure` says why it could not be made, and is empty where it was.
+    """
 
     name: str
     size: int
@@ -66,6 +69,7 @@ class CardAttempt:
     same_top: Interval | None
     grade: str
     chosen: bool
+    failure: str = ""
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,36 @@ def storage_errors(where: object) -> Iterator[None]:
         raise StorageError(f"{reason} while writing {where}; nothing was left half done there") from error
 
 
+OUT_OF_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "alloc_failed",
+    "bad_alloc",
+)
+"""How torch's allocators, CUDA's libraries, the operating system and C++ say that memory ran out."""
+
+
+@contextmanager
+def memory_errors(work: str, advice: str) -> Iterator[None]:
+    """Turn memory that runs out during some `work` into a DeviceError that gives `advice`."""
+    try:
+        yield
+    except QuantizeError:
+        raise
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise DeviceError(f"out of memory while {work}: {advice}") from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or (
+        isinstance(error, (RuntimeError, OSError)) and any(words in str(error).lower() for words in OUT_OF_MEMORY)
+    )
+
+
 def _storage_reason(error: Exception) -> str | None:
     number = error.errno if isinstance(error, OSError) else None
     text = str(error) if type(error).__name__ == "SafetensorError" else ""

@@ -102,7 +102,8 @@ class CardRequest:
 def run(request: RunRequest, progress: Progress) -> RunResult:
     """Fetch, quantize, measure, document and seal; a refused package is kept under a name that shows it.
 
-    Raises QuantizeError, and leaves nothing half done.
+    Raises QuantizeError, and leaves nothing half done. An unforeseen error of a later attempt is raised after the
+    package of the attempts before it is in place.
     """
     request = dataclasses.replace(request, recipe=methods.normalized(request.recipe))
     output = request.output or default_output(request.model, request.recipe)
@@ -124,6 +125,8 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
         verdict = candidate.evidence.verdict
         sound = verdict.passed or verdict.grade == UNMEASURED
         final = package.move_into_place(staging, output, passed=sound)
+    if candidate.bug is not None:
+        raise candidate.bug
     return RunResult(Package(final, sealed, candidate.evidence), created=True)
 
 

@@ -159,6 +159,7 @@ def _attempt(attempt: Attempt) -> CardAttempt:
         same_top=_interval(attempt.same_top) if attempt.same_top else None,
         grade=attempt.grade,
         chosen=attempt.chosen,
+        failure=attempt.failure,
     )
 
 

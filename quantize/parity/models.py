@@ -12,13 +12,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from quantize import devices
-from quantize.errors import DeviceError
+from quantize.errors import DeviceError, memory_errors
 from quantize.formats.bitsandbytes import loading
 from quantize.formats.safetensors import weight_bytes
 from quantize.records import Checkout
 
 HALF = {"BF16": "bfloat16"}
 """The half precision of a source by the type it is stored in; float16 for all others."""
+
+ADVICE = "end other programs, try another --device, or --reference-cache FILE, which loads one model at a time"
+"""Where memory does not suffice."""
 
 
 @dataclass(frozen=True)
@@ -183,10 +186,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def _load(folder: Path, trust_remote_code: bool, device_map: Any, **options: Any) -> Placed:
-    import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    try:
+    with memory_errors("loading a model", ADVICE):
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             device_map=device_map,
@@ -195,11 +197,6 @@ def _load(folder: Path, trust_remote_code: bool, device_map: Any, **options: Any
             trust_remote_code=trust_remote_code,
             **options,
         )
-    except torch.OutOfMemoryError as error:
-        raise DeviceError(
-            f"{folder.name} does not fit beside the other model: try --reference-cache FILE, which loads one model at "
-            f"a time, or --device cpu"
-        ) from error
     model.generation_config = GenerationConfig()  # its own may ask for sampling or penalties where none are wanted
     device_of = device_map if isinstance(device_map, dict) else model.hf_device_map
     used = tuple(dict.fromkeys(devices.name(device) for device in device_of.values()))

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from quantize.errors import CorruptModel, DeviceError, storage_errors
+from quantize.errors import CorruptModel, memory_errors, storage_errors
 from quantize.formats import safetensors
 from quantize.formats.bitsandbytes import config, modules, tensor_plan, writer
 from quantize.formats.bitsandbytes.tensor_plan import NotKnown, PrecomputedTensors
@@ -174,7 +174,7 @@ def load_quantized(checkout: Checkout, recipe: Recipe, dtype: str, device: str) 
     import torch
     from transformers import AutoModelForCausalLM
 
-    try:
+    with memory_errors(f"loading {checkout.source.name} on {device}", "try --device cpu"):
         return AutoModelForCausalLM.from_pretrained(
             checkout.folder,
             quantization_config=_quantization_config(_skeleton(checkout), checkout, recipe, dtype),
@@ -184,8 +184,6 @@ def load_quantized(checkout: Checkout, recipe: Recipe, dtype: str, device: str) 
             local_files_only=True,
             trust_remote_code=checkout.source.remote_code,
         )
-    except torch.OutOfMemoryError as error:
-        raise DeviceError(f"{checkout.source.name} does not fit on {device}: try --device cpu") from error
 
 
 def _quantization_config(model: Any, checkout: Checkout, recipe: Recipe, dtype: str) -> Any:

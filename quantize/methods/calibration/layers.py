@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -101,8 +102,15 @@ class ActivationStream:
         return groups
 
     def advance(self, index: int) -> None:
-        """Run all text through a layer."""
-        self.hidden = [_tensor(self._run(index, part)).cpu() for part in self.hidden]
+        """Run all text through a layer, micro-batch by micro-batch in the place of its inputs."""
+        for position, part in enumerate(self.hidden):
+            self.hidden[position] = _tensor(self._run(index, part)).cpu()
+
+    def copy(self) -> ActivationStream:
+        """Another stream of the same text, in front of the same layer."""
+        other = copy.copy(self)
+        other.hidden = list(self.hidden)
+        return other
 
     def output(self, index: int, part: int, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The output of a layer for one micro-batch under other `weights`, by their names in it, with gradients."""
@@ -134,10 +142,11 @@ class ActivationStream:
         calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         own = [layer.forward for layer in self.decoder.layers]
         wrap = self._output_wrapper(model, tokens)
+        last = len(own) - 1
         for index, layer in enumerate(self.decoder.layers):
-            layer.forward = _stand_in(calls, index, wrap)
+            layer.forward = _stand_in(calls, index, wrap if index < last else _stop)
         try:
-            with torch.no_grad(), autocast(self.device, self.bfloat16):
+            with contextlib.suppress(_StopForward), torch.no_grad(), autocast(self.device, self.bfloat16):
                 model(tokens, use_cache=False)
         finally:
             for layer, forward in zip(self.decoder.layers, own, strict=True):
@@ -176,6 +185,11 @@ def on_device(layer: torch.nn.Module, device: str) -> Iterator[None]:
 def autocast(device: str, bfloat16: bool) -> torch.autocast:
     """bfloat16 products over float32 weights where `bfloat16`; otherwise everything as it is stored."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bfloat16)
+
+
+def _stop(hidden: torch.Tensor) -> Any:
+    """Stands in for the end of the last layer: what follows would make logits of all positions."""
+    raise _StopForward
 
 
 def _stand_in(calls: dict[int, Any], index: int, wrap: Callable[[torch.Tensor], Any]) -> Callable[..., Any]:

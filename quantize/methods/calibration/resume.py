@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +13,13 @@ from safetensors.torch import load_file, save_file
 from quantize.errors import storage_errors
 from quantize.formats.bitsandbytes.checkpoint import BIAS
 from quantize.formats.bitsandbytes.packing import Packed
+from quantize.methods.calibration.gradients import OutputGradient
 from quantize.records import CalibrationText
 from quantize.resume import ResumeFolder
 from quantize.serialization import from_json, to_json
+
+GRADIENTS = "gradients.json"
+"""Says that the gradients of all layers are there, or were before the layers were finished."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +60,30 @@ class FinishedParts(ResumeFolder):
         block_sizes: dict[str, int] = json.loads(file.read_text("utf-8"))
         return block_sizes
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether the gradients of all layers were read."""
+        return (self.folder / GRADIENTS).is_file()
+
+    def save_gradients(self, layers: Iterable[tuple[int, Mapping[str, OutputGradient]]]) -> None:
+        """Keep gradients by the names of their modules, those of one layer after the other."""
+        for index, gradients in layers:
+            parts = {f"{name}|{part}": tensor for name, one in gradients.items() for part, tensor in vars(one).items()}
+            self._save(self._gradients_file(index), parts)
+        self._write(self.folder / GRADIENTS, "{}")
+
+    def gradients(self, index: int) -> dict[str, OutputGradient]:
+        """Those of a decoder layer by the names of their modules; empty where none were read."""
+        return {name: OutputGradient(**parts) for name, parts in _by_name(self._gradients_file(index)).items()}
+
+    def drop_gradients(self) -> None:
+        """Delete what is as large as a model, when all layers are finished."""
+        for file in self.folder.glob("gradients-*.safetensors"):
+            file.unlink()
+
     def layer(self, index: int) -> dict[str, QuantizedLayer]:
         """The matrices of a decoder layer; empty where it is not finished."""
-        file = self._layer_file(index)
-        named: dict[str, dict[str, torch.Tensor]] = {}
-        for key, tensor in (load_file(file) if file.is_file() else {}).items():
-            name, _, part = key.partition("|")
-            named.setdefault(name, {})[part] = tensor
-        return {name: QuantizedLayer.of(tensors) for name, tensors in named.items()}
+        return {name: QuantizedLayer.of(tensors) for name, tensors in _by_name(self._layer_file(index)).items()}
 
     def save(self, index: int, layers: Mapping[str, QuantizedLayer]) -> None:
         if layers and not self._layer_file(index).is_file():
@@ -75,6 +95,9 @@ class FinishedParts(ResumeFolder):
     def _layer_file(self, index: int) -> Path:
         return self.folder / f"layer-{index}.safetensors"
 
+    def _gradients_file(self, index: int) -> Path:
+        return self.folder / f"gradients-{index}.safetensors"
+
     def _save(self, file: Path, tensors: dict[str, torch.Tensor]) -> None:
         with storage_errors(self.folder):
             save_file(tensors, file.with_suffix(".part"))
@@ -84,3 +107,12 @@ class FinishedParts(ResumeFolder):
         with storage_errors(self.folder):
             file.with_suffix(".part").write_text(text, "utf-8")
             file.with_suffix(".part").rename(file)
+
+
+def _by_name(file: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of a file by the module and the part that their names consist of; empty where there is none."""
+    named: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in (load_file(file) if file.is_file() else {}).items():
+        name, _, part = key.partition("|")
+        named.setdefault(name, {})[part] = tensor
+    return named
