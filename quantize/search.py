@@ -14,10 +14,11 @@ from pathlib import Path
 from quantize import devices, methods, package, source
 from quantize.errors import CorpusError, CorruptModel, QuantizeError, UnsupportedModel, storage_errors
 from quantize.evidence import Attempt, Evidence
+from quantize.files import records_of
 from quantize.grades import GRADES, UNMEASURED, grade_at_least
 from quantize.methods import Job
 from quantize.parity import gate
-from quantize.records import EvaluationSettings, Quantized, Recipe
+from quantize.records import EvaluationSettings, FileRecord, Quantized, Recipe
 
 ATTEMPTS = "attempts"
 SAME_SIZE = 1.001
@@ -30,7 +31,7 @@ Measure = Callable[[Path, Recipe, Quantized, EvaluationSettings], Evidence]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A quantized model in a folder: by which recipe, and what was measured.
+    """A quantized model in a folder: by which recipe, what was measured, and the files as they were before that.
 
     `bug` is an error that nobody foresaw, which ended the search after this candidate was finished.
     """
@@ -39,6 +40,7 @@ class Candidate:
     recipe: Recipe
     quantized: Quantized
     evidence: Evidence
+    files: tuple[FileRecord, ...]
     bug: Exception | None = None
 
 
@@ -123,7 +125,9 @@ def _tried(
         with storage_errors(attempt.output):
             quantized = _quantize(attempt, job.resume_folder)
             job.progress.stage("verify against the original")
-            return Candidate(attempt.output, recipe, quantized, measure(attempt.output, recipe, quantized, settings))
+            measured = records_of(attempt.output)
+            evidence = measure(attempt.output, recipe, quantized, settings)
+            return Candidate(attempt.output, recipe, quantized, evidence, measured)
     except Exception as error:
         if first:
             raise

@@ -8,6 +8,7 @@ from pathlib import Path
 from quantize import package
 from quantize.errors import ParityRefused, storage_errors
 from quantize.files import PROVENANCE, RECEIPT, hash_file
+from quantize.folders import write_text
 from quantize.package import Package
 from quantize.progress import Progress
 from quantize.publishing.download_check import check_download
@@ -38,7 +39,7 @@ def push(folder: Path, destination: Destination, progress: Progress, *, verify_d
         receipt, key=passed.provenance.key, started=started, finished=now(), downloaded=downloaded
     )
     with storage_errors(folder):
-        (folder / RECEIPT).write_text(to_json(receipt), "utf-8")
+        write_text(folder / RECEIPT, to_json(receipt))
     return receipt
 
 
