@@ -79,7 +79,7 @@ OUT_OF_MEMORY = [
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)
 def test_memory_that_runs_out_is_one_line_with_advice(error: Exception) -> None:
     with (
-        pytest.raises(DeviceError, match="^out of memory while loading a model: end other programs$"),
+        pytest.raises(DeviceError, match=r"^out of memory while loading a model: end other programs$"),
         memory_errors("loading a model", "end other programs"),
     ):
         raise error
