@@ -13,7 +13,7 @@ from model_card.facts import (
 )
 from model_card.metadata import forbids_derivatives
 from model_card.page import page
-from model_card.render import TemplateProblem, names, nats, render
+from model_card.render import TemplateProblem, names, nats, parse, render
 from model_card.source_card import split
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "names",
     "nats",
     "page",
+    "parse",
     "render",
     "split",
 ]

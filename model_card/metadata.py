@@ -78,7 +78,11 @@ def _results(facts: CardFacts) -> dict[str, Any]:
     return {
         "task": {"type": "text-generation", "name": "Text Generation"},
         "dataset": _dataset(facts),
-        "metrics": [{"type": kind, "name": name, "value": round(value, 6)} for kind, name, value in measured],
+        "metrics": [
+            {"type": kind, "name": name, "value": round(value, 6)}
+            for kind, name, value in measured
+            if value is not None
+        ],
     }
 
 

@@ -35,6 +35,14 @@ def render(facts: CardFacts, template: str | None = None) -> str:
     return f"---\n{_yaml(metadata.build(facts, source.metadata))}---\n\n{text}\n"
 
 
+def parse(template: str) -> None:
+    """Raise TemplateProblem where `template` is none, whatever the facts."""
+    try:
+        _environment().parse(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise TemplateProblem(f"line {error.lineno}: {error.message}") from error
+
+
 def names(facts: CardFacts) -> dict[str, Any]:
     """Everything that a template may use: the facts, and what follows from the source's card."""
     return _names(facts, source_card.split(facts.source_card or ""))
@@ -110,6 +118,7 @@ def _environment() -> jinja2.Environment:
         fenced=_fenced,
         cell=_cell,
         count=_count,
+        number=_number,
         python=json.dumps,
     )
     return environment
@@ -130,6 +139,10 @@ def _megabytes(size: int) -> str:
 def nats(value: float) -> str:
     """Four decimals, or two digits where those would all be zeros."""
     return f"{value:.4f}" if value >= 0.001 or value == 0 else f"{value:.1e}"
+
+
+def _number(value: float | None) -> str:
+    return "no number" if value is None else f"{value:.4f}"
 
 
 def _count(number: int) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import model_card
 from model_card import CardFacts
 from quantize import __version__, devices, files, methods, package, search, source
-from quantize.errors import ConfigError, PackageError, UnsupportedModel, storage_errors
+from quantize.errors import ConfigError, PackageError, QuantizeError, UnsupportedModel, storage_errors
 from quantize.evidence import Evidence
 from quantize.folders import write_text
 from quantize.formats import source_model
@@ -26,6 +26,7 @@ from quantize.progress import Progress, Silent
 from quantize.records import (
     Checkout,
     EvaluationSettings,
+    FileRecord,
     Provenance,
     Publisher,
     Quantized,
@@ -117,20 +118,19 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
         if finished is not None:
             return RunResult(finished, created=False)
         template = _read_template(request.card_template)
+        kept = _undocumented(request, checkout, output)
         with source.watched(checkout):
-            _check(request, checkout, staging, progress)
-            resume, corpus = output.with_name(f"{output.name}{package.UNFINISHED}"), corpus_text(request.settings)
-            job = methods.Job(checkout, staging, request.recipe, device, progress, corpus, resume)
-            candidate = search.build(job, request.settings, _measurement(request, job))
-            progress.stage("write card and provenance")
-            provenance = _provenance(request, checkout, candidate, output.name)
-            sealed = _document(checkout, candidate, provenance, template, request.card_template)
-        verdict = candidate.evidence.verdict
-        sound = verdict.passed or verdict.grade == UNMEASURED
-        final = package.move_into_place(staging, output, passed=sound)
-    if candidate.bug is not None:
-        raise candidate.bug
-    return RunResult(Package(final, sealed, candidate.evidence), created=True)
+            made = (kept, (), None) if kept else _measured(request, checkout, staging, output, device, progress)
+        measured, hashes, bug = made
+        progress.stage("write card and provenance")
+        with _kept_undocumented(measured, output, progress):
+            with source.watched(checkout):
+                text = source.card_text(checkout)
+                sealed = _document(measured, hashes, text, template, request.card_template)
+            result = RunResult(_in_place(sealed, output), created=True)
+    if bug is not None:
+        raise bug
+    return result
 
 
 def verify(request: VerifyRequest, progress: Progress) -> Evidence:
@@ -166,13 +166,21 @@ def write_page(opened: Package, path: Path) -> None:
 
 
 def rewrite_card(request: CardRequest) -> Package:
-    """Render the card of a package again from its evidence; nothing is measured."""
+    """Render the card of a package again from its evidence; nothing is measured.
+
+    What a run could not document is documented, and gets the name that the run would have given it.
+    """
     opened = _opened(request)
     package.require_unchanged(opened, but=files.CARD)
-    text = rendered_card(opened, request.against, request.template)
+    name = request.folder.resolve().name
     with storage_errors(request.folder):
-        package.write_card(request.folder, text)
-        return Package(request.folder, package.seal(request.folder, opened.provenance), opened.evidence)
+        if name.endswith(package.UNDOCUMENTED):
+            figures.draw(opened.evidence, request.folder / files.FIGURES)
+        package.write_card(request.folder, rendered_card(opened, request.against, request.template))
+        sealed = dataclasses.replace(opened, provenance=package.seal(request.folder, opened.provenance))
+        if name.endswith(package.UNDOCUMENTED):
+            return _in_place(sealed, request.folder.resolve().with_name(name.removesuffix(package.UNDOCUMENTED)))
+    return sealed
 
 
 def rendered_card(opened: Package, against: str | None, template: Path | None) -> str:
@@ -207,6 +215,32 @@ def _finished(request: RunRequest, checkout: Checkout, output: Path) -> Package 
     return None
 
 
+def _undocumented(request: RunRequest, checkout: Checkout, output: Path) -> Package | None:
+    """What an earlier run made and measured for this request, but could not document."""
+    folder = package.undocumented_folder(output)
+    measured = package.undocumented(folder, checkout.source, request.recipe, request.settings)
+    if measured is None or request.force:
+        return None
+    name, provenance = request.name or output.name, measured.provenance
+    return dataclasses.replace(
+        measured, provenance=dataclasses.replace(provenance, name=name, publisher=request.publisher)
+    )
+
+
+def _measured(
+    request: RunRequest, checkout: Checkout, staging: Path, output: Path, device: str, progress: Progress
+) -> tuple[Package, tuple[FileRecord, ...], Exception | None]:
+    """What is made and measured in `staging`, to be documented; its files as they were before measuring; and the
+    unforeseen error that ended the search after that."""
+    _check(request, checkout, staging, progress)
+    resume, corpus = output.with_name(f"{output.name}{package.UNFINISHED}"), corpus_text(request.settings)
+    job = methods.Job(checkout, staging, request.recipe, device, progress, corpus, resume)
+    candidate = search.build(job, request.settings, _measurement(request, job))
+    package.write_evidence(staging, candidate.evidence)
+    provenance = _provenance(request, checkout, candidate, output.name)
+    return Package(staging, provenance, candidate.evidence), candidate.files, candidate.bug
+
+
 def _check(request: RunRequest, checkout: Checkout, staging: Path, progress: Progress) -> None:
     """Raise now what would otherwise end the run after hours: license, tensors, corpus, recipe, disk."""
     _require_derivable(checkout, request.allow_no_derivatives)
@@ -221,7 +255,9 @@ def _check(request: RunRequest, checkout: Checkout, staging: Path, progress: Pro
 def _measurement(request: RunRequest, job: methods.Job) -> search.Measure:
     """How a run measures its candidates: beside the method that a recipe improves on, where that was asked for."""
 
-    def measurement(folder: Path, recipe: Recipe, quantized: Quantized, settings: EvaluationSettings) -> Evidence:
+    def measurement(
+        folder: Path, recipe: Recipe, quantized: Quantized, settings: EvaluationSettings, attempts: int
+    ) -> Evidence:
         checkout, expected = job.checkout, ExpectedConfig.of(recipe, quantized.half_precision_modules)
         if request.unverified:
             return unmeasured(checkout, folder, settings, job.device, expected)
@@ -231,10 +267,9 @@ def _measurement(request: RunRequest, job: methods.Job) -> search.Measure:
             for name, control in CONTROLS.items()
             if settings.controls or (control.name, control.bits) == (baseline, 4)
         }
-        with _controls(checkout, recipes, job.device, job.progress) as controls:
-            return measure(
-                checkout, folder, settings, job.device, job.progress, expected, controls, request.reference_cache
-            )
+        cache, progress = request.reference_cache, job.progress
+        with _controls(checkout, recipes, job.device, progress) as controls:
+            return measure(checkout, folder, settings, job.device, progress, expected, controls, cache, attempts)
 
     return measurement
 
@@ -287,15 +322,40 @@ def _provenance(request: RunRequest, checkout: Checkout, candidate: search.Candi
 
 
 def _document(
-    checkout: Checkout, candidate: search.Candidate, provenance: Provenance, template: str | None, path: Path | None
-) -> Provenance:
-    """Write evidence, figures and card beside the weights, and seal all with hashes; `path` is the template's."""
-    staging, evidence = candidate.folder, candidate.evidence
-    package.write_evidence(staging, evidence)
-    figures.draw(evidence, staging / files.FIGURES)
-    facts = card.facts(provenance, evidence, source.card_text(checkout), card.figure_names(staging))
-    package.write_card(staging, _rendered(facts, template, path))
-    return package.seal(staging, provenance, candidate.files)
+    measured: Package, hashes: tuple[FileRecord, ...], source_card: str | None, template: str | None, path: Path | None
+) -> Package:
+    """Write figures and card beside weights and evidence, and seal all with hashes; `path` is the template's."""
+    folder = measured.folder
+    figures.draw(measured.evidence, folder / files.FIGURES)
+    facts = card.facts(measured.provenance, measured.evidence, source_card, card.figure_names(folder))
+    package.write_card(folder, _rendered(facts, template, path))
+    return dataclasses.replace(measured, provenance=package.seal(folder, measured.provenance, hashes))
+
+
+@contextmanager
+def _kept_undocumented(measured: Package, output: Path, progress: Progress) -> Iterator[None]:
+    """Keep what was made and measured when documenting it fails, and say where."""
+    try:
+        with storage_errors(measured.folder):
+            yield
+    except Exception as error:
+        try:
+            package.seal_undocumented(measured.folder, measured.provenance)
+            kept = package.keep_undocumented(measured.folder, output)
+        except (OSError, QuantizeError):
+            raise error from None
+        line = f"the measured package is kept in {kept}: run the same command again, or `quantize card {kept}`"
+        if isinstance(error, QuantizeError):
+            raise type(error)(f"{error}; {line}") from error
+        progress.note(line)
+        raise
+
+
+def _in_place(sealed: Package, output: Path) -> Package:
+    """A sealed package under its final name."""
+    verdict = sealed.evidence.verdict
+    sound = verdict.passed or verdict.grade == UNMEASURED
+    return dataclasses.replace(sealed, folder=package.move_into_place(sealed.folder, output, passed=sound))
 
 
 def _opened(request: CardRequest) -> Package:
@@ -326,12 +386,17 @@ def _require_derivable(checkout: Checkout, allowed: bool) -> None:
 
 
 def _read_template(path: Path | None) -> str | None:
+    """The text of a template that can be parsed; what it names is known only when there are facts."""
     if path is None:
         return None
     try:
-        return path.read_text("utf-8")
+        template = path.read_text("utf-8")
+        model_card.parse(template)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--card-template {path} cannot be read: {error}") from error
+    except model_card.TemplateProblem as problem:
+        raise ConfigError(f"--card-template {path}: {problem}") from None
+    return template
 
 
 def _rendered(facts: CardFacts, template: str | None, path: Path | None) -> str:

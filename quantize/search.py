@@ -17,7 +17,7 @@ from quantize.evidence import Attempt, Evidence
 from quantize.files import records_of
 from quantize.grades import GRADES, UNMEASURED, grade_at_least
 from quantize.methods import Job
-from quantize.parity import gate
+from quantize.parity import judged
 from quantize.records import EvaluationSettings, FileRecord, Quantized, Recipe
 
 ATTEMPTS = "attempts"
@@ -25,8 +25,10 @@ SAME_SIZE = 1.001
 """Times the smallest one's bytes: so much larger weight files still count as equally large."""
 FOLDERS = re.compile(r"(?<![\w:/.])/(?:[^\s/'\"]+/)+")
 """The folders of an absolute path, but not of an address."""
-Measure = Callable[[Path, Recipe, Quantized, EvaluationSettings], Evidence]
-"""Compares a folder that was written by a recipe with the original."""
+Measure = Callable[[Path, Recipe, Quantized, EvaluationSettings, int], Evidence]
+"""Compares a folder that was written by a recipe with the original, as one of so many attempts."""
+Measured = Callable[[Path, Recipe, Quantized, str], Evidence]
+"""The same for the grade that is required."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,17 @@ def build(job: Job, settings: EvaluationSettings, measure: Measure) -> Candidate
     """
     searching = job.recipe.name == methods.AUTO
     required = _stricter(job.recipe.target_grade, settings.require) if searching else settings.require
-    demanding = dataclasses.replace(settings, require=required)
+    planned = attempts(job.recipe)
+
+    def measured(folder: Path, recipe: Recipe, quantized: Quantized, grade: str) -> Evidence:
+        return measure(folder, recipe, quantized, dataclasses.replace(settings, require=grade), len(planned))
+
     tried: list[Candidate | Failure] = []
-    for number, recipe in enumerate(attempts(job.recipe)):
-        tried.append(_tried(job, number, recipe, demanding, measure, first=not tried))
+    for number, recipe in enumerate(planned):
+        tried.append(_tried(job, number, recipe, required, measured))
         if _ends_search(tried[-1], required):
             break
-    tried = _settled(tried, settings, measure, job)
+    tried = _settled(tried, settings.require, measured, job)
     best = preferred(_candidates(tried), settings.require)
     evidence = _judged(best.evidence, settings.require)
     if searching:
@@ -113,10 +119,8 @@ def _divergence(evidence: Evidence) -> float:
     return evidence.scores.kld.mean.value if evidence.scores else float("inf")
 
 
-def _tried(
-    job: Job, number: int, recipe: Recipe, settings: EvaluationSettings, measure: Measure, *, first: bool
-) -> Candidate | Failure:
-    """One attempt in a folder of its own; where it is not the `first`, it may fail."""
+def _tried(job: Job, number: int, recipe: Recipe, required: str, measured: Measured) -> Candidate | Failure:
+    """One attempt in a folder of its own; all but the first may fail."""
     started = time.monotonic()
     attempt = dataclasses.replace(
         job, output=job.output / ATTEMPTS / str(number), recipe=recipe, resume=job.resume_folder / str(number)
@@ -125,11 +129,11 @@ def _tried(
         with storage_errors(attempt.output):
             quantized = _quantize(attempt, job.resume_folder)
             job.progress.stage("verify against the original")
-            measured = records_of(attempt.output)
-            evidence = measure(attempt.output, recipe, quantized, settings)
-            return Candidate(attempt.output, recipe, quantized, evidence, measured)
+            before = records_of(attempt.output)
+            evidence = measured(attempt.output, recipe, quantized, required)
+            return Candidate(attempt.output, recipe, quantized, evidence, before)
     except Exception as error:
-        if first:
+        if number == 0:
             raise
         failure = Failure(recipe, round(time.monotonic() - started, 3), *_reason(error))
     shutil.rmtree(attempt.output, ignore_errors=True)
@@ -176,12 +180,12 @@ def _quantize(attempt: Job, resume: Path) -> Quantized:
 
 
 def _settled(
-    tried: list[Candidate | Failure], settings: EvaluationSettings, measure: Measure, job: Job
+    tried: list[Candidate | Failure], required: str, measured: Measured, job: Job
 ) -> list[Candidate | Failure]:
-    """What was tried, the preferred candidate measured further where it only fails because scoring stopped early."""
-    while _stopped_early((best := preferred(_candidates(tried), settings.require)).evidence, settings.require):
+    """What was tried, the preferred candidate measured further while its verdict under `required` is left open."""
+    while _left_open((best := preferred(_candidates(tried), required)).evidence, required):
         try:
-            evidence = measure(best.folder, best.recipe, best.quantized, settings)
+            evidence = measured(best.folder, best.recipe, best.quantized, required)
         except QuantizeError as error:
             job.progress.note(f"the recipe {best.recipe.name} could not be measured further: {error}")
             break
@@ -190,18 +194,20 @@ def _settled(
     return tried
 
 
-def _stopped_early(evidence: Evidence, required: str) -> bool:
-    """Whether scoring was certain of the verdict under another grade, which leaves open whether `required` is kept."""
-    if evidence.verdict.required == required or evidence.corpus is None or _judged(evidence, required).verdict.passed:
+def _left_open(evidence: Evidence, required: str) -> bool:
+    """Whether scoring stopped, certain of the verdict under another grade, before it was certain under `required`."""
+    if evidence.verdict.required == required or evidence.verdict.grade == UNMEASURED:
         return False
-    return evidence.corpus.scored < evidence.corpus.windows
+    seen = judged(evidence, required)
+    plan = seen.look_plan
+    return plan is not None and not seen.looks[-1].certain and seen.looks[-1].windows < plan.windows
 
 
 def _judged(evidence: Evidence, required: str) -> Evidence:
     """The evidence with its verdict under the grade that is required."""
-    if evidence.verdict.grade == UNMEASURED or evidence.verdict.required == required:
+    if evidence.verdict.required == required or evidence.verdict.grade == UNMEASURED:
         return evidence
-    return dataclasses.replace(evidence, verdict=gate(evidence.checks, evidence.scores, required))
+    return judged(evidence, required)
 
 
 def _keep(folder: Path, staging: Path) -> None:

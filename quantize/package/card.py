@@ -74,10 +74,14 @@ def facts(
         corpus=text.name if text else None,
         corpus_dataset=CardDataset(**dataclasses.asdict(dataset)) if dataset else None,
         corpus_sha256=text.sha256 if text else None,
-        scored_tokens=text.scored * (text.window - 1) if text else 0,
+        scored_tokens=text.scored_tokens if text else 0,
         window=text.window if text else 0,
         windows=text.scored if text else 0,
         corpus_windows=text.windows if text else 0,
+        confidence=evidence.confidence,
+        missed_share=evidence.missed_share,
+        optional_stopping=evidence.optional_stopping,
+        stopped_early=evidence.stopped_early,
         reference_dtype=evidence.reference_dtype,
         reference_perplexity=_interval(scores.reference_perplexity) if scores else None,
         candidate_perplexity=_interval(scores.candidate_perplexity) if scores else None,
@@ -95,6 +99,7 @@ def facts(
                 _interval(control.kld),
                 _interval(control.same_top),
                 control.grade,
+                control.problem,
             )
             for control in evidence.controls
         ),
@@ -156,9 +161,9 @@ def _attempt(attempt: Attempt) -> CardAttempt:
     return CardAttempt(
         name=name,
         size=attempt.weight_bytes,
-        perplexity_ratio=_interval(attempt.perplexity_ratio) if attempt.perplexity_ratio else None,
-        kld=_interval(attempt.kld) if attempt.kld else None,
-        same_top=_interval(attempt.same_top) if attempt.same_top else None,
+        perplexity_ratio=_interval(attempt.perplexity_ratio),
+        kld=_interval(attempt.kld),
+        same_top=_interval(attempt.same_top),
         grade=attempt.grade,
         chosen=attempt.chosen,
         failure=attempt.failure,
@@ -170,5 +175,5 @@ def figure_names(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(path.relative_to(folder).as_posix() for path in folder.glob(f"{FIGURES}/*.png")))
 
 
-def _interval(estimate: Estimate) -> Interval:
-    return Interval(estimate.value, estimate.low, estimate.high)
+def _interval(estimate: Estimate | None) -> Interval | None:
+    return Interval(estimate.value, estimate.low, estimate.high) if estimate else None

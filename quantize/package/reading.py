@@ -41,6 +41,19 @@ def require_unchanged(package: Package, *, but: str = "") -> None:
             )
 
 
+def undocumented(folder: Path, source: Source, recipe: Recipe, settings: EvaluationSettings) -> Package | None:
+    """The measured package without documents in `folder`, when it was made from this source in this way."""
+    if not (folder / PROVENANCE).is_file():
+        return None
+    package = open_package(folder)
+    made_from = package.provenance
+    same = made_from.source.fingerprint() == source.fingerprint() and made_from.requested_recipe == recipe
+    if not same or made_from.settings != settings:
+        return None
+    require_unchanged(package)
+    return package
+
+
 def finished(
     output: Path, source: Source, recipe: Recipe, settings: EvaluationSettings, *, outdated: bool = False
 ) -> Package | None:

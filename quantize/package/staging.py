@@ -11,8 +11,9 @@ from quantize.errors import PackageError, printable, storage_errors
 from quantize.files import PROVENANCE, flush, locked
 from quantize.folders import require_no_link
 
-BUILDING, REFUSED, UNFINISHED = ".building", "-refused", ".unfinished"
-"""Endings of names beside a package's own: under construction, refused, finished parts of a run that was stopped."""
+BUILDING, REFUSED, UNFINISHED, UNDOCUMENTED = ".building", "-refused", ".unfinished", "-undocumented"
+"""Endings of names beside a package's own: under construction, refused, finished parts of a run that was stopped, and
+what was made and measured but could not be documented."""
 
 
 @contextmanager
@@ -34,7 +35,10 @@ def staging_folder(output: Path) -> Iterator[Path]:
 
 
 def move_into_place(staging: Path, output: Path, *, passed: bool) -> Path:
-    """Give a sealed folder its final name in one rename; a refused one gets a name that shows it."""
+    """Give a sealed folder its final name in one rename; a refused one gets a name that shows it.
+
+    What an earlier run left undocumented under that name is gone then.
+    """
     final = output if passed else refused_folder(output)
     _flush(staging)
     outdated = _outdated(final)
@@ -44,7 +48,19 @@ def move_into_place(staging: Path, output: Path, *, passed: bool) -> Path:
     staging.rename(final)
     flush(final.parent)
     shutil.rmtree(outdated, ignore_errors=True)
+    if (undocumented_folder(output) / PROVENANCE).is_file():
+        shutil.rmtree(undocumented_folder(output), ignore_errors=True)
     return final
+
+
+def keep_undocumented(folder: Path, output: Path) -> Path:
+    """Keep a sealed folder without its documents beside `output`, in the place of an older one."""
+    kept = undocumented_folder(output)
+    if folder != kept:
+        require_package(kept)
+        shutil.rmtree(kept, ignore_errors=True)
+        folder.rename(kept)
+    return kept
 
 
 def require_replaceable(output: Path) -> None:
@@ -57,8 +73,18 @@ def require_replaceable(output: Path) -> None:
     for ending in ("", BUILDING, REFUSED, UNFINISHED):
         require_no_link(output.with_name(f"{output.name}{ending}"))
     for folder in (output, refused_folder(output)):
-        if folder.exists() and not (folder / PROVENANCE).is_file():
-            raise PackageError(f"{folder} exists and is not a package: name another --output")
+        require_package(folder)
+
+
+def require_package(folder: Path) -> None:
+    """Raise PackageError where something else than a package has this name."""
+    if folder.exists() and not (folder / PROVENANCE).is_file():
+        raise PackageError(f"{folder} exists and is not a package: name another --output")
+
+
+def undocumented_folder(output: Path) -> Path:
+    """Where a run keeps what it made and measured for `output`, when documenting fails."""
+    return output.with_name(f"{output.name}{UNDOCUMENTED}")
 
 
 def refused_folder(output: Path) -> Path:

@@ -6,6 +6,6 @@ The protocol is described in docs/parity.md.
 from quantize.parity.corpus import corpus_text
 from quantize.parity.measure import check_inputs, measure, unmeasured
 from quantize.parity.sample import sample_loss
-from quantize.parity.verdict import gate
+from quantize.parity.verdict import gate, judged
 
-__all__ = ["check_inputs", "corpus_text", "gate", "measure", "sample_loss", "unmeasured"]
+__all__ = ["check_inputs", "corpus_text", "gate", "judged", "measure", "sample_loss", "unmeasured"]

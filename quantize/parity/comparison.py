@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantize.evidence import CacheRecord, Check, Control, CorpusRecord, Generation, Look, Scores, StandardPerplexity
+from quantize.evidence import (
+    CacheRecord,
+    Check,
+    Control,
+    CorpusRecord,
+    Generation,
+    LookPlan,
+    Scores,
+    StandardPerplexity,
+    WindowFigures,
+)
 from quantize.formats import source_model
 from quantize.formats.safetensors import weight_bytes
-from quantize.grades import grade_of
+from quantize.grades import GRADES, grade_of
 from quantize.parity import corpus, generation, scoring, sequential, standard_perplexity, statistics, structure
 from quantize.parity.models import Pair
 from quantize.parity.reference_cache import ReferenceCache, contents_of
+from quantize.parity.windows import draw
 from quantize.progress import Progress
 from quantize.records import EvaluationSettings
 
@@ -23,6 +35,7 @@ if TYPE_CHECKING:
 
 ARITHMETIC_WINDOWS, ARITHMETIC_TOKENS, CACHED_TOKENS = 2, 256, 48
 FLOAT16 = "original in float16"
+OVERFLOW = "its outputs overflow to NaN or infinity"
 
 
 @dataclass(frozen=True)
@@ -32,7 +45,7 @@ class Measurements:
     checks: tuple[Check, ...] = ()
     corpus: CorpusRecord | None = None
     scores: Scores | None = None
-    looks: tuple[Look, ...] = ()
+    look_plan: LookPlan | None = None
     reference_cache: CacheRecord | None = None
     controls: tuple[Control, ...] = ()
     standard_perplexities: tuple[StandardPerplexity, ...] = ()
@@ -64,28 +77,33 @@ def compare(
     progress: Progress,
     controls: Mapping[str, Path],
     reference_cache: Path | None,
+    attempts: int,
 ) -> Measurements:
-    """Score the pair on windows of `text`, generate, and measure whatever else the settings ask for."""
+    """Score the pair on windows of `text`, generate, and measure whatever else the settings ask for.
+
+    `attempts` are all that are judged on the same windows, and share the error of their verdicts.
+    """
     window = min(settings.window, pair.context)
-    windows, record = corpus.windows_of(text, pair.tokenizer, window, settings.max_windows, settings.seed)
+    windows, record = draw(text, pair.tokenizer, window, settings.max_windows, settings.seed)
     source_model.require_known_tokens(windows, pair.vocabulary, pair.checkout.source.name)
     checks = [_arithmetic_check(pair, windows)] if pair.device == "cpu" else []
     cache = _open_cache(reference_cache, pair, record, settings, progress) if reference_cache else None
     comparison = _Comparison(pair, settings, progress, cache)
-    scores, looks = _score(comparison, windows)
+    plan = sequential.plan(len(windows), full=settings.full, attempts=attempts)
+    scores = _score(comparison, windows, record.prefix, plan)
     checks.append(_outputs_check(scores))
     if scores is None:
         return Measurements(tuple(checks), record)
-    scored = windows[: looks[-1].windows]
+    scored = windows[: len(scores.window_figures.kld)]
     return Measurements(
         tuple(checks),
         dataclasses.replace(record, scored=len(scored)),
         scores,
-        looks,
+        plan,
         reference_cache=cache.record(len(scored)) if cache else None,
         generation=_generate(comparison),
         standard_perplexities=_standard_perplexities(comparison, text) if settings.standard_perplexities else (),
-        controls=_controls(comparison, controls, scored),
+        controls=_controls(comparison, controls, scored, record.prefix),
     )
 
 
@@ -115,28 +133,30 @@ def _open_cache(
     return ReferenceCache(path, contents, lambda: pair.placed_reference.dtype, progress.note)
 
 
-def _score(comparison: _Comparison, windows: torch.Tensor) -> tuple[Scores | None, tuple[Look, ...]]:
+def _score(comparison: _Comparison, windows: torch.Tensor, prefix: int, plan: LookPlan) -> Scores | None:
     """Score windows until the verdict is certain, or all of them; no scores where a model's logits hold NaN."""
     pair, settings = comparison.pair, comparison.settings
     count, window = windows.shape
-    looks: list[Look] = []
     tokens: scoring.TokenScores | None = None
+    figures, start = WindowFigures(), 0
     with comparison.progress.task(f"scoring up to {count} windows of {window} tokens", count, "windows") as advance:
-        for stop in sequential.plan(count, full=settings.full):
-            start = looks[-1].windows if looks else 0
+        for stop in sequential.stops(plan):
             reference = comparison.reference_logits(windows[: stop.windows])
             more = scoring.score(reference, pair.candidate, windows[start : stop.windows], pair.device, advance, start)
             if not more.finite:
-                return None, ()
+                return None
+            more = more.without_prefix(prefix)
             tokens = tokens + more if tokens else more
-            looks.append(sequential.look(tokens, stop, settings.require))
-            if looks[-1].certain:
+            figures, start = sequential.figures_of(tokens), stop.windows
+            if sequential.looks(figures, plan, settings.require)[-1].certain:
                 break
     assert tokens is not None
-    return statistics.summarize(tokens, settings.seed, None if settings.full else looks[-1]), tuple(looks)
+    return dataclasses.replace(statistics.summarize(tokens, settings.seed, plan.error), window_figures=figures)
 
 
-def _controls(comparison: _Comparison, versions: Mapping[str, Path], windows: torch.Tensor) -> tuple[Control, ...]:
+def _controls(
+    comparison: _Comparison, versions: Mapping[str, Path], windows: torch.Tensor, prefix: int
+) -> tuple[Control, ...]:
     """Score other versions of the source on the same windows; only float16 is computed in its own type on a CPU."""
     pair, settings = comparison.pair, comparison.settings
     half = {FLOAT16: pair.checkout.folder} if settings.controls else {}
@@ -146,11 +166,17 @@ def _controls(comparison: _Comparison, versions: Mapping[str, Path], windows: to
         model = pair.another(folder, dtype="float16" if name == FLOAT16 else None)
         with comparison.progress.task(f"control {name}", len(windows), "windows") as advance:
             tokens = scoring.score(reference, model, windows, pair.device, advance)
-        scores = statistics.summarize(tokens, settings.seed)
-        ratio, kld = scores.perplexity_ratio, scores.kld.mean
-        grade = grade_of(ratio.low, ratio.high, kld.high)
-        controls.append(Control(name, weight_bytes(folder), ratio, kld, scores.same_top, grade))
+        controls.append(_control(name, folder, tokens.without_prefix(prefix), settings.seed))
     return tuple(controls)
+
+
+def _control(name: str, folder: Path, tokens: scoring.TokenScores, seed: int) -> Control:
+    if not tokens.finite:
+        return Control(name, weight_bytes(folder), None, None, None, GRADES[-1], OVERFLOW)
+    scores = statistics.summarize(tokens, seed)
+    ratio, kld = scores.perplexity_ratio, scores.kld.mean
+    grade = grade_of(ratio.low, ratio.high, kld.high)
+    return Control(name, weight_bytes(folder), ratio, kld, scores.same_top, grade)
 
 
 def _standard_perplexities(comparison: _Comparison, text: corpus.Corpus) -> tuple[StandardPerplexity, ...]:
@@ -162,7 +188,7 @@ def _standard_perplexities(comparison: _Comparison, text: corpus.Corpus) -> tupl
         candidate = standard_perplexity.figures(pair.candidate, readings, pair.device, advance)
     names = ((name, reading.method) for reading in readings for name in reading.names)
     return tuple(
-        StandardPerplexity(name, method, *values)
+        StandardPerplexity(name, method, *(value if math.isfinite(value) else None for value in values))
         for (name, method), *values in zip(names, reference, candidate, strict=True)
     )
 

@@ -97,6 +97,10 @@ class TokenScores:
         """Whether every figure is a number: half-precision overflow makes NaN of them."""
         return all(bool(np.isfinite(getattr(self, item.name)).all()) for item in fields(self))
 
+    def without_prefix(self, length: int) -> TokenScores:
+        """The scores of a text alone, where windows begin with `length` tokens that belong to none."""
+        return TokenScores(*(getattr(self, item.name)[:, max(0, length - 1) :] for item in fields(self)))
+
     def __add__(self, later: TokenScores) -> TokenScores:
         """These windows and the `later` ones."""
         columns = ((getattr(self, item.name), getattr(later, item.name)) for item in fields(self))

@@ -6,8 +6,8 @@ import dataclasses
 from pathlib import Path
 
 from quantize import package
-from quantize.errors import ParityRefused, storage_errors
-from quantize.files import PROVENANCE, RECEIPT, hash_file
+from quantize.errors import PackageError, ParityRefused, storage_errors
+from quantize.files import CARD, PROVENANCE, RECEIPT, hash_file
 from quantize.folders import write_text
 from quantize.package import Package
 from quantize.progress import Progress
@@ -51,6 +51,8 @@ def published_files(sealed: Package) -> tuple[FileRecord, ...]:
 def _publishable(folder: Path) -> Package:
     sealed = package.open_package(folder)
     package.require_unchanged(sealed)
+    if not (folder / CARD).is_file():
+        raise PackageError(f"{folder} has no card yet: `quantize card {folder}` writes it")
     if not sealed.evidence.verdict.passed:
         raise ParityRefused(f"{folder} did not pass parity ({sealed.evidence.verdict.grade}): it is not published")
     return sealed

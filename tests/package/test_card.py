@@ -179,6 +179,7 @@ def test_comparisons_and_origin_on_the_card_are_the_records() -> None:
     card = model_card.render(full_facts())
     provenance, evidence = recorded()
     for control in evidence.controls:
+        assert control.perplexity_ratio is not None and control.kld is not None and control.same_top is not None
         kld = control.kld.value
         assert cells(card, f"{control.name} |")[1:] == [
             f"{control.weight_bytes / 1e6:.1f} MB",
