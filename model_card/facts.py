@@ -104,7 +104,8 @@ class CardFacts:
     hold although scoring may have `stopped_early`. Windows of a kind that is rarer than `missed_share` can have been
     missed (5 %). `method_description` says how codes were chosen. Of the quantized modules `block_32_modules` have
     blocks of 32 weights; `half_precision_modules` of the kept ones are kept for the sake of accuracy. `unused_tensors`
-    are layers of the source's files that its model has no place for, each with its number of tensors.
+    are layers of the source's files that its model has no place for, each with its number of tensors. A `chat` model
+    has a chat template, which its prompts went through; CPUs with AVX-512 misread as many layers as `misread_on_cpu`.
     """
 
     publisher: CardPublisher | None
@@ -165,6 +166,8 @@ class CardFacts:
     identical_at_32: float | None
     prefill_agreement: float | None
     cached_agreement: float | None
+    chat: bool
+    misread_on_cpu: int
     new_tokens: int
     seed: int
     greedy_samples: tuple[CardSample, ...]

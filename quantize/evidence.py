@@ -259,7 +259,9 @@ class Evidence:
 
     The two types are those of the arithmetic; on a CPU the candidate's stored half-precision values are summed
     in float32 after a check that this makes no difference. `reference_devices` are the devices that held the
-    reference's weights. `unused_tensors` lie in the source's files, and its model has no place for them.
+    reference's weights. `unused_tensors` lie in the source's files, and its model has no place for them. A `chat` model
+    has a chat template, through which prompts went. Modules that are `misread_on_cpu`, by those with AVX-512, were
+    measured at their real values.
     """
 
     reference_dtype: str
@@ -281,6 +283,8 @@ class Evidence:
     attempts: tuple[Attempt, ...] = ()
     unused_tensors: tuple[str, ...] = ()
     look_plan: LookPlan | None = None
+    chat: bool = False
+    misread_on_cpu: tuple[str, ...] = ()
     format_version: int = FORMAT_VERSION
 
     @property

@@ -276,6 +276,7 @@ REQUEST = (
         reproduced=True,
     ),
     Option("--force", "force", Flag(), "Replace a finished package."),
+    Option("--clean", "clean", Flag(), "Begin anew where a run was stopped, and leave no finished parts either."),
     Option(
         "--unverified",
         "unverified",

@@ -45,7 +45,8 @@ class RunRequest:
     """What one `quantize run` was asked for; `output` None means a folder named after the model.
 
     `name` is what the card calls the package, where not its folder's name. `replace_outdated` replaces a finished
-    package of an earlier commit of the same model, as `force` replaces any. `unverified` measures nothing.
+    package of an earlier commit of the same model, as `force` replaces any. `unverified` measures nothing. With
+    `clean`, finished parts of a run that was stopped are neither taken up nor left.
     """
 
     model: str
@@ -62,6 +63,7 @@ class RunRequest:
     allow_no_derivatives: bool = False
     name: str = ""
     replace_outdated: bool = False
+    clean: bool = False
     unverified: bool = False
 
 
@@ -112,7 +114,7 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
     output = request.output or default_output(request.model, request.recipe)
     package.require_replaceable(output)
     device = devices.choose(request.device)
-    with package.staging_folder(output) as staging:
+    with package.staging_folder(output) as staging, package.finished_parts(output, clean=request.clean):
         checkout = _fetch(request, progress)
         finished = _finished(request, checkout, output)
         if finished is not None:
@@ -243,7 +245,7 @@ def _measured(
 
 def _check(request: RunRequest, checkout: Checkout, staging: Path, progress: Progress) -> None:
     """Raise now what would otherwise end the run after hours: license, tensors, corpus, recipe, disk."""
-    _require_derivable(checkout, request.allow_no_derivatives)
+    _check_metadata(checkout, request.allow_no_derivatives, progress)
     unused = source_model.grouped(source_model.check_tensors(checkout))
     if unused:
         progress.note(f"the model has no place for these tensors in its files: {', '.join(unused)}")
@@ -374,15 +376,17 @@ def _facts(opened: Package, against: str | None) -> CardFacts:
     return card.facts(provenance, opened.evidence, text, card.figure_names(opened.folder))
 
 
-def _require_derivable(checkout: Checkout, allowed: bool) -> None:
-    """Raise UnsupportedModel where the source's license lets nobody publish changed copies."""
-    metadata = model_card.split(source.card_text(checkout) or "").metadata
-    license_name = model_card.forbids_derivatives(metadata)
+def _check_metadata(checkout: Checkout, allowed: bool, progress: Progress) -> None:
+    """Say what the card will not inherit as it stands; raises UnsupportedModel for a license against changed copies."""
+    original = model_card.split(source.card_text(checkout) or "")
+    license_name = model_card.forbids_derivatives(original)
     if license_name and not allowed:
         raise UnsupportedModel(
             f"{checkout.source.name} has the license {license_name}, which allows no changed copies: ask its authors, "
             f"and then say --allow-no-derivatives"
         )
+    for note in model_card.inherited(original)[1]:
+        progress.note(note)
 
 
 def _read_template(path: Path | None) -> str | None:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from model_card import nats, split
+from quantize.cli.visible_console import VisibleConsole
 from quantize.diagnostics import Diagnostics
 from quantize.errors import printable
 from quantize.evidence import Estimate, Evidence
@@ -31,7 +32,7 @@ class Terminal:
 
     def __init__(self) -> None:
         self.interactive = sys.stderr.isatty()
-        self.console = Console(
+        self.console: Console = VisibleConsole(
             stderr=True, highlight=False, markup=False, width=None if self.interactive else PLAIN_WIDTH
         )
 
@@ -70,6 +71,12 @@ def show_evidence(console: Console, evidence: Evidence) -> None:
     if evidence.scores is not None:
         console.print(_scores_table(evidence))
     verdict = evidence.verdict
+    if count := len(evidence.misread_on_cpu):
+        console.print(
+            f"not for CPUs with AVX-512: bitsandbytes dequantizes {count} of its layers wrongly there",
+            style="yellow",
+            soft_wrap=True,
+        )
     if verdict.grade == UNMEASURED:
         console.print("not measured: only the files were checked", style="yellow", soft_wrap=True)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -26,6 +27,9 @@ from quantize.formats.source_model import grouped
 from quantize.grades import LIMITS, UNMEASURED
 from quantize.options import Option
 from quantize.records import CalibrationText, EvaluationSettings, Provenance, Recipe, Source
+
+MANY_LAYERS = 4
+"""From so many on, modules of equal place in the layers are named together."""
 
 
 def facts(
@@ -62,7 +66,7 @@ def facts(
         quantized_modules=len(quantized.modules),
         block_32_modules=len(quantized.block_32_modules),
         half_precision_modules=len(quantized.half_precision_modules),
-        kept_modules=quantized.kept_modules,
+        kept_modules=_summarized(quantized.kept_modules),
         unused_tensors=tuple(grouped(evidence.unused_tensors).items()),
         source_bytes=evidence.sizes.source_bytes,
         package_bytes=evidence.sizes.package_bytes,
@@ -113,6 +117,8 @@ def facts(
         identical_at_32=generated.identical_at_32 if generated else None,
         prefill_agreement=generated.prefill_agreement if generated else None,
         cached_agreement=generated.cached_agreement if generated else None,
+        chat=evidence.chat,
+        misread_on_cpu=len(evidence.misread_on_cpu),
         new_tokens=generated.new_tokens if generated else 0,
         seed=provenance.settings.seed,
         greedy_samples=tuple(
@@ -167,6 +173,17 @@ def _attempt(attempt: Attempt) -> CardAttempt:
         grade=attempt.grade,
         chosen=attempt.chosen,
         failure=attempt.failure,
+    )
+
+
+def _summarized(modules: tuple[str, ...]) -> tuple[str, ...]:
+    """Modules of equal place in many layers once, with a star for the number of the layer."""
+    patterns = [re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in modules]
+    return tuple(
+        dict.fromkeys(
+            pattern if patterns.count(pattern) >= MANY_LAYERS else name
+            for name, pattern in zip(modules, patterns, strict=True)
+        )
     )
 
 

@@ -34,6 +34,29 @@ def staging_folder(output: Path) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
 
 
+@contextmanager
+def finished_parts(output: Path, *, clean: bool) -> Iterator[Path]:
+    """The folder beside `output` where finished parts of a run lie, for one that goes on after it was stopped.
+
+    An error that leaves it gets a note which names it. With `clean` it is removed before, and after an error.
+    """
+    folder = output.with_name(f"{output.name}{UNFINISHED}")
+    if clean:
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    except BaseException as error:
+        if clean:
+            shutil.rmtree(folder, ignore_errors=True)
+        if folder.is_dir():
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            error.add_note(
+                f"finished parts are kept in {folder} ({size / 1e6:.1f} MB): the same command goes on from there, and "
+                f"--clean removes them"
+            )
+        raise
+
+
 def move_into_place(staging: Path, output: Path, *, passed: bool) -> Path:
     """Give a sealed folder its final name in one rename; a refused one gets a name that shows it.
 

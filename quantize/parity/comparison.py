@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quantize.evidence import (
     CacheRecord,
@@ -21,9 +21,19 @@ from quantize.evidence import (
     WindowFigures,
 )
 from quantize.formats import source_model
+from quantize.formats.bitsandbytes import cpu_reading
 from quantize.formats.safetensors import weight_bytes
 from quantize.grades import GRADES, grade_of
-from quantize.parity import corpus, generation, scoring, sequential, standard_perplexity, statistics, structure
+from quantize.parity import (
+    corpus,
+    decoding,
+    generation,
+    scoring,
+    sequential,
+    standard_perplexity,
+    statistics,
+    structure,
+)
 from quantize.parity.models import Pair
 from quantize.parity.reference_cache import ReferenceCache, contents_of
 from quantize.parity.windows import draw
@@ -95,13 +105,14 @@ def compare(
     if scores is None:
         return Measurements(tuple(checks), record)
     scored = windows[: len(scores.window_figures.kld)]
+    generated = _generate(comparison)
     return Measurements(
-        tuple(checks),
+        (*checks, *generated.checks),
         dataclasses.replace(record, scored=len(scored)),
         scores,
         plan,
         reference_cache=cache.record(len(scored)) if cache else None,
-        generation=_generate(comparison),
+        generation=generated.record,
         standard_perplexities=_standard_perplexities(comparison, text) if settings.standard_perplexities else (),
         controls=_controls(comparison, controls, scored, record.prefix),
     )
@@ -109,15 +120,27 @@ def compare(
 
 def _arithmetic_check(pair: Pair, windows: torch.Tensor) -> Check:
     """Upcast the candidate to float32 sums, and check that its logits stay those of its own type and kernels."""
-    batch, sequence = windows[:ARITHMETIC_WINDOWS, :ARITHMETIC_TOKENS], windows[:1, :CACHED_TOKENS]
+    if misread := len(cpu_reading.misread_in(pair.candidate)):
+        pair.upcast()
+        return structure.misread_check(misread)
+    batch, sequence = windows[:ARITHMETIC_WINDOWS, :ARITHMETIC_TOKENS], windows[:1, :CACHED_TOKENS].to(pair.device)
     at_once = scoring.KeptLogits.of(pair.candidate, batch, pair.device)
-    one_by_one = scoring.KeptLogits.one_by_one(pair.candidate, sequence, pair.device)
+    one_by_one = _read_one_by_one(pair.candidate, sequence)
     pair.upcast()
-    shifts = [
-        scoring.score(before, pair.candidate, tokens, pair.device, lambda amount: None).kld.mean()
-        for before, tokens in ((at_once, batch), (one_by_one, sequence))
-    ]
-    return structure.arithmetic_check(*map(float, shifts))
+    shift = scoring.score(at_once, pair.candidate, batch, pair.device, lambda amount: None).kld.mean()
+    again = _read_one_by_one(pair.candidate, sequence)
+    if one_by_one is None or again is None:
+        return structure.arithmetic_check(float(shift), None)
+    return structure.arithmetic_check(float(shift), scoring.mean_kld(one_by_one, again))
+
+
+def _read_one_by_one(model: Any, sequence: torch.Tensor) -> torch.Tensor | None:
+    """Logits [tokens, vocabulary] of `sequence` [1, length] after its first tokens, as `generate` reads, if it can."""
+    first = sequence[:, : decoding.PROBE_TOKENS]
+    try:
+        return next(decoding.Decoder().read(model, [first], [sequence[0, first.shape[1] :].tolist()]))
+    except decoding.CannotGenerate:
+        return None
 
 
 def _outputs_check(scores: Scores | None) -> Check:
@@ -193,7 +216,8 @@ def _standard_perplexities(comparison: _Comparison, text: corpus.Corpus) -> tupl
     )
 
 
-def _generate(comparison: _Comparison) -> Generation:
-    settings = comparison.settings
-    with comparison.progress.task("generating side by side", 2 * len(generation.prompts()), "prompts") as advance:
-        return generation.compare(comparison.pair, settings.new_tokens, settings.seed, advance)
+def _generate(comparison: _Comparison) -> generation.Generated:
+    pair, settings = comparison.pair, comparison.settings
+    count = len(generation.prompts(pair.chat))
+    with comparison.progress.task("generating side by side", 2 * count, "prompts") as advance:
+        return generation.compare(pair, settings.new_tokens, settings.seed, advance)

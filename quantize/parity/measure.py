@@ -16,10 +16,10 @@ from quantize.errors import CorruptModel, DeviceError, memory_errors
 from quantize.evidence import Check, Evidence, Sizes
 from quantize.formats import source_model, ties
 from quantize.formats.bitsandbytes import checks as format_checks
-from quantize.formats.bitsandbytes import loading
+from quantize.formats.bitsandbytes import cpu_reading, loading
 from quantize.formats.bitsandbytes.config import ExpectedConfig
 from quantize.formats.safetensors import recorded_weight_bytes, weight_bytes
-from quantize.parity import comparison, corpus, generation, structure, verdict
+from quantize.parity import companions, comparison, corpus, framing, generation, structure, verdict
 from quantize.parity.comparison import Measurements
 from quantize.parity.models import ADVICE, Pair, load_tokenizer, text_config
 from quantize.progress import Progress
@@ -40,10 +40,14 @@ class _Structure:
 
 def check_inputs(checkout: Checkout, settings: EvaluationSettings) -> None:
     """Raise CorpusError or CorruptModel now, rather than after hours, when nothing could be measured with these."""
+    import torch
+
     text, tokenizer = corpus.load(settings.corpus).text, source_tokenizer(checkout)
     vocabulary = int(text_config(checkout).vocab_size)
-    for sample in (text[:SAMPLE], *generation.prompts()):
-        ids = tokenizer(sample, return_tensors="pt", verbose=False).input_ids
+    chat = framing.has_template(tokenizer)
+    samples = [tokenizer(text[:SAMPLE], verbose=False).input_ids]
+    samples += [framing.prompt(tokenizer, prompt, chat) for prompt in generation.prompts(chat)]
+    for ids in map(torch.tensor, samples):
         source_model.require_known_tokens(ids, vocabulary, checkout.source.name)
 
 
@@ -100,7 +104,8 @@ def unmeasured(
     started = time.monotonic()
     checks = format_checks.check_files(candidate, expected)
     trust = checkout.source.remote_code and structure.same_code(checkout.folder, candidate)
-    checks.append(structure.tokenizer_check(source_tokenizer(checkout), candidate, trust))
+    tokenizer = source_tokenizer(checkout)
+    checks += companions.checks(checkout.folder, tokenizer, candidate, trust)
     return Evidence(
         reference_dtype="none",
         reference_devices=(),
@@ -119,6 +124,8 @@ def unmeasured(
         environment=devices.describe(device),
         seconds=round(time.monotonic() - started, 3),
         unused_tensors=source_model.check_tensors(checkout),
+        chat=framing.has_template(tokenizer),
+        misread_on_cpu=cpu_reading.misread_in_files(candidate),
     )
 
 
@@ -144,6 +151,8 @@ def _evidence(
         environment=devices.describe(pair.device),
         seconds=round(time.monotonic() - started, 3),
         look_plan=measured.look_plan,
+        chat=pair.chat,
+        misread_on_cpu=cpu_reading.misread_in_files(pair.folder),
     )
     return verdict.judged(_finite(evidence), settings.require)
 
@@ -185,7 +194,7 @@ def _examine(pair: Pair, expected: ExpectedConfig | None) -> _Structure:
         return _Structure(tuple(checks), {}, pair.checkout.source.parameters)
     with pair.weights_beside_candidate() as (reference, candidate):
         checks += structure.check_models(reference, candidate, pair.folder, expected)
-        checks.append(structure.tokenizer_check(pair.tokenizer, pair.folder, pair.trust))
+        checks += companions.checks(pair.checkout.folder, pair.tokenizer, pair.folder, pair.trust)
         errors = loading.weight_errors(reference, candidate)
         checks.append(format_checks.weight_check(errors, expected.bits))
         return _Structure(tuple(checks), errors, ties.distinct_count(reference))
