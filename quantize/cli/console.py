@@ -130,8 +130,10 @@ def show_plan(console: Console, plan: Plan) -> None:
     kept = sum(change.action == "keep" for change in plan.changes)
     sent = sum(change.size for change in plan.changes if change.action in ("create", "replace"))
     branch = "a new pull request" if plan.pull_request and not plan.revision else plan.revision or "main"
-    created = " (would be created)" if plan.creates_repo else ""
-    console.print(f"{plan.repo_id}{created}, {branch}", soft_wrap=True)
+    state = f" ({plan.access})" if plan.access else " (would be created)"
+    console.print(f"{plan.repo_id}{state}, {branch}", soft_wrap=True)
+    for note in plan.notes:
+        console.print(note, soft_wrap=True)
     console.print(f"{sent / 1e6:.1f} MB to upload, {kept} files are already there; nothing was changed", soft_wrap=True)
 
 
