@@ -71,6 +71,8 @@ class Recipe:
     `name` is that of a method in quantize/methods, or `auto`, which tries them from the plainest on until
     `target_grade` is reached. `options` are the method's own that differ from their defaults, by name.
 
+    Towers, through which pictures and sounds enter a model, stay in half precision unless `quantize_towers`.
+
     A skipped name is a run of whole parts of a module's name: `h.0`, `attn` and `h.0.attn.c_attn` all skip
     `transformer.h.0.attn.c_attn`.
     """
@@ -82,6 +84,7 @@ class Recipe:
     double_quant: bool = True
     compute_dtype: str = "auto"
     skip_modules: tuple[str, ...] = ()
+    quantize_towers: bool = False
     options: Mapping[str, Scalar] = field(default_factory=dict)
 
     def skips(self, module: str) -> bool:

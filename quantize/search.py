@@ -198,9 +198,7 @@ def _left_open(evidence: Evidence, required: str) -> bool:
     """Whether scoring stopped, certain of the verdict under another grade, before it was certain under `required`."""
     if evidence.verdict.required == required or evidence.verdict.grade == UNMEASURED:
         return False
-    seen = judged(evidence, required)
-    plan = seen.look_plan
-    return plan is not None and not seen.looks[-1].certain and seen.looks[-1].windows < plan.windows
+    return judged(evidence, required).undecided
 
 
 def _judged(evidence: Evidence, required: str) -> Evidence:

@@ -199,6 +199,13 @@ def _scores_table(evidence: Evidence) -> Table:
         _mark(ratio, ratio_limit),
     )
     table.add_row("mean KLD (nats)", "0", nats(kld.value), _range(kld), f"{kld_limit}", _mark(kld, kld_limit))
+    if (framing := evidence.chat_framing) is not None:
+        ratio, kld = framing.scores.perplexity_ratio, framing.scores.kld.mean
+        values = ("1", f"{ratio.value:.4f}", _range(ratio), f"{ratio_limit}", _mark(ratio, ratio_limit))
+        table.add_row("  in the chat template: ratio", *values)
+        table.add_row(
+            "  in the chat template: KLD", "0", nats(kld.value), _range(kld), f"{kld_limit}", _mark(kld, kld_limit)
+        )
     table.add_row("same most likely token", "1", f"{top.value:.4f}", _range(top) + own)
     table.add_row("RMS change of p(token)", "0", f"{scores.delta_p_rms.value:.4f}", _range(scores.delta_p_rms) + own)
     for control in evidence.controls:
