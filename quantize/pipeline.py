@@ -130,10 +130,13 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
         template = _read_template(request.card_template)
         kept = _undocumented(request, demand, checkout, output)
         with source.watched(checkout):
-            made = (kept, (), None) if kept else _measured(request, demand, checkout, staging, device, progress)
-        measured, hashes, bug = made
+            bug: Exception | None = None
+            if kept is None:
+                measured, hashes, bug = _measured(request, demand, checkout, staging, device, progress)
+            else:
+                measured, hashes = kept, kept.provenance.files
         progress.stage("write card and provenance")
-        with _kept_undocumented(measured, output, progress):
+        with _kept_undocumented(measured, hashes, output, progress):
             with source.watched(checkout):
                 text = source.card_text(checkout)
                 sealed = _document(measured, hashes, text, template, request.card_template)
@@ -187,7 +190,8 @@ def rewrite_card(request: CardRequest) -> Package:
         if name.endswith(package.UNDOCUMENTED):
             figures.draw(opened.evidence, request.folder / files.FIGURES)
         package.write_card(request.folder, rendered_card(opened, request.against, request.template))
-        sealed = dataclasses.replace(opened, provenance=package.seal(request.folder, opened.provenance))
+        rest = tuple(file for file in opened.provenance.files if file.path != files.CARD)
+        sealed = dataclasses.replace(opened, provenance=package.seal(request.folder, opened.provenance, rest))
         if name.endswith(package.UNDOCUMENTED):
             return _in_place(sealed, request.folder.resolve().with_name(name.removesuffix(package.UNDOCUMENTED)))
     return sealed
@@ -368,14 +372,16 @@ def _document(
 
 
 @contextmanager
-def _kept_undocumented(measured: Package, output: Path, progress: Progress) -> Iterator[None]:
+def _kept_undocumented(
+    measured: Package, hashes: tuple[FileRecord, ...], output: Path, progress: Progress
+) -> Iterator[None]:
     """Keep what was made and measured when documenting it fails, and say where."""
     try:
         with storage_errors(measured.folder):
             yield
     except Exception as error:
         try:
-            package.seal_undocumented(measured.folder, measured.provenance)
+            package.seal_undocumented(measured.folder, measured.provenance, hashes)
             kept = package.keep_undocumented(measured.folder, output)
         except (OSError, QuantizeError):
             raise error from None

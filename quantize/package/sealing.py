@@ -36,11 +36,11 @@ def copy_carried(checkout: Checkout, names: tuple[str, ...], staging: Path) -> N
         shutil.copyfile(checkout.folder / name, target)
 
 
-def seal_undocumented(staging: Path, provenance: Provenance) -> Provenance:
-    """Seal weights and evidence alone, without what was written of figures and card."""
+def seal_undocumented(staging: Path, provenance: Provenance, measured: tuple[FileRecord, ...] = ()) -> Provenance:
+    """Seal weights and evidence alone, without what was written of figures and card; raises what `seal` does."""
     shutil.rmtree(staging / FIGURES, ignore_errors=True)
     (staging / CARD).unlink(missing_ok=True)
-    return seal(staging, provenance)
+    return seal(staging, provenance, measured)
 
 
 def write_evidence(staging: Path, evidence: Evidence) -> None:

@@ -194,7 +194,7 @@ def test_weights_that_are_missing_are_not_invented(sources: Any, tmp_path: Path)
     named = load_file(folder / "model.safetensors")
     del named["lm_head.weight"]
     save_file(named, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CorruptModel, match=r"lack lm_head\.weight"):
+    with pytest.raises(CorruptModel, match=r"lm_head\.weight is missing"):
         stream(fetched(folder), tmp_path / "mine")
 
 
