@@ -101,7 +101,8 @@ class CardFacts:
     missed (5 %). `method_description` says how codes were chosen. Of the quantized modules `block_32_modules` have
     blocks of 32 weights; `half_precision_modules` of the kept ones are kept for the sake of accuracy. `unused_tensors`
     are layers of the source's files that its model has no place for, each with its number of tensors. A `chat` model
-    has a chat template, which its prompts went through; CPUs with AVX-512 misread as many layers as `misread_on_cpu`.
+    has a chat template, which its prompts went through; `chat_ratio` and `chat_kld` are those of `chat_windows` in it.
+    CPUs with AVX-512 misread as many layers as `misread_on_cpu`.
     """
 
     publisher: CardPublisher | None
@@ -163,6 +164,9 @@ class CardFacts:
     prefill_agreement: float | None
     cached_agreement: float | None
     chat: bool
+    chat_windows: int
+    chat_ratio: Interval | None
+    chat_kld: Interval | None
     misread_on_cpu: int
     new_tokens: int
     seed: int

@@ -133,17 +133,22 @@ def card(request: CardRequest) -> Package:
 
 
 def push(
-    folder: Path, destination: Destination, progress: Progress | None = None, *, verify_download: bool = False
+    folder: Path,
+    destination: Destination,
+    progress: Progress | None = None,
+    *,
+    verify_download: bool = False,
+    device: str = "auto",
 ) -> Receipt:
     """Publish the package in `folder` in one commit, if it passed and is unchanged since.
 
-    `verify_download` then fetches it into an empty cache, hashes it, loads it and scores a sample. The token comes from
-    the environment variable HF_TOKEN or from `hf auth login`. Raises ParityRefused, PublishError and other kinds of
-    QuantizeError.
+    `verify_download` then fetches it into an empty cache, hashes it, loads it on `device` and scores a sample. The
+    token comes from the environment variable HF_TOKEN or from `hf auth login`. Raises ParityRefused, PublishError and
+    other kinds of QuantizeError.
     """
     from quantize import publishing
 
-    return publishing.push(folder, destination, progress or _silent(), verify_download=verify_download)
+    return publishing.push(folder, destination, progress or _silent(), verify_download=verify_download, device=device)
 
 
 def sync(request: SyncRequest, progress: Progress | None = None) -> SyncReport:

@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +24,8 @@ RECEIPT = "receipt.json"
 FIGURES = "figures"
 
 CHUNK = 1 << 20
+LARGEST_BLOB = 10 << 20
+"""Bytes beyond which the Hub stores every file with LFS, which it lists by sha256."""
 
 
 def hash_file(path: Path, advance: Callable[[int], None] = lambda amount: None) -> tuple[int, str]:
@@ -110,3 +112,8 @@ def git_blob_id(path: Path) -> str:
     """The name that git, and so the Hub, gives to a file that is stored without LFS."""
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def blob_ids(folder: Path, files: Iterable[FileRecord]) -> dict[str, str]:
+    """Git's names of those of the folder's files that the Hub may store without LFS, by path."""
+    return {file.path: git_blob_id(folder / file.path) for file in files if file.size <= LARGEST_BLOB}

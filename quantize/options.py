@@ -13,6 +13,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from quantize.errors import CorpusError
 from quantize.grades import PASSING_GRADES
 from quantize.records import EvaluationSettings, Recipe
 
@@ -20,6 +21,10 @@ DEFAULT_MODEL = "distilbert/distilgpt2"
 HUB_ID = re.compile(r"(?!.*(?:--|\.\.))(?:\b[\w.-]{1,96}\b/)?\b[\w.-]{1,96}\b(?<!\.git)", re.ASCII)
 """As the Hub's client checks it."""
 LARGEST_SEED = 2**32 - 1
+HUB_WAIT = 600.0
+"""Seconds; the Hub counts requests in windows of 300."""
+CORPORA = ("builtin", "wikitext-2")
+"""Texts to compare on that have a name."""
 
 
 # What a value may be, in words and as a test; `metavar` is what a help text calls it
@@ -107,6 +112,36 @@ class Text:
 
 
 @dataclass(frozen=True)
+class TextName:
+    """One line of text: one of a few names, or a text of the user's own, which is a file unless it lies on the Hub."""
+
+    names: tuple[str, ...]
+    metavar: str = "TEXT"
+    words: str = "one line of text"
+
+    def accepts(self, value: object) -> bool:
+        return Text().accepts(value)
+
+    def file(self, value: str) -> Path | None:
+        """The file that `value` means, if it does; raises CorpusError for one that would pass for another text."""
+        if value in self.names:
+            return None
+        path = Path(value).expanduser()
+        try:
+            exists = path.is_file()
+        except (OSError, ValueError):  # too long, or not possible as a path
+            exists = False
+        if exists and path.name.casefold() in self.names:
+            raise CorpusError(f"{path} is called like the text {path.name.casefold()!r} of quantize: rename the file")
+        return path if exists else None
+
+    def bare(self, value: str) -> str:
+        """What a record calls the text: a file without its folder, which is nobody else's business."""
+        path = self.file(value)
+        return value if path is None else f"./{path.name}"
+
+
+@dataclass(frozen=True)
 class HubId:
     """The id of a repo on the Hub."""
 
@@ -140,7 +175,7 @@ class Folder:
         return isinstance(value, Path)
 
 
-Kind = Flag | Choice | Whole | Number | Positive | Text | HubId | File | Folder
+Kind = Flag | Choice | Whole | Number | Positive | Text | TextName | HubId | File | Folder
 
 
 # A row
@@ -255,6 +290,13 @@ RECIPE = (
         Recipe,
         repeated=True,
     ),
+    Option(
+        "--quantize-towers",
+        "quantize_towers",
+        Flag(),
+        "Quantize vision and audio towers and projectors too, which otherwise stay in half precision.",
+        Recipe,
+    ),
 )
 """Of Recipe, besides its name and what belongs to one method; see `methods.recipe_options`."""
 
@@ -264,7 +306,7 @@ REQUEST = (
         "device",
         Text("DEVICE"),
         "cpu, cuda, cuda:1, xpu; auto uses a GPU if there is one.",
-        commands=(RUN, VERIFY, SYNC),
+        commands=(RUN, VERIFY, PUSH, SYNC),
         unset="auto",
     ),
     Option(
@@ -275,7 +317,13 @@ REQUEST = (
         commands=(RUN, VERIFY),
         reproduced=True,
     ),
-    Option("--force", "force", Flag(), "Replace a finished package."),
+    Option(
+        "--force",
+        "force",
+        Flag(),
+        "Make the package again, though a finished one is here or on the Hub, or it was refused before.",
+        commands=(RUN, SYNC),
+    ),
     Option("--clean", "clean", Flag(), "Begin anew where a run was stopped, and leave no finished parts either."),
     Option(
         "--unverified",
@@ -303,11 +351,12 @@ REQUEST = (
 """Of RunRequest: how the work is done."""
 
 _MEASURED = (RUN, VERIFY)
+CORPUS_TEXT = TextName(CORPORA)
 SETTINGS = (
     Option(
         "--corpus",
         "corpus",
-        Text("TEXT"),
+        CORPUS_TEXT,
         "Text to compare on: builtin, wikitext-2 (from the Hub, needs the extra wikitext) or a text file.",
         EvaluationSettings,
         _MEASURED,
@@ -394,7 +443,22 @@ _CREATED = "created if missing."
 DESTINATION = (
     Option("--push-to", "repo_id", _OWNED_REPO, f"Publish to this repo; {_CREATED}"),
     Option("--to", "repo_id", _OWNED_REPO, f"The repo to publish to; {_CREATED}", commands=(PUSH,), required=True),
-    Option("--private", "private", Flag(), "Make a new repo private.", commands=(RUN, PUSH), key="private"),
+    Option(
+        "--private",
+        "private",
+        Flag(),
+        "Publish to a private repo: make a new one private, and refuse a public one.",
+        commands=(RUN, PUSH),
+        key="private",
+    ),
+    Option(
+        "--public",
+        "public",
+        Flag(),
+        "Publish to a public repo though the original is private or gated; only if you have the right to.",
+        commands=(RUN, PUSH),
+        key="public",
+    ),
     Option("--branch", "branch", Text("NAME"), f"Publish to this branch; {_CREATED}", commands=(RUN, PUSH)),
     Option(
         "--pr",
@@ -501,11 +565,24 @@ PUBLISHER = (
 )
 """Of Publisher."""
 
+HUB = (
+    Option(
+        "--hub-wait",
+        "seconds",
+        Positive(),
+        "Where the Hub asks to wait, wait this many seconds for one answer in all, at most.",
+        commands=(RUN, VERIFY, PUSH, SYNC),
+        unset=HUB_WAIT,
+        envvar="QUANTIZE_HUB_WAIT",
+    ),
+)
+"""How the Hub is asked."""
+
 DISPLAY = (
     Option("--json", "as_json", Flag(), "Print one JSON document to stdout.", commands=COMMANDS),
     Option("--quiet", "quiet", Flag(), "Print no progress and no tables, only errors.", commands=COMMANDS, short="-q"),
 )
 """What is printed."""
 
-OTHERS = (*REQUEST, *SETTINGS, *OUTCOME, *DESTINATION, *PUBLISHING, *CATALOGUE, *PUBLISHER, *DISPLAY)
+OTHERS = (*REQUEST, *SETTINGS, *OUTCOME, *DESTINATION, *PUBLISHING, *CATALOGUE, *PUBLISHER, *HUB, *DISPLAY)
 """All that stand after the recipe's."""

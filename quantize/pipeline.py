@@ -13,7 +13,14 @@ from typing import Any
 import model_card
 from model_card import CardFacts
 from quantize import __version__, devices, files, methods, package, search, source
-from quantize.errors import ConfigError, PackageError, QuantizeError, UnsupportedModel, storage_errors
+from quantize.errors import (
+    ConfigError,
+    CorpusError,
+    PackageError,
+    QuantizeError,
+    UnsupportedModel,
+    storage_errors,
+)
 from quantize.evidence import Evidence
 from quantize.folders import write_text
 from quantize.formats import source_model
@@ -25,13 +32,13 @@ from quantize.parity import check_inputs, corpus_text, figures, measure, unmeasu
 from quantize.progress import Progress, Silent
 from quantize.records import (
     Checkout,
+    Demand,
     EvaluationSettings,
     FileRecord,
     Provenance,
     Publisher,
     Quantized,
     Recipe,
-    package_key,
 )
 from quantize.serialization import now
 
@@ -110,18 +117,19 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
     Raises QuantizeError, and leaves nothing half done.
     """
     request = dataclasses.replace(request, recipe=methods.normalized(request.recipe))
-    output = request.output or default_output(request.model, request.recipe)
+    output = _output(request)
     package.require_replaceable(output)
     device = devices.choose(request.device)
+    demand = package.demanded(request.recipe, request.settings)
     with package.staging_folder(output) as staging, package.finished_parts(output, clean=request.clean):
         checkout = _fetch(request, progress)
-        finished = _finished(request, checkout, output)
+        finished = _finished(request, demand, checkout, output)
         if finished is not None:
             return RunResult(finished, created=False)
         template = _read_template(request.card_template)
-        kept = _undocumented(request, checkout, output)
+        kept = _undocumented(request, demand, checkout, output)
         with source.watched(checkout):
-            measured, hashes = (kept, ()) if kept else _measured(request, checkout, staging, output, device, progress)
+            measured, hashes = (kept, ()) if kept else _measured(request, demand, checkout, staging, device, progress)
         progress.stage("write card and provenance")
         with _kept_undocumented(measured, output, progress):
             with source.watched(checkout):
@@ -190,6 +198,10 @@ def default_output(model: str, recipe: Recipe) -> Path:
     return Path(f"{source.name_of(model)}-bnb-{recipe.bits}bit")
 
 
+def _output(request: RunRequest) -> Path:
+    return request.output or default_output(request.model, request.recipe)
+
+
 def _fetch(request: RunRequest, progress: Progress) -> Checkout:
     progress.stage(f"source {request.model}")
     return source.fetch(
@@ -200,22 +212,20 @@ def _fetch(request: RunRequest, progress: Progress) -> Checkout:
     )
 
 
-def _finished(request: RunRequest, checkout: Checkout, output: Path) -> Package | None:
+def _finished(request: RunRequest, demand: Demand, checkout: Checkout, output: Path) -> Package | None:
     """The package that an earlier run left at `output`, where it answers this request."""
     if request.force:
         return None
-    finished = package.finished(
-        output, checkout.source, request.recipe, request.settings, outdated=request.replace_outdated
-    )
+    finished = package.finished(output, checkout.source, demand, outdated=request.replace_outdated)
     if finished is None or request.unverified or finished.evidence.verdict.grade != UNMEASURED:
         return finished
     return None
 
 
-def _undocumented(request: RunRequest, checkout: Checkout, output: Path) -> Package | None:
+def _undocumented(request: RunRequest, demand: Demand, checkout: Checkout, output: Path) -> Package | None:
     """What an earlier run made and measured for this request, but could not document."""
     folder = package.undocumented_folder(output)
-    measured = package.undocumented(folder, checkout.source, request.recipe, request.settings)
+    measured = package.undocumented(folder, checkout.source, demand)
     if measured is None or request.force:
         return None
     name, provenance = request.name or output.name, measured.provenance
@@ -225,15 +235,17 @@ def _undocumented(request: RunRequest, checkout: Checkout, output: Path) -> Pack
 
 
 def _measured(
-    request: RunRequest, checkout: Checkout, staging: Path, output: Path, device: str, progress: Progress
+    request: RunRequest, demand: Demand, checkout: Checkout, staging: Path, device: str, progress: Progress
 ) -> tuple[Package, tuple[FileRecord, ...]]:
     """What is made and measured in `staging`, to be documented, and its files as they were before measuring."""
     _check(request, checkout, staging, progress)
+    output = _output(request)
     resume, corpus = output.with_name(f"{output.name}{package.UNFINISHED}"), corpus_text(request.settings)
     job = methods.Job(checkout, staging, request.recipe, device, progress, corpus, resume)
-    candidate = search.build(job, request.settings, _measurement(request, job))
+    candidate = _without_paths(search.build(job, request.settings, _measurement(request, job)))
+    _require_same_texts(request, demand)
     package.write_evidence(staging, candidate.evidence)
-    provenance = _provenance(request, checkout, candidate, output.name)
+    provenance = _provenance(request, demand, checkout, candidate, output.name)
     return Package(staging, provenance, candidate.evidence), candidate.files
 
 
@@ -299,7 +311,27 @@ def _original(request: VerifyRequest, folder: Path, progress: Progress) -> tuple
     return source.fetch(against, revision=None, trust_remote_code=trust, progress=progress), None
 
 
-def _provenance(request: RunRequest, checkout: Checkout, candidate: search.Candidate, name: str) -> Provenance:
+def _without_paths(candidate: search.Candidate) -> search.Candidate:
+    """The candidate with texts named as records name them, in its recipe and in those of all attempts."""
+    attempts = tuple(
+        dataclasses.replace(attempt, recipe=package.without_paths(attempt.recipe))
+        for attempt in candidate.evidence.attempts
+    )
+    evidence = dataclasses.replace(candidate.evidence, attempts=attempts)
+    return dataclasses.replace(candidate, recipe=package.without_paths(candidate.recipe), evidence=evidence)
+
+
+def _require_same_texts(request: RunRequest, demand: Demand) -> None:
+    """Raise CorpusError where a text of the user's own is another than it was when the run began."""
+    if package.demanded(request.recipe, request.settings).texts != demand.texts:
+        raise CorpusError(
+            f"a text of {request.model}'s run was changed while it was in use: run the same command again"
+        )
+
+
+def _provenance(
+    request: RunRequest, demand: Demand, checkout: Checkout, candidate: search.Candidate, name: str
+) -> Provenance:
     """The record of a run, before its files are hashed."""
     return Provenance(
         tool=TOOL,
@@ -308,12 +340,13 @@ def _provenance(request: RunRequest, checkout: Checkout, candidate: search.Candi
         source=checkout.source,
         recipe=candidate.recipe,
         quantized=candidate.quantized,
-        settings=request.settings,
+        settings=demand.settings,
         environment=candidate.evidence.environment,
         publisher=request.publisher,
         name=request.name or name,
-        key=package_key(checkout.source.repo_id or checkout.source.name, checkout.source.pinned, request.recipe),
-        requested=None if candidate.recipe == request.recipe else request.recipe,
+        key=demand.key(checkout.source.repo_id or checkout.source.name, checkout.source.pinned),
+        requested=None if candidate.recipe == demand.recipe else demand.recipe,
+        texts=dict(demand.texts),
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 FORMAT_VERSION = 2
 """Of the package: raised when an older `quantize` could not read what a newer one wrote."""
@@ -70,6 +71,8 @@ class Recipe:
     `name` is that of a method in quantize/methods, or `auto`, which tries them from the plainest on until
     `target_grade` is reached. `options` are the method's own that differ from their defaults, by name.
 
+    Towers, through which pictures and sounds enter a model, stay in half precision unless `quantize_towers`.
+
     A skipped name is a run of whole parts of a module's name: `h.0`, `attn` and `h.0.attn.c_attn` all skip
     `transformer.h.0.attn.c_attn`.
     """
@@ -81,6 +84,7 @@ class Recipe:
     double_quant: bool = True
     compute_dtype: str = "auto"
     skip_modules: tuple[str, ...] = ()
+    quantize_towers: bool = False
     options: Mapping[str, Scalar] = field(default_factory=dict)
 
     def skips(self, module: str) -> bool:
@@ -160,8 +164,9 @@ class Publisher:
 class Provenance:
     """Where a package comes from, and the hashes that show it is unchanged (of every file but this one).
 
-    `name` is what its card calls it: the repo that it was made for, otherwise its folder's name. `key` says what the
-    package is made of; see `package_key`. `requested` is the recipe that was asked for, where `auto` chose another.
+    `name` is what its card calls it: the repo that it was made for, otherwise its folder's name. `key` is that of its
+    `demand`. `requested` is the recipe that was asked for, where `auto` chose another. `texts` are as in Demand.
+    `blob_ids` are git's names of the small files, by which the Hub lists them.
     """
 
     tool: str
@@ -176,7 +181,9 @@ class Provenance:
     name: str = ""
     key: str = ""
     requested: Recipe | None = None
+    texts: dict[str, str] = field(default_factory=dict)
     files: tuple[FileRecord, ...] = ()
+    blob_ids: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     @property
@@ -184,14 +191,42 @@ class Provenance:
         """The recipe that was asked for."""
         return self.requested or self.recipe
 
+    @property
+    def demand(self) -> Demand:
+        """What was asked for."""
+        return Demand(self.requested_recipe, self.settings, self.texts)
 
-def package_key(source_name: str, pinned: str, recipe: Recipe) -> str:
-    """What a package is made of, as one sha256: source, its commit or digest, recipe, format version.
 
-    Parameters at their defaults do not count, so that a new one leaves old keys as they are.
+@dataclass(frozen=True)
+class Demand:
+    """What a package is asked to be: by which recipe, measured how, on which texts of the user's own.
+
+    A text is named without its folder, as `./contracts.txt`; `texts` has the sha256 of its content, by the field of the
+    option that names it.
     """
-    default = Recipe()
-    parameters = {item.name: getattr(recipe, item.name) for item in fields(recipe)}
-    changed = {name: value for name, value in parameters.items() if value != getattr(default, name)}
-    contents = {"source": source_name, "pinned": pinned, "recipe": changed, "format": FORMAT_VERSION}
-    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+    recipe: Recipe
+    settings: EvaluationSettings
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+    def key(self, source_name: str, pinned: str) -> str:
+        """What a package is made of and how it is measured, as one sha256, with its source's commit or digest.
+
+        The required grade does not count, since what reached a stricter one reached the other as well. Neither do
+        parameters at their defaults, so that a new one leaves old keys as they are.
+        """
+        contents = {
+            "source": source_name,
+            "pinned": pinned,
+            "recipe": _changed(self.recipe, Recipe()),
+            "measured": _changed(replace(self.settings, require=EvaluationSettings.require), EvaluationSettings()),
+            "texts": dict(self.texts),
+            "format": FORMAT_VERSION,
+        }
+        return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+
+def _changed(record: Any, default: Any) -> dict[str, Any]:
+    """The fields of a record that are not as in `default`."""
+    values = {item.name: getattr(record, item.name) for item in fields(record)}
+    return {name: value for name, value in values.items() if value != getattr(default, name)}

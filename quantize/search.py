@@ -94,8 +94,7 @@ def _final_evidence(best: Candidate, settings: EvaluationSettings, measure: Meas
     if best.evidence.verdict.required == settings.require or best.evidence.verdict.grade == UNMEASURED:
         return best.evidence
     evidence = judged(best.evidence, settings.require)
-    plan = evidence.look_plan
-    if plan is not None and not evidence.looks[-1].certain and evidence.looks[-1].windows < plan.windows:
+    if evidence.undecided:
         return measure(best.folder, best.recipe, best.quantized, settings, planned)
     return evidence
 

@@ -6,17 +6,19 @@ import datetime
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from quantize.documents import parse_json, read_text
 from quantize.errors import NewerFormat, PackageError
 from quantize.evidence import Evidence
-from quantize.records import FORMAT_VERSION, Provenance, package_key
+from quantize.records import FORMAT_VERSION, Provenance
+from quantize.validation import UnknownField, structured
 
 Record = TypeVar("Record")
 Document = dict[str, Any]
+UPDATE = "pip install --upgrade quantize-bnb"
 
 
 def to_json(record: object) -> str:
@@ -32,12 +34,16 @@ def from_json(kind: type[Record], text: str, where: object) -> Record:
     try:
         document = parse_json(text)
         current = _upgraded(kind, document, where)
-        record: Record = _converter().structure(current, kind)
+        record = structured(kind, current, unknown_fields=current is not document)
     except PackageError:
         raise
+    except UnknownField as error:
+        raise NewerFormat(
+            f"{where} is not readable as {kind.__name__}: {error}; take it out, or update quantize with `{UPDATE}` "
+            f"where a later version wrote it"
+        ) from error
     except Exception as error:
-        names = ", ".join(item.name for item in fields(kind))  # type: ignore[arg-type]
-        raise PackageError(f"{where} is not readable as {kind.__name__} ({names}): {error}") from error
+        raise PackageError(f"{where} is not readable as {kind.__name__}: {_in_one_line(error)}") from error
     return _with_key(record) if current is not document else record
 
 
@@ -48,6 +54,12 @@ def read_record(kind: type[Record], path: Path) -> Record:
     except FileNotFoundError:
         raise PackageError(f"{path.parent} is not a package: {path.name} is missing") from None
     return from_json(kind, text, path)
+
+
+def _in_one_line(error: Exception) -> str:
+    if isinstance(error, KeyError):  # of the mapping from an older format
+        return f"{error.args[0]} is missing"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def now() -> str:
@@ -65,7 +77,7 @@ def _upgraded(kind: type, document: Any, where: object) -> Any:
     if version > FORMAT_VERSION:
         raise NewerFormat(
             f"{where} has format version {version}, and this quantize reads up to {FORMAT_VERSION}: "
-            f"update it with `pip install --upgrade quantize-bnb`"
+            f"update it with `{UPDATE}`"
         )
     return document if version == FORMAT_VERSION else UPGRADES[kind](document)
 
@@ -75,7 +87,7 @@ def _with_key(record: Record) -> Record:
     if not isinstance(record, Provenance) or not record.key:
         return record
     source = record.source
-    return replace(record, key=package_key(source.repo_id or source.name, source.pinned, record.requested_recipe))
+    return replace(record, key=record.demand.key(source.repo_id or source.name, source.pinned))
 
 
 # Format version 1: its names for what version 2 calls otherwise

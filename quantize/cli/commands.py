@@ -167,7 +167,9 @@ def card(
 @cli.command(context_settings=former_flags("push"))
 @click.argument("folder", type=FOLDER)
 @options_of("push")
-def push(folder: Path, destination: Destination, verify_download: bool, dry_run: bool, display: Display) -> None:
+def push(
+    folder: Path, destination: Destination, device: str, verify_download: bool, dry_run: bool, display: Display
+) -> None:
     """Publish a package that passed and has not been changed since, in one commit.
 
     The token comes from HF_TOKEN or `hf auth login`.
@@ -183,7 +185,7 @@ def push(folder: Path, destination: Destination, verify_download: bool, dry_run:
         plan = publishing.plan(folder, destination)
         display.show(plan, lambda terminal: console.show_plan(terminal, plan))
         return
-    receipt = publishing.push(folder, destination, display.progress, verify_download=verify_download)
+    receipt = publishing.push(folder, destination, display.progress, verify_download=verify_download, device=device)
     display.show(receipt, lambda terminal: console.show_receipt(terminal, receipt))
 
 

@@ -127,8 +127,10 @@ def show_plan(console: Console, plan: Plan) -> None:
     kept = sum(change.action == "keep" for change in plan.changes)
     sent = sum(change.size for change in plan.changes if change.action in ("create", "replace"))
     branch = "a new pull request" if plan.pull_request and not plan.revision else plan.revision or "main"
-    created = " (would be created)" if plan.creates_repo else ""
-    console.print(f"{plan.repo_id}{created}, {branch}", soft_wrap=True)
+    state = f" ({plan.access})" if plan.access else " (would be created)"
+    console.print(f"{plan.repo_id}{state}, {branch}", soft_wrap=True)
+    for note in plan.notes:
+        console.print(note, soft_wrap=True)
     console.print(f"{sent / 1e6:.1f} MB to upload, {kept} files are already there; nothing was changed", soft_wrap=True)
 
 
@@ -194,6 +196,13 @@ def _scores_table(evidence: Evidence) -> Table:
         _mark(ratio, ratio_limit),
     )
     table.add_row("mean KLD (nats)", "0", nats(kld.value), _range(kld), f"{kld_limit}", _mark(kld, kld_limit))
+    if (framing := evidence.chat_framing) is not None:
+        ratio, kld = framing.scores.perplexity_ratio, framing.scores.kld.mean
+        values = ("1", f"{ratio.value:.4f}", _range(ratio), f"{ratio_limit}", _mark(ratio, ratio_limit))
+        table.add_row("  in the chat template: ratio", *values)
+        table.add_row(
+            "  in the chat template: KLD", "0", nats(kld.value), _range(kld), f"{kld_limit}", _mark(kld, kld_limit)
+        )
     table.add_row("same most likely token", "1", f"{top.value:.4f}", _range(top) + own)
     table.add_row("RMS change of p(token)", "0", f"{scores.delta_p_rms.value:.4f}", _range(scores.delta_p_rms) + own)
     for control in evidence.controls:

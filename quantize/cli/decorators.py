@@ -15,6 +15,7 @@ from quantize.errors import ConfigError, storage_errors
 from quantize.options import (
     DESTINATION,
     DISPLAY,
+    HUB,
     PUBLISHER,
     SETTINGS,
     Choice,
@@ -24,6 +25,7 @@ from quantize.options import (
     HubId,
     Number,
     Option,
+    Positive,
     Whole,
 )
 from quantize.publishing import Destination
@@ -49,6 +51,7 @@ def options_of(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             values = {row: typed.pop(_parameter(row)) for row in rows}
             display = Display(**_taken(values, DISPLAY))
             with display.errors(), storage_errors():
+                _set_patience(**_taken(values, HUB))
                 return function(**typed, **_records(values), display=display)
 
         command: Callable[..., Any] = wrapped
@@ -104,6 +107,14 @@ def _records(values: Values) -> dict[str, Any]:
     return records | others
 
 
+def _set_patience(seconds: float | None = None) -> None:
+    """Tell the Hub's client, where a command asks the Hub."""
+    if seconds is not None:
+        from quantize.hub.retries import wait_at_most
+
+        wait_at_most(seconds)
+
+
 def _recipe(values: dict[str, Any]) -> Recipe:
     try:
         return methods.recipe_of(values)
@@ -120,6 +131,8 @@ def _publisher(name: str | None, links: tuple[str, ...]) -> Publisher | None:
 def _destination(values: dict[str, Any], others: dict[str, Any]) -> Destination | None:
     if values["branch"] and values["pull_request"]:
         raise click.UsageError("--pr and --branch exclude each other")
+    if values["private"] and values["public"]:
+        raise click.UsageError("--private and --public exclude each other")
     if values["repo_id"] is not None:
         return Destination(**values)
     if others.get("refresh_card"):
@@ -158,6 +171,8 @@ def _type(row: Option) -> Any:
             return click.IntRange(low, high)
         case Number(low):
             return click.FloatRange(low)
+        case Positive():
+            return click.FloatRange(0, min_open=True)
         case HubId():
             return RepoId()
         case File():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ class Display:
 
     def __init__(self, as_json: bool, quiet: bool) -> None:
         self.as_json, self.quiet = as_json, quiet
+        if quiet:
+            logging.getLogger("quantize").setLevel(logging.ERROR)
         if quiet or not sys.stderr.isatty():
             os.environ["TQDM_DISABLE"] = "1"  # the libraries' own bars, which would fill a log with fragments
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from quantize.errors import CorruptModel, QuantizeError, UnsupportedModel
 from quantize.files import CONFIG
 from quantize.formats import safetensors
+from quantize.formats.model_class import auto_class
 from quantize.formats.safetensors import Entry
 from quantize.records import Checkout
 
@@ -52,7 +53,7 @@ def skeleton(checkout: Checkout, dtype: str = "float32") -> Any:
     UnsupportedModel where transformers builds nothing from it.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     name, trust = checkout.source.name, checkout.source.remote_code
     held = tensors(checkout)
@@ -60,7 +61,7 @@ def skeleton(checkout: Checkout, dtype: str = "float32") -> Any:
     try:
         config = AutoConfig.from_pretrained(checkout.folder, local_files_only=True, trust_remote_code=trust)
         with torch.device("meta"), _no_larger_than(held.values(), name):
-            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust)
+            return auto_class(checkout.folder).from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust)
     except QuantizeError:
         raise
     except Exception as error:  # a config can be wrong in any way
@@ -107,9 +108,7 @@ def load(folder: Path, name: str, **options: Any) -> Any:
 
     Raises CorruptModel where a tensor is absent, which transformers would fill with random values.
     """
-    from transformers import AutoModelForCausalLM
-
-    model, report = AutoModelForCausalLM.from_pretrained(
+    model, report = auto_class(folder).from_pretrained(
         folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
     )
     require_complete(report["missing_keys"], name)

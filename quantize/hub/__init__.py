@@ -19,7 +19,11 @@ from quantize.progress import Advance, ignore
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-READ_ONLY = "read"
+READ_ONLY, FINE_GRAINED = "read", "fineGrained"
+WRITING = {"repo.write"}
+NO_SUCH_QUESTION = (404, 405, 501)
+PUBLIC, PRIVATE, GATED = "public", "private", "gated"
+"""Who may read a repo."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Account:
-    """Whose token it is, the namespaces that this user belongs to, and whether the token may only read."""
+    """Whose token it is, the namespaces under which it may create repos, and whether the token may only read."""
 
     name: str
     namespaces: frozenset[str]
@@ -105,16 +109,43 @@ def account() -> Account:
             return dict(api().whoami())
 
     answer = ask()
-    role = (answer.get("auth") or {}).get("accessToken", {}).get("role")
-    groups = {str(group.get("name")) for group in answer.get("orgs") or ()}
-    return Account(str(answer["name"]), frozenset({str(answer["name"]), *groups}), role == READ_ONLY)
+    token_rights = (answer.get("auth") or {}).get("accessToken") or {}
+    groups = {str(group.get("name")) for group in answer.get("orgs") or () if group.get("roleInOrg") != READ_ONLY}
+    namespaces = {str(answer["name"]), *groups} & (_scope(token_rights) or {str(answer["name"]), *groups})
+    return Account(str(answer["name"]), frozenset(namespaces), token_rights.get("role") == READ_ONLY)
+
+
+def _scope(token_rights: Mapping[str, Any]) -> set[str] | None:
+    """The namespaces whose repos a fine-grained token may write; None for a token without such limits."""
+    if token_rights.get("role") != FINE_GRAINED:
+        return None
+    scopes = (token_rights.get("fineGrained") or {}).get("scoped") or ()
+    return {str(scope.get("entity", {}).get("name")) for scope in scopes if WRITING & set(scope.get("permissions", ()))}
 
 
 @retried
-def require_write(repo_id: str) -> None:
-    """Raise AccessDenied unless the token may write to this repo."""
+def require_write(repo_id: str) -> bool:
+    """Raise AccessDenied unless the token may write to this repo; False where this Hub cannot be asked that."""
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
     with translated(repo_id):
-        api().auth_check(repo_id, write=True)
+        try:
+            api().auth_check(repo_id, write=True)
+        except RepositoryNotFoundError:
+            raise
+        except HfHubHTTPError as error:
+            if error.response is None or error.response.status_code not in NO_SUCH_QUESTION:
+                raise
+            return False
+    return True
+
+
+@retried
+def access(repo_id: str) -> str:
+    """Who may read a repo: PUBLIC, PRIVATE or GATED; raises SourceNotFound where it is not there, or not for us."""
+    with translated(repo_id):
+        info = api().model_info(repo_id)
+    return PRIVATE if info.private else GATED if info.gated else PUBLIC
 
 
 def resolve(repo_id: str, revision: str | None) -> tuple[str, tuple[RemoteFile, ...]]:
@@ -129,13 +160,6 @@ def snapshot(repo_id: str, revision: str | None) -> Snapshot:
     with translated(repo_id, revision):
         info = api().model_info(repo_id, revision=revision, files_metadata=True)
     return Snapshot(info.id or repo_id, str(info.sha), tuple(_remote_file(sibling) for sibling in info.siblings or ()))
-
-
-@retried
-def head(repo_id: str, revision: str | None) -> str:
-    """The commit that `revision` means now."""
-    with translated(repo_id, revision):
-        return str(api().model_info(repo_id, revision=revision).sha)
 
 
 @retried
@@ -245,10 +269,10 @@ def validate_card(repo_id: str, text: str) -> None:
 
 
 @retried
-def create_repo(repo_id: str, *, private: bool) -> None:
-    """Make sure that a model repo of this name exists; an organization's own default may make it private, too."""
+def create_repo(repo_id: str, *, private: bool | None) -> None:
+    """Make sure that a model repo of this name exists; with None its owner's default says who may read it."""
     with translated(repo_id):
-        api().create_repo(repo_id, private=private or None, exist_ok=True)
+        api().create_repo(repo_id, private=private, exist_ok=True)
 
 
 @retried

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
+import email.utils
 import functools
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,34 +24,55 @@ from quantize.errors import (
     QuantizeError,
     SourceNotFound,
 )
+from quantize.options import HUB_WAIT
 
 ENDPOINT = "HF_ENDPOINT"
 TIMEOUT = "QUANTIZE_HUB_TIMEOUT"
 DEFAULT_TIMEOUT = 120.0
 """Seconds without a single byte from the Hub after which a request is given up; the client itself waits for ever."""
 ATTEMPTS = 4
-LONGEST_WAIT = 60.0
-"""Seconds between two attempts, at most; also where the Hub asks for more."""
+WORTH_SAYING = 5.0
+"""Seconds of waiting about which nobody has to be told."""
+WAIT = "QUANTIZE_HUB_WAIT"
+BUSY, FINAL = (429, 503), (501, 505, 507)
+"""Statuses that may name a time to wait, and those that another attempt cannot change."""
+TOKEN_WORDS = ("token", "permission", "rights", "credential", "authoriz", "authentic", "log in", "forbidden")
+"""In reasons for a refusal that a better token would undo."""
 
+log = logging.getLogger(__name__)
 Given = ParamSpec("Given")
 Answer = TypeVar("Answer")
 
 
 def timeout() -> float:
     """The deadline for an answer, in seconds; raises ConfigError."""
-    given = os.environ.get(TIMEOUT)
+    return _seconds(TIMEOUT, DEFAULT_TIMEOUT)
+
+
+def _seconds(variable: str, default: float) -> float:
+    given = os.environ.get(variable)
     try:
-        seconds = float(given) if given else DEFAULT_TIMEOUT
+        seconds = float(given) if given else default
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < float("inf"):
-        raise ConfigError(f"{TIMEOUT}={given}: give a number of seconds")
+        raise ConfigError(f"{variable}={given}: give a number of seconds")
     return seconds
+
+
+def wait_at_most(seconds: float) -> None:
+    """Let this process, and those that it starts, wait no longer than that in all for one answer."""
+    os.environ[WAIT] = repr(seconds)
+
+
+def patience() -> float:
+    """Seconds that one question may wait in all where the Hub asks to wait; raises ConfigError."""
+    return _seconds(WAIT, HUB_WAIT)
 
 
 @functools.cache
 def set_deadlines() -> None:
-    """Give every request of the client a deadline."""
+    """Give every request of the client a deadline, and let none wait by itself where the Hub names a time."""
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils._http import default_client_factory
 
@@ -57,17 +81,22 @@ def set_deadlines() -> None:
     def client() -> Any:
         http_client = default_client_factory()
         http_client.timeout = seconds
+        hooks = http_client.event_hooks
+        http_client.event_hooks = {**hooks, "response": [*hooks.get("response", ()), _raise_busy]}
         return http_client
 
     set_client_factory(client)
 
 
 def retried(question: Callable[Given, Answer]) -> Callable[Given, Answer]:
-    """Ask again, with longer and longer waits, while the Hub is only unreachable; for what may be done twice."""
+    """Ask again while the Hub is only unreachable, with longer and longer waits or those that it names.
+
+    For what may be done twice.
+    """
     return tenacity.retry(
         retry=tenacity.retry_if_exception(lambda error: isinstance(error, HubUnreachable) and error.passing),
         wait=_wait,
-        stop=tenacity.stop_after_attempt(ATTEMPTS),
+        stop=_stop,
         reraise=True,
     )(question)
 
@@ -89,10 +118,42 @@ def translated(repo_id: str, revision: str | None = None) -> Iterator[None]:
 _backoff = tenacity.wait_exponential_jitter(initial=1, max=8, jitter=0.5)
 
 
-def _wait(state: tenacity.RetryCallState) -> float:
+def _named_wait(state: tenacity.RetryCallState) -> float | None:
+    """Seconds that the Hub asked to wait."""
     error = state.outcome.exception() if state.outcome else None
-    asked = error.retry_after if isinstance(error, HubUnreachable) else None
-    return _backoff(state) if asked is None else min(asked, LONGEST_WAIT)
+    return error.retry_after if isinstance(error, HubUnreachable) else None
+
+
+def _wait(state: tenacity.RetryCallState) -> float:
+    return max(_backoff(state), _named_wait(state) or 0.0)
+
+
+def _stop(state: tenacity.RetryCallState) -> bool:
+    """After a few attempts, or where the waits that the Hub names are longer than they may be in all."""
+    named = _named_wait(state)
+    if named is None:
+        return state.attempt_number >= ATTEMPTS
+    if state.idle_for + _wait(state) <= patience():
+        if named >= WORTH_SAYING:
+            log.warning("the Hub asks to wait %.0f s", named)
+        return False
+    raise HubUnreachable(
+        f"{state.outcome.exception() if state.outcome else ''} (it asks to wait {named:.0f} s, which is more than "
+        f"--hub-wait {patience():g} leaves)"
+    )
+
+
+def _raise_busy(response: Any) -> None:
+    """Raise HubUnreachable for a response that names a time to wait.
+
+    The client would wait by itself, however long that is; threads of it hand this on as it is.
+    """
+    asked = _retry_after(response) if response.status_code in BUSY else None
+    if asked is not None:
+        raise HubUnreachable(
+            f"the Hub answered {response.status_code} for {response.request.url.path}: try again later",
+            retry_after=asked,
+        )
 
 
 def _meaning(error: BaseException, repo_id: str, revision: str | None) -> QuantizeError | None:
@@ -104,6 +165,8 @@ def _meaning(error: BaseException, repo_id: str, revision: str | None) -> Quanti
         case RuntimeError() if isinstance(error.__cause__, Exception):
             # The client's threads wrap what went wrong while they sent a file.
             return _meaning(error.__cause__, repo_id, revision)
+        case QuantizeError():
+            return error
         case errors.GatedRepoError():
             return AccessDenied(
                 f"{repo_id} is gated: accept its terms at {here}/{repo_id} and log in with `hf auth login`"
@@ -140,22 +203,55 @@ def _from_status(repo_id: str, error: Any) -> QuantizeError:
     status = error.response.status_code if error.response is not None else 0
     reason = ((error.server_message or "").strip().splitlines() or [""])[0]
     because = f": {reason}" if reason else ""
+    if status == 403 and reason and not any(word in reason.lower() for word in TOKEN_WORDS):
+        return PublishError(f"the Hub refuses {repo_id} ({status}{because}){_advice(reason)}")
     if status in (401, 403):
         return AccessDenied(
             f"the Hub refused {repo_id} ({status}{because}): the token is missing, expired or lacks the right; "
             f"log in with `hf auth login`"
         )
+    if status == 404:
+        return SourceNotFound(f"the Hub answered 404 for {repo_id}{because}")
     if status == 412:
         return Conflict(f"somebody else committed to {repo_id} meanwhile: look at it and push again")
     said = f"the Hub answered {status} for {repo_id}{because}"
+    if status in FINAL:
+        return HubUnreachable(f"{said}: another attempt will not help", passing=False)
     if status == 429 or status >= 500 or status == 0:
         return HubUnreachable(f"{said}: try again later", retry_after=_retry_after(error.response))
     return PublishError(said)
 
 
+def _advice(reason: str) -> str:
+    """What to do about a refusal that has nothing to do with the token."""
+    lowered = reason.lower()
+    if "storage" in lowered or "quota" in lowered:
+        return ": free some of the account's storage, or publish under another account"
+    if "discussion" in lowered or "pull request" in lowered:
+        return ": turn on discussions in the repo's settings, or push without --pr"
+    if "disabled" in lowered:
+        return ": ask the Hub's staff why"
+    return ""
+
+
 def _retry_after(response: Any) -> float | None:
-    given = response.headers.get("Retry-After", "") if response is not None else ""
-    return float(given) if given.isdigit() else None
+    """Seconds that a response asks to wait, in Retry-After (a number or a date) or in RateLimit."""
+    from huggingface_hub.utils._http import parse_ratelimit_headers
+
+    if response is None:
+        return None
+    limit = parse_ratelimit_headers(response.headers)
+    if limit is not None and limit.remaining == 0:
+        return float(limit.reset_in_seconds + 1)  # it is rounded down
+    given = response.headers.get("Retry-After", "").strip()
+    if given.isdigit():
+        return float(given)
+    try:
+        until = email.utils.parsedate_to_datetime(given)
+    except ValueError:
+        return None
+    until = until.replace(tzinfo=until.tzinfo or datetime.UTC)
+    return max(0.0, (until - datetime.datetime.now(datetime.UTC)).total_seconds())
 
 
 def address() -> str:

@@ -1,5 +1,6 @@
 """The folder that a run leaves behind: built beside its final name, sealed with hashes, moved into place."""
 
+from quantize.package.demand import demanded, without_paths
 from quantize.package.reading import Package, finished, open_package, require_unchanged, undocumented
 from quantize.package.sealing import copy_carried, reseal_card, seal, seal_undocumented, write_card, write_evidence
 from quantize.package.staging import (
@@ -23,6 +24,7 @@ __all__ = [
     "UNFINISHED",
     "Package",
     "copy_carried",
+    "demanded",
     "finished",
     "finished_parts",
     "keep_undocumented",
@@ -37,6 +39,7 @@ __all__ = [
     "staging_folder",
     "undocumented",
     "undocumented_folder",
+    "without_paths",
     "write_card",
     "write_evidence",
 ]

@@ -42,6 +42,7 @@ def facts(
     source, quantized, recipe = provenance.source, provenance.quantized, provenance.recipe
     scores, generated, text = evidence.scores, evidence.generation, evidence.corpus
     ratio_limit, kld_limit = LIMITS[evidence.verdict.required]
+    framing = evidence.chat_framing
     samples = generated.samples if generated else ()
     publisher, dataset = provenance.publisher, text.dataset if text else None
     return CardFacts(
@@ -118,6 +119,9 @@ def facts(
         prefill_agreement=generated.prefill_agreement if generated else None,
         cached_agreement=generated.cached_agreement if generated else None,
         chat=evidence.chat,
+        chat_windows=framing.corpus.scored if framing else 0,
+        chat_ratio=_interval(framing.scores.perplexity_ratio) if framing else None,
+        chat_kld=_interval(framing.scores.kld.mean) if framing else None,
         misread_on_cpu=len(evidence.misread_on_cpu),
         new_tokens=generated.new_tokens if generated else 0,
         seed=provenance.settings.seed,

@@ -9,7 +9,7 @@ from quantize.errors import PackageError
 from quantize.evidence import Evidence
 from quantize.files import PARITY, PROVENANCE, records_of
 from quantize.package.sealing import UNSEALED
-from quantize.records import EvaluationSettings, Provenance, Recipe, Source
+from quantize.records import Demand, Provenance, Source
 from quantize.serialization import read_record
 
 
@@ -41,41 +41,38 @@ def require_unchanged(package: Package, *, but: str = "") -> None:
             )
 
 
-def undocumented(folder: Path, source: Source, recipe: Recipe, settings: EvaluationSettings) -> Package | None:
-    """The measured package without documents in `folder`, when it was made from this source in this way."""
+def undocumented(folder: Path, source: Source, demand: Demand) -> Package | None:
+    """The measured package without documents in `folder`, when it was made from this source as it is asked for now."""
     if not (folder / PROVENANCE).is_file():
         return None
     package = open_package(folder)
     made_from = package.provenance
-    same = made_from.source.fingerprint() == source.fingerprint() and made_from.requested_recipe == recipe
-    if not same or made_from.settings != settings:
+    if made_from.source.fingerprint() != source.fingerprint() or made_from.demand != demand:
         return None
     require_unchanged(package)
     return package
 
 
-def finished(
-    output: Path, source: Source, recipe: Recipe, settings: EvaluationSettings, *, outdated: bool = False
-) -> Package | None:
-    """The package that already stands at `output`, when it was made from this source in this way.
+def finished(output: Path, source: Source, demand: Demand, *, outdated: bool = False) -> Package | None:
+    """The package that already stands at `output`, when it was made from this source as it is asked for now.
 
-    With `outdated`, one of an earlier state of the same Hub model, or of other settings, counts as none. Raises
+    With `outdated`, one of an earlier state of the same Hub model, or measured otherwise, counts as none. Raises
     PackageError when something else stands there, or when the package was changed since.
     """
     if not output.exists():
         return None
     package = open_package(output)
-    made_from = package.provenance
-    same = made_from.source.fingerprint() == source.fingerprint() and made_from.requested_recipe == recipe
-    ours = made_from.source.repo_id == source.repo_id is not None and made_from.requested_recipe == recipe
-    if outdated and ours and (made_from.source.commit, made_from.settings) != (source.commit, settings):
+    made_from, made_as = package.provenance.source, package.provenance.demand
+    same_recipe = made_as.recipe == demand.recipe
+    ours = same_recipe and made_from.repo_id == source.repo_id is not None
+    if outdated and ours and (made_from.commit, made_as) != (source.commit, demand):
         require_unchanged(package)
         return None
-    if not same:
+    if not same_recipe or made_from.fingerprint() != source.fingerprint():
         raise PackageError(
             f"{output} holds a package of another source or recipe: name another --output, or replace it with --force"
         )
-    if made_from.settings != settings:
-        raise PackageError(f"{output} was measured with other settings: see `quantize verify`, or use --force")
+    if made_as != demand:
+        raise PackageError(f"{output} was measured with other settings or texts: see `quantize verify`, or use --force")
     require_unchanged(package)
     return package

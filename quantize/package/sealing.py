@@ -8,7 +8,17 @@ from pathlib import Path
 
 from quantize.errors import PackageError
 from quantize.evidence import Evidence
-from quantize.files import CARD, CONFIG, FIGURES, PARITY, PROVENANCE, RECEIPT, hash_file, records_of
+from quantize.files import (
+    CARD,
+    CONFIG,
+    FIGURES,
+    PARITY,
+    PROVENANCE,
+    RECEIPT,
+    blob_ids,
+    hash_file,
+    records_of,
+)
 from quantize.folders import write_text
 from quantize.formats.safetensors import weight_files
 from quantize.records import Checkout, FileRecord, Provenance
@@ -54,7 +64,7 @@ def seal(staging: Path, provenance: Provenance, measured: tuple[FileRecord, ...]
         raise PackageError(
             f"{staging / changed[0]} was changed after it was measured: run again when nothing writes there"
         )
-    sealed = dataclasses.replace(provenance, files=files)
+    sealed = dataclasses.replace(provenance, files=files, blob_ids=blob_ids(staging, files))
     write_text(staging / PROVENANCE, to_json(sealed))
     return sealed
 
@@ -63,6 +73,7 @@ def reseal_card(staging: Path, provenance: Provenance) -> Provenance:
     """Write provenance.json again for a new card beside files that are not all here."""
     new = FileRecord(CARD, *hash_file(staging / CARD))
     listed = tuple(new if file.path == CARD else file for file in provenance.files)
-    sealed = dataclasses.replace(provenance, files=listed)
+    ids = provenance.blob_ids | blob_ids(staging, [new])
+    sealed = dataclasses.replace(provenance, files=listed, blob_ids=ids)
     write_text(staging / PROVENANCE, to_json(sealed))
     return sealed

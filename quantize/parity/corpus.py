@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from quantize import hub
 from quantize.errors import CorpusError
 from quantize.evidence import DatasetRecord
+from quantize.options import CORPORA, CORPUS_TEXT
 from quantize.records import EvaluationSettings
 
-BUILTIN, WIKITEXT = "builtin", "wikitext-2"
+BUILTIN, WIKITEXT = CORPORA
 WIKITEXT_REPO, WIKITEXT_CONFIG = "Salesforce/wikitext", "wikitext-2-raw-v1"
 WIKITEXT_FILE = f"{WIKITEXT_CONFIG}/test-00000-of-00001.parquet"
 FIRST_HEADING = re.compile(r"= (?!=).*(?<!=) =")
@@ -76,8 +76,8 @@ def load(name: str) -> Corpus:
         return Corpus(BUILTIN, builtin_text())
     if name == WIKITEXT:
         return wikitext()
-    path = Path(name).expanduser()
-    if not path.is_file():
+    path = CORPUS_TEXT.file(name)
+    if path is None:
         raise CorpusError(f"no corpus {name!r}: name a text file, {BUILTIN!r} or {WIKITEXT!r}")
     try:
         return Corpus(path.name, path.read_text("utf-8"))

@@ -143,12 +143,13 @@ def _evidence(
         controls=measured.controls,
         standard_perplexities=measured.standard_perplexities,
         generation=measured.generation,
-        verdict=verdict.gate(checks, measured.scores, settings.require),
+        verdict=verdict.gate(checks, None, settings.require),
         sizes=_sizes(pair.checkout, pair.folder, examined.parameters),
         environment=devices.describe(pair.device),
         seconds=round(time.monotonic() - started, 3),
         look_plan=measured.look_plan,
         chat=pair.chat,
+        chat_framing=measured.chat_framing,
         misread_on_cpu=cpu_reading.misread_in_files(pair.folder),
     )
     return verdict.judged(_finite(evidence), settings.require)
@@ -159,7 +160,7 @@ def _finite(evidence: Evidence) -> Evidence:
 
     A model can make NaN or infinity of anything, JSON cannot say them, and neither may be taken for a good figure.
     """
-    parts = ("scores", "reference_cache", "generation")
+    parts = ("scores", "reference_cache", "generation", "chat_framing")
     bad: dict[str, str] = {part: where for part in parts if (where := _not_finite(getattr(evidence, part), part))}
     errors = {name: error for name, error in evidence.weight_errors.items() if math.isfinite(error)}
     failed = tuple(Check(part, False, f"{where} is no finite number") for part, where in bad.items())

@@ -51,15 +51,19 @@ def plan(folder: Path, destination: Destination) -> Plan:
     return package_push.plan(folder, destination)
 
 
-def push(folder: Path, destination: Destination, progress: Progress, *, verify_download: bool = False) -> Receipt:
+def push(
+    folder: Path, destination: Destination, progress: Progress, *, verify_download: bool = False, device: str = "auto"
+) -> Receipt:
     """Publish a package that passed and is unchanged since, in one commit; leaves a receipt beside its files.
+
+    `device` is where `verify_download` lets the model run.
 
     Raises ParityRefused, PackageError, AccessDenied (no right), Conflict (somebody else committed), PublishError (a
     refusal, or what arrived differs) or HubUnreachable (a rerun finishes the work).
     """
     from quantize.publishing import package_push
 
-    return package_push.push(folder, destination, progress, verify_download=verify_download)
+    return package_push.push(folder, destination, progress, verify_download=verify_download, device=device)
 
 
 def deliver(request: PublishRequest, progress: Progress) -> Delivery:

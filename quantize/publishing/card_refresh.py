@@ -71,5 +71,5 @@ def _push_card(request: PublishRequest, sealed: Package, progress: Progress) -> 
     destination = dataclasses.replace(request.destination, tag=None, message=message)
     files = tuple(file for file in published_files(sealed) if file.path in (CARD, PROVENANCE))
     progress.stage(f"push the card to {destination.repo_id}")
-    plan = upload_plan(sealed.folder, files, destination, whole=False)
+    plan = upload_plan(sealed.folder, files, destination, sealed.provenance.source.repo_id, whole=False)
     return upload(sealed.folder, files, destination, plan, progress)

@@ -31,6 +31,7 @@ class Entry:
     recipe: Recipe = field(default_factory=Recipe)
     settings: EvaluationSettings = field(default_factory=EvaluationSettings)
     private: bool = False
+    public: bool = False
     allow_no_derivatives: bool = False
     max_source_gb: float | None = None
 
@@ -79,7 +80,7 @@ OPTIONS = {option.catalogue_key: option for option in methods.all_options() if o
 RULES: dict[str, Rule] = {key: Names() if option.repeated else option.kind for key, option in OPTIONS.items()}
 REQUIRED = {key: RULES[key] for key in ("source", "repo")}
 OPTIONAL = {key: rule for key, rule in RULES.items() if key not in REQUIRED}
-OWN = ("revision", "private", "allow_no_derivatives", "max_source_gb")
+OWN = ("revision", "private", "public", "allow_no_derivatives", "max_source_gb")
 """Fields of an entry itself, neither of its recipe nor of its settings."""
 FORMER_KEYS = {former: key for key, option in OPTIONS.items() for former in option.former_keys}
 FORMER_VALUES = {key: dict(option.former_values) for key, option in OPTIONS.items()}
@@ -158,6 +159,8 @@ def _checked(content: Keys, top: Table, *tables: Table) -> Checked:
         problems += [(model.line, f"{key} is missing: {REQUIRED[key].words}") for key in REQUIRED if key in missing]
         problems += _problems(model, REQUIRED | OPTIONAL)
         problems += _foreign_options(model, checked.defaults.content)
+        if all((checked.defaults.content | model.content).get(key) is True for key in ("private", "public")):
+            problems.append((model.line, "private and public exclude each other: set one of them to false"))
     problems += _clashes(checked.models)
     return checked
 

@@ -9,8 +9,17 @@ import time
 import traceback
 from pathlib import Path
 
-from quantize import package
-from quantize.errors import ConfigError, ParityRefused, QuantizeError, StorageError, described, storage_errors
+from quantize import methods, package
+from quantize.errors import (
+    ConfigError,
+    NewerFormat,
+    PackageError,
+    ParityRefused,
+    QuantizeError,
+    StorageError,
+    described,
+    storage_errors,
+)
 from quantize.files import PROVENANCE, locked
 from quantize.formats.safetensors import SUFFIX
 from quantize.pipeline import RunRequest
@@ -19,6 +28,7 @@ from quantize.publishing import catalogue
 from quantize.publishing.catalogue import Entry
 from quantize.publishing.delivery import deliver
 from quantize.publishing.records import Delivery, Destination, PublishRequest, SyncOutcome, SyncReport, SyncRequest
+from quantize.records import Recipe
 from quantize.serialization import now
 from quantize.source import is_local
 
@@ -140,10 +150,11 @@ def _publish_request(
             recipe=entry.recipe,
             settings=entry.settings,
             device=request.device,
+            force=request.force,
             publisher=request.publisher,
             allow_no_derivatives=entry.allow_no_derivatives,
         ),
-        destination=Destination(entry.repo, private=entry.private),
+        destination=Destination(entry.repo, private=entry.private, public=entry.public),
         refresh_card=request.refresh_card,
         verify_download=request.verify_download,
         dry_run=dry_run,
@@ -153,11 +164,25 @@ def _publish_request(
 
 
 def _drop_outdated(folder: Path, entry: Entry) -> None:
-    """Remove an unpublished package of another recipe: the catalogue has changed since it was made."""
+    """Remove an unpublished package of another source or recipe, or one that nobody can read.
+
+    The catalogue has changed since it was made, or a disk has failed.
+    """
     if not (folder / PROVENANCE).is_file():
         return
-    if package.open_package(folder).provenance.requested_recipe != entry.recipe:
+    try:
+        made_from = package.open_package(folder).provenance
+        outdated = (made_from.source.repo_id, made_from.requested_recipe) != (entry.source, _recorded(entry.recipe))
+    except NewerFormat:
+        raise
+    except PackageError:
+        outdated = True
+    if outdated:
         shutil.rmtree(folder)
+
+
+def _recorded(recipe: Recipe) -> Recipe:
+    return package.without_paths(methods.normalized(recipe))
 
 
 def _keep_evidence(folder: Path, evidence: Path) -> None:

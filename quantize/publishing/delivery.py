@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from quantize import __version__, hub, package, pipeline, source
+from quantize import __version__, hub, methods, package, pipeline, source
 from quantize.errors import ParityRefused, PublishError, UnsupportedModel
 from quantize.files import CARD, PROVENANCE
 from quantize.formats.safetensors import is_weights
@@ -17,10 +17,17 @@ from quantize.publishing.card_refresh import refresh_card
 from quantize.publishing.download_check import check_download
 from quantize.publishing.package_push import push
 from quantize.publishing.records import Delivery, PublishRequest
-from quantize.publishing.remote_state import PublishedPackage, published_package, remote_state, require_access
+from quantize.publishing.remote_state import (
+    PublishedPackage,
+    published_package,
+    remote_state,
+    require_access,
+    untold,
+)
 from quantize.publishing.upload import ensure_tag
 from quantize.publishing.upload_plan import require_no_foreign_weights
-from quantize.records import Provenance, package_key
+from quantize.publishing.visibility import require_wished
+from quantize.records import Demand, Provenance
 
 
 def deliver(request: PublishRequest, progress: Progress) -> Delivery:
@@ -32,23 +39,27 @@ def deliver(request: PublishRequest, progress: Progress) -> Delivery:
     run, destination = request.run, request.destination
     _require_another_repo(run.model, destination.repo_id)
     progress.stage(f"compare {run.model} with {destination.repo_id}")
-    state = remote_state(destination, require_access(destination))
+    state = remote_state(destination, require_access(destination, progress.note))
+    require_wished(destination, state, None if source.is_local(run.model) else run.model)
     require_no_foreign_weights(destination, state)
-    published = published_package(state)
+    published = published_package(destination.repo_id, state)
     name, commit, pinned = _pinned(run, request.largest_source, progress)
     _require_another_repo(name, destination.repo_id)
-    key = package_key(name, pinned, run.recipe)
+    demand = package.demanded(methods.normalized(run.recipe), run.settings)
+    key = demand.key(name, pinned)
     delivery = Delivery(
         "would publish", run.model, commit, destination.repo_id, published.commit if published else None
     )
     if published and not run.force and _satisfies(published.provenance, key, run):
         progress.note(f"{destination.repo_id} is up to date: source {(commit or pinned)[:12]}, key {key[:12]}")
+        if published.unchecked:
+            progress.note(untold(destination.repo_id, published.unchecked))
         return _keep(request, published, delivery, progress)
-    _require_not_refused(request, key)
+    _require_not_refused(request, key, demand)
     if request.dry_run:
         return delivery
     passed = _run(request, commit, progress)
-    receipt = push(passed.folder, destination, progress, verify_download=request.verify_download)
+    receipt = push(passed.folder, destination, progress, verify_download=request.verify_download, device=run.device)
     return dataclasses.replace(delivery, state="published", commit=receipt.commit, package=passed, receipt=receipt)
 
 
@@ -91,7 +102,7 @@ def _keep(request: PublishRequest, published: PublishedPackage, delivery: Delive
         ensure_tag(request.destination, commit)
     if request.verify_download:
         files = tuple(file for file in published.provenance.files if file.path != CARD)
-        check_download(delivery.repo, commit, files, published.provenance, None, progress)
+        check_download(delivery.repo, commit, files, published.provenance, None, request.run.device, progress)
     return delivery
 
 
@@ -100,14 +111,14 @@ def _require_another_repo(model: str, repo_id: str) -> None:
         raise PublishError(f"{repo_id} is the source itself: publish to another repo")
 
 
-def _require_not_refused(request: PublishRequest, key: str) -> None:
+def _require_not_refused(request: PublishRequest, key: str, demand: Demand) -> None:
     """Raise ParityRefused where the very same was made and refused before, with the evidence still here."""
     folder, run = request.refused_before, request.run
     if folder is None or run.force or not (folder / PROVENANCE).is_file():
         return
     earlier = package.open_package(folder)
     made_by = (earlier.provenance.key, earlier.provenance.settings, earlier.provenance.tool_version)
-    if made_by == (key, run.settings, __version__) and not earlier.evidence.verdict.passed:
+    if made_by == (key, demand.settings, __version__) and not earlier.evidence.verdict.passed:
         raise ParityRefused(
             f"{run.model} was refused before: {earlier.evidence.verdict.reasons[0]}; delete {folder} to try again"
         )

@@ -26,6 +26,7 @@ def check_download(
     files: tuple[FileRecord, ...],
     provenance: Provenance,
     local: Path | None,
+    device: str,
     progress: Progress,
 ) -> Downloaded:
     """Fetch what was published into an empty cache, hash it, and let stock transformers load and run it.
@@ -33,7 +34,7 @@ def check_download(
     Raises PublishError where something differs, or where the model computes something else than the `local` package.
     """
     started, size = time.monotonic(), sum(file.size for file in files)
-    device, trust = devices.choose("auto"), provenance.source.remote_code
+    device, trust = devices.choose(device), provenance.source.remote_code
     progress.note(f"fetching {size / 1e6:.1f} MB again from {repo_id}")
     with tempfile.TemporaryDirectory(prefix="quantize-download-") as temporary:
         cache = Path(temporary)

@@ -22,19 +22,25 @@ from quantize.serialization import now, to_json
 def plan(folder: Path, destination: Destination) -> Plan:
     """What pushing a package would do."""
     passed = _publishable(folder)
-    return upload_plan(folder, published_files(passed), _titled(destination, passed.provenance))
+    source_repo = passed.provenance.source.repo_id
+    return upload_plan(folder, published_files(passed), _titled(destination, passed.provenance), source_repo)
 
 
-def push(folder: Path, destination: Destination, progress: Progress, *, verify_download: bool = False) -> Receipt:
+def push(
+    folder: Path, destination: Destination, progress: Progress, *, verify_download: bool = False, device: str = "auto"
+) -> Receipt:
     """Publish a package that passed and is unchanged since, in one commit; leaves a receipt beside its files."""
     passed = _publishable(folder)
     destination, files = _titled(destination, passed.provenance), published_files(passed)
     started = now()
     progress.stage(f"push to {destination.repo_id}")
-    receipt = upload(folder, files, destination, upload_plan(folder, files, destination), progress)
+    plan = upload_plan(folder, files, destination, passed.provenance.source.repo_id)
+    receipt = upload(folder, files, destination, plan, progress)
     downloaded = None
     if verify_download:
-        downloaded = check_download(destination.repo_id, receipt.commit, files, passed.provenance, folder, progress)
+        downloaded = check_download(
+            destination.repo_id, receipt.commit, files, passed.provenance, folder, device, progress
+        )
     receipt = dataclasses.replace(
         receipt, key=passed.provenance.key, started=started, finished=now(), downloaded=downloaded
     )

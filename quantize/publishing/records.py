@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 class Destination:
     """Where on the Hub a package goes, and how.
 
-    `branch` None means main; `private` matters for a new repo only; `prune` also deletes files that were not uploaded
-    by quantize.
+    `private` makes a new repo private, and refuses a public one that is there; `public` says that a private or gated
+    source may become a public copy. `branch` None means main; `prune` also deletes files that were not uploaded by
+    quantize.
     """
 
     repo_id: str
     private: bool = False
+    public: bool = False
     branch: str | None = None
     pull_request: bool = False
     tag: str | None = None
@@ -44,7 +46,8 @@ class Change:
 class Plan:
     """What a push would do. `head` is the commit that it goes on top of, None where the repo is created first.
 
-    `revision` None means main. With `pull_request` and no `revision`, a new pull request is opened.
+    `revision` None means main. With `pull_request` and no `revision`, a new pull request is opened. `access` is who may
+    read the repo now, `notes` what could not be checked.
     """
 
     repo_id: str
@@ -54,6 +57,8 @@ class Plan:
     pull_request: bool
     head: str | None
     changes: tuple[Change, ...]
+    access: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def idle(self) -> bool:
@@ -146,6 +151,7 @@ class SyncRequest:
     refresh_card: bool = False
     verify_download: bool = False
     device: str = "auto"
+    force: bool = False
     publisher: Publisher | None = None
 
 

@@ -11,8 +11,9 @@ from quantize.errors import Conflict, HubUnreachable, PublishError
 from quantize.hub.retries import retried
 from quantize.progress import Progress
 from quantize.publishing.records import Destination, Plan, Receipt
-from quantize.publishing.remote_state import PULL_REQUEST_MARK, same_bytes
+from quantize.publishing.remote_state import PULL_REQUEST_MARK, same_bytes, untold
 from quantize.publishing.upload_plan import HUBS_OWN, require_free_tag
+from quantize.publishing.visibility import require_created
 from quantize.records import FileRecord
 
 
@@ -33,13 +34,15 @@ def upload(
     HubUnreachable (a rerun finishes the work).
     """
     repo_id = destination.repo_id
+    for note in plan.notes:
+        progress.note(note)
     if plan.idle:
         commit = Commit(str(plan.head))
     else:
         sent = sum(change.size for change in plan.changes if change.action in ("create", "replace"))
         progress.note(f"uploading {sent / 1e6:.1f} MB in {len(plan.changes)} files")
-        commit = _commit(folder, files, destination, plan)
-    _require_arrived(folder, files, repo_id, commit.id)
+        commit = _commit(folder, files, destination, plan, progress)
+    _require_arrived(folder, files, repo_id, commit.id, progress)
     if destination.tag:
         ensure_tag(destination, commit.id)
     return Receipt(
@@ -60,10 +63,12 @@ def ensure_tag(destination: Destination, commit: str) -> None:
     require_free_tag(destination, commit)
 
 
-def _commit(folder: Path, files: Sequence[FileRecord], destination: Destination, plan: Plan) -> Commit:
+def _commit(
+    folder: Path, files: Sequence[FileRecord], destination: Destination, plan: Plan, progress: Progress
+) -> Commit:
     """Create the repo or branch that is missing, send the large files and commit."""
     repo_id, revision = destination.repo_id, plan.revision
-    parent = plan.head or _create_repo(destination)
+    parent = plan.head or _create_repo(destination, progress)
     if revision and plan.creates_branch:
         hub.create_branch(repo_id, revision, parent)
     opens = destination.pull_request and revision is None
@@ -89,9 +94,11 @@ def _commit(folder: Path, files: Sequence[FileRecord], destination: Destination,
     return commit() if opens else retried(commit)()
 
 
-def _create_repo(destination: Destination) -> str:
+def _create_repo(destination: Destination, progress: Progress) -> str:
     """Create the repo; its first commit. Raises Conflict where somebody else created it and put something there."""
-    hub.create_repo(destination.repo_id, private=destination.private)
+    wish = True if destination.private else False if destination.public else None
+    hub.create_repo(destination.repo_id, private=wish)
+    progress.note(f"{destination.repo_id} was created and is {require_created(destination)}")
     head, files = hub.resolve(destination.repo_id, None)
     if any(file.path != HUBS_OWN for file in files):
         raise Conflict(f"somebody else made {destination.repo_id} meanwhile: look at it and push again")
@@ -116,17 +123,21 @@ def _landed(
         if commit == parent:
             return None
         remote = {file.path: file for file in hub.resolve(destination.repo_id, commit)[1]}
-        complete = all(same_bytes(path, file, remote.get(name)) for name, (path, file) in expected.items())
+        complete = all(same_bytes(path, file, remote.get(name)) is not False for name, (path, file) in expected.items())
         if complete and not remote.keys() & set(deleted):
             return Commit(commit, _discussion(destination.repo_id, revision))
     return None
 
 
-def _require_arrived(folder: Path, files: Sequence[FileRecord], repo_id: str, commit: str) -> None:
+def _require_arrived(folder: Path, files: Sequence[FileRecord], repo_id: str, commit: str, progress: Progress) -> None:
+    """Raise PublishError where the Hub lists other content than was sent; say where it does not tell."""
     remote = {file.path: file for file in hub.resolve(repo_id, commit)[1]}
-    wrong = [file.path for file in files if not same_bytes(folder / file.path, file, remote.get(file.path))]
+    arrived = {file.path: same_bytes(folder / file.path, file, remote.get(file.path)) for file in files}
+    wrong = [path for path, same in arrived.items() if same is False]
     if wrong:
         raise PublishError(f"{wrong[0]} arrived at {repo_id} with other content: push again")
+    if unchecked := [path for path, same in arrived.items() if same is None]:
+        progress.note(f"{untold(repo_id, unchecked)}; --verify-download fetches and compares them")
 
 
 def _discussion(repo_id: str, revision: str | None) -> str | None:

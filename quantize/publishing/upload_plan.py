@@ -10,7 +10,8 @@ from quantize.errors import PublishError
 from quantize.files import CARD
 from quantize.formats.safetensors import SUFFIX
 from quantize.publishing.records import Change, Destination, Plan
-from quantize.publishing.remote_state import RemoteState, listed_as, remote_state, require_access, same_bytes
+from quantize.publishing.remote_state import RemoteState, remote_state, require_access, same_bytes, same_content
+from quantize.publishing.visibility import require_wished
 from quantize.records import FileRecord
 
 LOADED_FILES = (SUFFIX, f"{SUFFIX}.index.json", ".bin", "adapter_config.json")
@@ -18,15 +19,24 @@ LOADED_FILES = (SUFFIX, f"{SUFFIX}.index.json", ".bin", "adapter_config.json")
 HUBS_OWN = ".gitattributes"
 
 
-def upload_plan(folder: Path, files: Sequence[FileRecord], destination: Destination, *, whole: bool = True) -> Plan:
-    """What an upload of `files` of `folder` would do.
+def upload_plan(
+    folder: Path,
+    files: Sequence[FileRecord],
+    destination: Destination,
+    source_repo: str | None,
+    *,
+    whole: bool = True,
+) -> Plan:
+    """What an upload of `files` of `folder`, made from `source_repo` where that is on the Hub, would do.
 
     `whole` says that these are all files of the package, so that others of an earlier one are deleted. Raises
     AccessDenied, PublishError, NewerFormat or HubUnreachable.
     """
-    account = require_access(destination)
+    notes: list[str] = []
+    account = require_access(destination, notes.append)
     hub.validate_card(destination.repo_id, (folder / CARD).read_text("utf-8"))
     state = remote_state(destination, account)
+    require_wished(destination, state, source_repo)
     if not state.exists and destination.pull_request:
         raise PublishError(f"there is no {destination.repo_id} to open a pull request against: publish it without --pr")
     if whole:
@@ -41,6 +51,8 @@ def upload_plan(folder: Path, files: Sequence[FileRecord], destination: Destinat
         pull_request=destination.pull_request,
         head=state.head,
         changes=(*changes, *(Change("delete", path, 0) for path in deleted)),
+        access=state.access,
+        notes=tuple(notes),
     )
     if destination.tag and state.exists:
         require_free_tag(destination, state.head if plan.idle else None)
@@ -52,7 +64,7 @@ def require_no_foreign_weights(destination: Destination, state: RemoteState, fil
 
     They would be lost, or be loaded in place of the package's own: `model.safetensors` comes before shards.
     """
-    own = {file.path for file in files if listed_as(file, state.files.get(file.path), exactly=True)}
+    own = {file.path for file in files if same_content(file, None, state.files.get(file.path))}
     own |= state.unchanged_files()
     foreign = sorted(path for path in state.files if path.endswith(LOADED_FILES) and path not in own)
     if foreign and not destination.prune:

@@ -7,6 +7,7 @@ from typing import Any
 
 from quantize.errors import CorruptModel, UnsupportedModel
 from quantize.formats.bitsandbytes.config import quantization_method
+from quantize.formats.model_class import reads_pictures
 
 OWN_ATTENTION = ("eager", "sdpa", "flex_attention")
 OWN_EXPERTS = ("eager", "grouped_mm", "batched_mm")
@@ -111,13 +112,17 @@ def _require_trusted(config: Mapping[str, Any], name: str, trust_remote_code: bo
 def _require_causal(config: Mapping[str, Any], architectures: list[str], name: str) -> None:
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
         MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     )
 
     classes, listed = set(architectures), ", ".join(architectures)
-    if any(map(config.get, OTHER_SENSES)) or classes & _named(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
-        raise UnsupportedModel(f"{name} reads more than text ({listed}): only models of text can be quantized here")
+    if reads_pictures(config):
+        return
+    if any(map(config.get, OTHER_SENSES)):
+        raise UnsupportedModel(
+            f"{name} reads more than text and pictures ({listed}): only models of text, and of text and pictures, can "
+            f"be quantized here"
+        )
     if classes & _named(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         return
     if config.get("is_encoder_decoder") or classes & _named(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES):

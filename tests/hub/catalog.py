@@ -32,6 +32,8 @@ class Catalog:
         self.endpoint = ""
         self.storage = ""
         self.multipart_over: int | None = None
+        self.tells_content = True
+        self.ignores_private = False
 
     def create(
         self, kind: str, repo_id: str, *, private: bool = False, gated: bool = False, author: str = "loopback"

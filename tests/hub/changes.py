@@ -24,6 +24,7 @@ def create_repo(call: Call) -> Reply:
     if not user.may_write(namespace):
         raise Refusal(403, f'You don\'t have the rights to create a {kind} under the namespace "{namespace}"')
     private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
+    private = private and not call.catalog.ignores_private
     try:
         repository = call.catalog.create(kind, repo_id, private=private, author=user.name)
     except Refusal as refusal:

@@ -19,7 +19,7 @@ class Fault:
     The first `skip` matching requests pass; the next `times` (None: all) meet the fault.
 
     none        nothing by itself; for what happens `meanwhile`
-    status      an error status, with Retry-After and X-Error-Code where given
+    status      an error status, with Retry-After, RateLimit and X-Error-Code where given
     hang        no answer, until the faults are cleared or the Hub stops
     reset       the connection is reset before the request's body is read
     reset-body  the connection is reset after `after` bytes of the reply's body (None: half of it)
@@ -37,7 +37,8 @@ class Fault:
     times: int | None = 1
     skip: int = 0
     status: int = 503
-    retry_after: int | None = None
+    retry_after: int | str | None = None
+    rate_limit: int | None = None
     error_code: str | None = None
     message: str = "injected fault"
     after: int | None = None
@@ -58,6 +59,8 @@ class Fault:
         headers = {"X-Error-Message": self.message}
         if self.retry_after is not None:
             headers["Retry-After"] = str(self.retry_after)
+        if self.rate_limit is not None:
+            headers["RateLimit"] = f'"api";r=0;t={self.rate_limit}'
         if self.error_code is not None:
             headers["X-Error-Code"] = self.error_code
         return headers

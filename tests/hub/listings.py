@@ -26,7 +26,7 @@ def info(call: Call) -> Reply:
     repository = call.visible()
     commit = repository.resolve(call.revision)
     card = front_matter(commit.tree["README.md"].data) if "README.md" in commit.tree else None
-    blobs = call.request.flag("blobs")
+    blobs = call.request.flag("blobs") and call.catalog.tells_content
     answer = {
         "_id": git_oid("repo", repository.repo_id.encode())[:24],
         "id": repository.repo_id,

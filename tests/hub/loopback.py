@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
-from .accounts import Role
+from .accounts import Role, User
 from .catalog import Catalog
 from .faults import Fault, Faults
 from .messages import Record
@@ -68,6 +68,27 @@ class LoopbackHub:
     def multipart_over(self, size: int | None) -> None:
         self._catalog.multipart_over = size
 
+    @property
+    def tells_content(self) -> bool:
+        """Whether listings have sizes and hashes."""
+        return self._catalog.tells_content
+
+    @tells_content.setter
+    def tells_content(self, tells: bool) -> None:
+        self._catalog.tells_content = tells
+
+    @property
+    def ignores_private(self) -> bool:
+        """Whether every new repo becomes public, whatever was asked for."""
+        return self._catalog.ignores_private
+
+    @ignores_private.setter
+    def ignores_private(self, ignores: bool) -> None:
+        self._catalog.ignores_private = ignores
+
+    def is_private(self, repo_id: str) -> bool:
+        return self._catalog.known("model", repo_id).private
+
     def env(self, token: str | None = WRITE_TOKEN, *, home: Path) -> dict[str, str]:
         """The variables that point a process at this Hub and at nothing else."""
         return {
@@ -85,9 +106,21 @@ class LoopbackHub:
             "no_proxy": "127.0.0.1,localhost",
         }
 
-    def add_user(self, name: str, token: str, role: Role = "write", *, orgs: Iterable[str] = ()) -> None:
-        """A user, or one more token for one; `orgs` names the organizations that the user belongs to."""
-        self._catalog.accounts.add(name, token, role, orgs)
+    def add_user(
+        self,
+        name: str,
+        token: str,
+        role: Role = "write",
+        *,
+        orgs: Iterable[str] = (),
+        reads: Iterable[str] = (),
+        scope: tuple[str, ...] | None = None,
+    ) -> None:
+        """A user, or one more token for one; `orgs` names the organizations that the user belongs to.
+
+        Those of `reads` it may not change; a fine-grained token changes only what belongs to its `scope`.
+        """
+        self._catalog.accounts.add(token, User(name, role, tuple(orgs), tuple(reads), scope))
 
     def create_repo(
         self, repo_id: str, *, private: bool = False, gated: bool = False, repo_type: str = "model"

@@ -12,7 +12,7 @@ import pytest
 from quantize.errors import NewerFormat, PackageError
 from quantize.evidence import Evidence
 from quantize.files import CARD, CONFIG, PARITY, PROVENANCE, hash_file
-from quantize.records import Provenance, Recipe, Scalar, package_key
+from quantize.records import Provenance, Recipe, Scalar
 from quantize.serialization import from_json, read_record, to_json
 from tests.conftest import POCKET, Outcome
 
@@ -114,7 +114,8 @@ def test_options_of_a_calibrated_recipe_are_its_options_now() -> None:
 def test_the_key_is_the_one_of_this_version() -> None:
     provenance = provenance_of(CALIBRATED)
     asked = Recipe("auto", target_grade="lossless", options=ASKED | ASKED_TEXT)
-    assert provenance.key == package_key("pocket-gpt2", provenance.source.pinned, asked)
+    assert provenance.demand.recipe == asked
+    assert provenance.key == provenance.demand.key("pocket-gpt2", provenance.source.pinned)
     assert provenance.key != document(CALIBRATED, PROVENANCE)["key"]
     assert provenance_of(RTN).key == ""  # a package from before there were keys
 

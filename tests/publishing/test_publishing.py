@@ -222,9 +222,39 @@ def test_an_up_to_date_repo_is_left_alone_without_downloading(place: Place, tmp_
     assert json.loads(differs.out)["state"] == "would publish"
     stricter = place.quantize(*RUN[:-1], "good", "--dry-run", "--json", folder=folder)
     assert json.loads(stricter.out)["state"] == "would publish"
-    place.hub.commit(TARGET, {"config.json": b"{}"}, message="tampered with")
+    for option in (("--seed", "1"), ("--controls",), ("--max-windows", "32"), ("--force",)):
+        otherwise = place.quantize(*RUN, *option, "--dry-run", "--json", folder=folder)
+        assert json.loads(otherwise.out)["state"] == "would publish", option
+    config = place.hub.files(TARGET)["config.json"]
+    place.hub.commit(TARGET, {"config.json": config.replace(b"nf4", b"fp4")}, message="tampered with, of equal size")
     tampered = place.quantize(*RUN, "--dry-run", "--json", folder=folder)
     assert json.loads(tampered.out)["state"] == "would publish"
+
+
+def test_small_files_of_a_record_without_git_names_are_fetched_and_hashed(place: Place, tmp_path: Path) -> None:
+    folder = place.fresh(tmp_path)
+    assert place.quantize(*RUN, folder=folder).code == 0
+    record = json.loads(place.hub.files(TARGET)["provenance.json"])
+    del record["blob_ids"]
+    place.hub.commit(TARGET, {"provenance.json": json.dumps(record).encode()}, message="as versions before had it")
+    again = place.quantize(*RUN, "--json", folder=folder)
+    assert json.loads(again.out)["state"] == "up to date", again.err
+    config = place.hub.files(TARGET)["config.json"]
+    place.hub.commit(TARGET, {"config.json": config.replace(b"nf4", b"fp4")}, message="tampered with, of equal size")
+    tampered = place.quantize(*RUN, "--dry-run", "--json", folder=folder)
+    assert json.loads(tampered.out)["state"] == "would publish"
+
+
+def test_a_file_that_changes_while_it_is_published_is_named(place: Place, tmp_path: Path) -> None:
+    folder = place.fresh(tmp_path)
+    tokenizer = folder / NAME / "tokenizer_config.json"
+
+    def another() -> None:
+        tokenizer.write_bytes(tokenizer.read_bytes()[::-1])
+
+    place.hub.inject(Fault("POST", r"^/api/validate-yaml", kind="none", meanwhile=another))
+    ended = place.quantize(*PUSH, folder=folder)
+    assert ended.code == 1 and "tokenizer_config.json was changed while it was published" in ended.err
 
 
 @pytest.mark.slow

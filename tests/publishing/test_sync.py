@@ -81,6 +81,25 @@ def test_a_refused_model_is_not_made_again(place: Place, folder: Path) -> None:
     assert "scoring" in first.err and "scoring" not in again.err and "was refused before" in again.out
 
 
+def test_what_is_up_to_date_is_made_again_by_force_only(place: Place, folder: Path) -> None:
+    assert states(place.quantize(*SYNC, folder=folder).out) == {TARGET: "published"}
+    assert states(place.quantize(*SYNC, folder=folder).out) == {TARGET: "up to date"}
+    forced = place.quantize(*SYNC, "--force", "--dry-run", folder=folder)
+    assert states(forced.out) == {TARGET: "would publish"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left", ["of another source", "unreadable"])
+def test_what_is_left_of_other_work_is_replaced(place: Place, folder: Path, left: str) -> None:
+    package = folder / "sync" / "packages" / TARGET.replace("/", "--")
+    record = json.loads((package / "provenance.json").read_text())
+    record["source"]["repo_id"] = "somebody/else"
+    (package / "provenance.json").write_text(json.dumps(record) if left == "of another source" else "{")
+    ended = place.quantize(*SYNC, folder=folder)
+    assert states(ended.out) == {TARGET: "published"} and "quantize to 4 bits" in ended.err
+    place.require_whole()
+
+
 def test_quiet_still_tells_what_failed(place: Place, folder: Path) -> None:
     ended = place.quantize(*SYNC[:-1], "--quiet", folder=folder, token="hf_wrong")
     assert ended.code == 1 and ended.err.startswith(f"failed: {TARGET}: the Hub refused")
@@ -212,6 +231,12 @@ def test_the_workflow_is_pinned_and_keeps_its_secret() -> None:
     assert [step["name"] for step in steps() if "secrets." in str(step)] == ["Sync"]
     assert "secrets." not in str({key: value for key, value in workflow.items() if key != "jobs"})
     assert not any("${{" in step.get("run", "") for step in steps())
+    named = {step["name"]: step for step in steps() if "name" in step}
+    taken, kept = named["Take up what was found out before"], named["Keep what was found out for the next run"]
+    assert taken["with"]["path"] == kept["with"]["path"] == "sync/evidence" and kept["if"] == "always()"
+    assert taken["with"]["key"] == kept["with"]["key"] and taken["with"]["key"].startswith(
+        taken["with"]["restore-keys"]
+    )
     evidence = next(step for step in steps() if step.get("name") == "Keep the evidence")
     assert evidence["if"] == "always()" and "sync/evidence" in evidence["with"]["path"]
 

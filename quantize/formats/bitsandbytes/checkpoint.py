@@ -194,8 +194,9 @@ def load_quantized(checkout: Checkout, recipe: Recipe, dtype: str, device: str) 
 
 
 def _quantization_config(model: Any, checkout: Checkout, recipe: Recipe, dtype: str) -> Any:
-    """The skip list is left to transformers unless the recipe has one."""
-    skip_list = modules.to_skip(model, recipe, checkout.source.name) if recipe.skip_modules else None
+    """The skip list is left to transformers unless the recipe has one, or the model has towers."""
+    own_list = recipe.skip_modules or (modules.towers(model) and not recipe.quantize_towers)
+    skip_list = modules.to_skip(model, recipe, checkout.source.name) if own_list else None
     return config.build(recipe, dtype, skip_list)
 
 

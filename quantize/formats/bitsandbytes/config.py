@@ -22,13 +22,14 @@ QUANTIZATION_KEY, COMPRESSION_KEY = "quantization_config", "compression_config"
 class ExpectedConfig:
     """What a recipe, or a checkpoint's own config, says about it.
 
-    `skips` tells by a module's name whether it stays as it is; a recipe leaves the head alone besides, while a
-    config that lists modules means those and no others.
+    `skips` tells by a module's name whether it stays as it is; a recipe leaves the head alone besides, and towers
+    unless it quantizes them, while a config that lists modules means those and no others.
     """
 
     matrices: MatrixFormat
     skips: Callable[[str], bool]
     skips_head: bool = True
+    skips_towers: bool = False
 
     @property
     def bits(self) -> int:
@@ -38,7 +39,7 @@ class ExpectedConfig:
     def of(cls, recipe: Recipe, half_precision_modules: tuple[str, ...] = ()) -> ExpectedConfig:
         """What a recipe means, which left these modules in half precision besides those that it skips."""
         skipping = replace(recipe, skip_modules=(*recipe.skip_modules, *half_precision_modules))
-        return cls(MatrixFormat.of(recipe), skipping.skips)
+        return cls(MatrixFormat.of(recipe), skipping.skips, skips_towers=not recipe.quantize_towers)
 
     @classmethod
     def read(cls, folder: Path) -> ExpectedConfig | None:

@@ -13,7 +13,7 @@ from quantize import devices, hub
 from quantize.errors import CorpusError
 from quantize.formats import source_model
 from quantize.methods.calibration.layers import autocast
-from quantize.methods.calibration.options import SELF, CalibratedOptions
+from quantize.methods.calibration.options import CALIBRATION_TEXT, SELF, CalibratedOptions
 from quantize.methods.calibration.overlap import Passages
 from quantize.methods.calibration.sampling import draw
 from quantize.methods.calibration.static_cache import make_static
@@ -129,8 +129,8 @@ def generated(
 
 def read(source: str) -> GivenText:
     """A file, or one file of a data set on the Hub written as owner/name:path; raises CorpusError."""
-    path, repo_id, commit = Path(source).expanduser(), None, None
-    if not path.is_file():
+    path, repo_id, commit = CALIBRATION_TEXT.file(source), None, None
+    if path is None:
         repo_id, mark, inside = source.partition(":")
         if not mark or repo_id.count("/") != 1:
             raise CorpusError(

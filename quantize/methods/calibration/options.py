@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from quantize.options import LARGEST_SEED, Number, Option, Text, Whole
+from quantize.options import LARGEST_SEED, Number, Option, TextName, Whole
 from quantize.records import Recipe
 
 SELF = "self"
 """The calibration text that the source writes itself."""
+CALIBRATION_TEXT = TextName((SELF,))
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ OPTIONS = (
     Option(
         "--calibration",
         "calibration",
-        Text("TEXT"),
+        CALIBRATION_TEXT,
         "Calibration text: self (the original writes it), a text file, or owner/name:path in a Hub data set.",
         CalibratedOptions,
     ),
