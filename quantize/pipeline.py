@@ -129,9 +129,12 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
         template = _read_template(request.card_template)
         kept = _undocumented(request, demand, checkout, output)
         with source.watched(checkout):
-            measured, hashes = (kept, ()) if kept else _measured(request, demand, checkout, staging, device, progress)
+            if kept is None:
+                measured, hashes = _measured(request, demand, checkout, staging, device, progress)
+            else:
+                measured, hashes = kept, kept.provenance.files
         progress.stage("write card and provenance")
-        with _kept_undocumented(measured, output, progress):
+        with _kept_undocumented(measured, hashes, output, progress):
             with source.watched(checkout):
                 text = source.card_text(checkout)
                 sealed = _document(measured, hashes, text, template, request.card_template)
@@ -142,7 +145,12 @@ def verify(request: VerifyRequest, progress: Progress) -> Evidence:
     """Measure a package against its pinned source, or any bitsandbytes checkpoint against the source named."""
     device = devices.choose(request.device)
     progress.stage(f"checkpoint {request.checkpoint}")
-    folder = source.fetch_checkpoint(request.checkpoint, (files.PROVENANCE, files.PARITY), progress)
+    folder = source.fetch_checkpoint(
+        request.checkpoint,
+        (files.PROVENANCE, files.PARITY),
+        progress,
+        trust_remote_code=request.trust_remote_code,
+    )
     checkout, expected = _original(request, folder, progress)
     progress.stage(f"verify on {device}")
     recipes = CONTROLS if request.settings.controls else {}
@@ -182,7 +190,8 @@ def rewrite_card(request: CardRequest) -> Package:
         if name.endswith(package.UNDOCUMENTED):
             figures.draw(opened.evidence, request.folder / files.FIGURES)
         package.write_card(request.folder, rendered_card(opened, request.against, request.template))
-        sealed = dataclasses.replace(opened, provenance=package.seal(request.folder, opened.provenance))
+        rest = tuple(file for file in opened.provenance.files if file.path != files.CARD)
+        sealed = dataclasses.replace(opened, provenance=package.seal(request.folder, opened.provenance, rest))
         if name.endswith(package.UNDOCUMENTED):
             return _in_place(sealed, request.folder.resolve().with_name(name.removesuffix(package.UNDOCUMENTED)))
     return sealed
@@ -362,14 +371,16 @@ def _document(
 
 
 @contextmanager
-def _kept_undocumented(measured: Package, output: Path, progress: Progress) -> Iterator[None]:
+def _kept_undocumented(
+    measured: Package, hashes: tuple[FileRecord, ...], output: Path, progress: Progress
+) -> Iterator[None]:
     """Keep what was made and measured when documenting it fails, and say where."""
     try:
         with storage_errors(measured.folder):
             yield
     except Exception as error:
         try:
-            package.seal_undocumented(measured.folder, measured.provenance)
+            package.seal_undocumented(measured.folder, measured.provenance, hashes)
             kept = package.keep_undocumented(measured.folder, output)
         except (OSError, QuantizeError):
             raise error from None

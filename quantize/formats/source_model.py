@@ -119,9 +119,9 @@ def require_complete(absent: Iterable[str], name: str) -> None:
     """Raise CorruptModel where tensors are `absent` from the files of the model called `name`."""
     listed = sorted(absent, key=natural)
     if listed:
-        more = f", and {len(listed) - 1} more" if len(listed) > 1 else ""
+        more = f", and so are {len(listed) - 1} more" if len(listed) > 1 else ""
         raise CorruptModel(
-            f"the weights of {name} lack {listed[0]}{more}: fetch the model again, or ask its authors for whole files"
+            f"{listed[0]} is missing from the weights of {name}{more}: fetch the model again, or ask its authors for it"
         )
 
 
