@@ -179,7 +179,9 @@ class CardFacts:
     figures: tuple[str, ...]
     device_name: str
     versions: dict[str, str]
+    least_versions: dict[str, str]
     remote_code: bool
+    code_left_out: bool
     tool_version: str
     created: str
     command: str

@@ -150,7 +150,12 @@ def verify(request: VerifyRequest, progress: Progress) -> Evidence:
     """Measure a package against its pinned source, or any bitsandbytes checkpoint against the source named."""
     device = devices.choose(request.device)
     progress.stage(f"checkpoint {request.checkpoint}")
-    folder = source.fetch_checkpoint(request.checkpoint, (files.PROVENANCE, files.PARITY), progress)
+    folder = source.fetch_checkpoint(
+        request.checkpoint,
+        (files.PROVENANCE, files.PARITY),
+        progress,
+        trust_remote_code=request.trust_remote_code,
+    )
     checkout, expected = _original(request, folder, progress)
     progress.stage(f"verify on {device}")
     recipes = CONTROLS if request.settings.controls else {}

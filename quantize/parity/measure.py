@@ -83,7 +83,7 @@ def measure(
     unused = source_model.check_tensors(checkout)
     text = corpus.load(settings.corpus)
     expected = expected or ExpectedConfig.read_if_possible(candidate)
-    trust = checkout.source.remote_code and structure.same_code(checkout.folder, candidate)
+    trust = checkout.source.remote_code and structure.same_code(checkout, candidate)
     tokenizer = source_tokenizer(checkout)
     alone = reference_cache is not None
     with (
@@ -103,7 +103,7 @@ def unmeasured(
     """What can be said about the checkpoint in `candidate` without loading it or its source: files and tokenizer."""
     started = time.monotonic()
     checks = format_checks.check_files(candidate, expected)
-    trust = checkout.source.remote_code and structure.same_code(checkout.folder, candidate)
+    trust = checkout.source.remote_code and structure.same_code(checkout, candidate)
     tokenizer = source_tokenizer(checkout)
     checks += companions.checks(checkout.folder, tokenizer, candidate, trust)
     return Evidence(
