@@ -149,8 +149,9 @@ def _from_folder(folder: Path, trust_remote_code: bool, progress: Progress) -> C
 
 
 def _from_hub(repo_id: str, revision: str | None, trust_remote_code: bool, progress: Progress) -> Checkout:
-    commit, listed = hub.resolve(repo_id, revision)
-    remote = {file.path: file for file in listed}
+    held = hub.snapshot(repo_id, revision)
+    repo_id, commit = held.repo_id, held.commit
+    remote = {file.path: file for file in held.files}
     require_config(remote, repo_id)
     config = hub.read_json(repo_id, commit, remote[CONFIG])
     tokenizer_config = hub.read_json(repo_id, commit, remote[TOKENIZER_CONFIG]) if TOKENIZER_CONFIG in remote else {}
