@@ -182,9 +182,21 @@ def test_overflowing_outputs_are_a_verdict(package_copy: Path) -> None:
 
 
 def test_code_that_the_source_does_not_have_is_not_trusted(tmp_path: Path, package_copy: Path) -> None:
-    assert structure.same_code(POCKET, package_copy)
+    checkout = source.fetch(str(POCKET), revision=None, trust_remote_code=False, progress=Silent())
+    assert structure.same_code(checkout, package_copy)
     (package_copy / "modeling_own.py").write_text("print('hello')")
-    assert not structure.same_code(POCKET, package_copy)
+    assert not structure.same_code(checkout, package_copy)
+
+
+@pytest.mark.parametrize("part", [{}, {"text_config": {}}])
+def test_code_of_another_repo_is_not_trusted(tmp_path: Path, package_copy: Path, part: dict[str, object]) -> None:
+    """A config can name a class of any repo, without a file of it beside."""
+    code = {"auto_map": {"AutoConfig": "org/other--configuration.Config"}}
+    checkout = source.fetch(str(POCKET), revision=None, trust_remote_code=False, progress=Silent())
+    change_config(package_copy, lambda config: config.update(dict.fromkeys(part, code) or code))
+    assert not structure.same_code(checkout, package_copy)
+    own = dataclasses.replace(checkout, source=dataclasses.replace(checkout.source, repo_id="org/other"))
+    assert not structure.same_code(own, package_copy)
 
 
 def test_two_swapped_layers(package_copy: Path) -> None:
