@@ -250,7 +250,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One recipe that `auto` tried, and what it gave; measured values are None where structure refused it."""
+    """One recipe that `auto` tried, and what it gave; measured values are None where structure refused it.
+
+    `failure` says why it could not be made or measured, and is empty where it was.
+    """
 
     recipe: Recipe
     grade: str
@@ -260,6 +263,7 @@ class Attempt:
     weight_bytes: int
     seconds: float
     chosen: bool
+    failure: str = ""
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,9 @@ def show_evidence(console: Console, evidence: Evidence) -> None:
     )
     for reason in verdict.reasons:
         console.print(f"    {reason}", soft_wrap=True)
+    for attempt in evidence.attempts:
+        if attempt.failure:
+            console.print(f"    not made: {attempt.recipe.name}: {attempt.failure}", soft_wrap=True)
 
 
 def show_package(console: Console, package: Package) -> None:

@@ -180,6 +180,7 @@ def _attempt(attempt: Attempt) -> CardAttempt:
         same_top=_interval(attempt.same_top),
         grade=attempt.grade,
         chosen=attempt.chosen,
+        failure=attempt.failure,
     )
 
 

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from quantize.documents import read_json
-from quantize.errors import CorruptModel, DeviceError, storage_errors
+from quantize.errors import CorruptModel, memory_errors, storage_errors
 from quantize.files import CONFIG, GENERATION_CONFIG
 from quantize.formats import safetensors, source_model
 from quantize.formats.bitsandbytes import config, modules, tensor_plan, writer
@@ -194,7 +194,7 @@ def load_quantized(checkout: Checkout, recipe: Recipe, dtype: str, device: str) 
     """The source as stock transformers and bitsandbytes quantize it; raises DeviceError."""
     import torch
 
-    try:
+    with memory_errors(f"loading {checkout.source.name} on {device}", "try --device cpu"):
         return source_model.load(
             checkout.folder,
             checkout.source.name,
@@ -203,8 +203,6 @@ def load_quantized(checkout: Checkout, recipe: Recipe, dtype: str, device: str) 
             device_map={"": device},
             trust_remote_code=checkout.source.remote_code,
         )
-    except torch.OutOfMemoryError as error:
-        raise DeviceError(f"{checkout.source.name} does not fit on {device}: try --device cpu") from error
 
 
 def _quantization_config(model: Any, checkout: Checkout, recipe: Recipe, dtype: str) -> Any:
