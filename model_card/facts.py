@@ -58,7 +58,10 @@ class CardCalibration:
 
 @dataclass(frozen=True)
 class CardAttempt:
-    """One attempt of the recipe search; size in bytes, measured values None where it failed a structural check."""
+    """One attempt of the recipe search; size in bytes, measured values None where it failed a structural check.
+
+    `failure` says why it could not be made, and is empty where it was.
+    """
 
     name: str
     size: int
@@ -67,6 +70,7 @@ class CardAttempt:
     same_top: Interval | None
     grade: str
     chosen: bool
+    failure: str = ""
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,9 @@ class CardFacts:
     figures: tuple[str, ...]
     device_name: str
     versions: dict[str, str]
+    least_versions: dict[str, str]
     remote_code: bool
+    code_left_out: bool
     tool_version: str
     created: str
     command: str

@@ -104,10 +104,12 @@ class Scores:
 class LookPlan:
     """When scoring may stop: at looks at up to `windows` windows, the only one at all of them when `full`.
 
-    `error` is this attempt's share of the 5 % that intervals may miss; see quantize/parity/sequential.py.
+    `required` is the grade that looks are to settle, and `error` this attempt's share of the 5 % that intervals may
+    miss; see quantize/parity/sequential.py.
     """
 
     windows: int
+    required: str
     full: bool
     error: float
 
@@ -250,7 +252,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One recipe that `auto` tried, and what it gave; measured values are None where structure refused it."""
+    """One recipe that `auto` tried, and what it gave; measured values are None where structure refused it.
+
+    `failure` says why it could not be made or measured, and is empty where it was.
+    """
 
     recipe: Recipe
     grade: str
@@ -260,6 +265,7 @@ class Attempt:
     weight_bytes: int
     seconds: float
     chosen: bool
+    failure: str = ""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,11 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Source:
-    """The original model, pinned: `commit` is None for a local folder, whose hashes pin it instead."""
+    """The original model, pinned: `commit` is None for a local folder, whose hashes pin it instead.
+
+    `remote_code` says that code of its own was allowed and is run, `code_left_out` that its configs name some which was
+    not allowed, and nothing here names it any more. `transformers_version` is the one that its config.json names.
+    """
 
     name: str
     repo_id: str | None
@@ -43,6 +47,8 @@ class Source:
     dtype: str
     parameters: int
     remote_code: bool
+    code_left_out: bool = False
+    transformers_version: str = ""
 
     def fingerprint(self) -> dict[str, str]:
         """What has to agree for two sources to be the same one."""

@@ -87,6 +87,9 @@ def show_evidence(console: Console, evidence: Evidence) -> None:
     )
     for reason in verdict.reasons:
         console.print(f"    {reason}", soft_wrap=True)
+    for attempt in evidence.attempts:
+        if attempt.failure:
+            console.print(f"    not made: {attempt.recipe.name}: {attempt.failure}", soft_wrap=True)
 
 
 def show_package(console: Console, package: Package) -> None:
@@ -227,6 +230,8 @@ def _caption(evidence: Evidence) -> str:
     assert corpus is not None
     scored = f"scored {corpus.scored} of {corpus.windows} windows of {corpus.window} tokens of {corpus.name}"
     lines = [f"{scored}, enough for the verdict" if evidence.stopped_early else scored]
+    if corpus.repeated:
+        lines.append(f"{corpus.repeated} windows were passed over because they repeat others")
     lines.append(f"text that fills less than {100 * evidence.missed_share:.2g} % of windows can have been missed")
     if evidence.optional_stopping:
         lines.append("* of these windows alone, not adjusted for the choice of when to stop")

@@ -26,6 +26,7 @@ from quantize.files import FIGURES
 from quantize.formats.source_model import grouped
 from quantize.grades import LIMITS, UNMEASURED
 from quantize.options import Option
+from quantize.package.readers import least_versions
 from quantize.records import CalibrationText, EvaluationSettings, Provenance, Recipe, Source
 
 MANY_LAYERS = 4
@@ -135,7 +136,9 @@ def facts(
         figures=figures,
         device_name=evidence.environment.device_name,
         versions=evidence.environment.versions,
+        least_versions=least_versions(source, quantized, evidence.environment.versions),
         remote_code=source.remote_code,
+        code_left_out=source.code_left_out,
         tool_version=provenance.tool_version,
         created=provenance.created,
         command=command(source, recipe, provenance.settings, measured=evidence.verdict.grade != UNMEASURED),
@@ -176,6 +179,7 @@ def _attempt(attempt: Attempt) -> CardAttempt:
         same_top=_interval(attempt.same_top),
         grade=attempt.grade,
         chosen=attempt.chosen,
+        failure=attempt.failure,
     )
 
 
