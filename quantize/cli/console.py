@@ -236,6 +236,8 @@ def _caption(evidence: Evidence) -> str:
     assert corpus is not None
     scored = f"scored {corpus.scored} of {corpus.windows} windows of {corpus.window} tokens of {corpus.name}"
     lines = [f"{scored}, enough for the verdict" if evidence.stopped_early else scored]
+    if corpus.repeated:
+        lines.append(f"{corpus.repeated} windows were passed over because they repeat others")
     lines.append(f"text that fills less than {100 * evidence.missed_share:.2g} % of windows can have been missed")
     if evidence.optional_stopping:
         lines.append("* of these windows alone, not adjusted for the choice of when to stop")
