@@ -371,7 +371,8 @@ def _document(
     """Write figures and card beside weights and evidence, and seal all with hashes; `path` is the template's."""
     folder = measured.folder
     figures.draw(measured.evidence, folder / files.FIGURES)
-    facts = card.facts(measured.provenance, measured.evidence, source_card, card.figure_names(folder))
+    provenance = dataclasses.replace(measured.provenance, files=hashes)
+    facts = card.facts(provenance, measured.evidence, source_card, card.figure_names(folder))
     package.write_card(folder, _rendered(facts, template, path))
     return dataclasses.replace(measured, provenance=package.seal(folder, measured.provenance, hashes))
 

@@ -118,7 +118,7 @@ def _require_unquantized(config: Mapping[str, Any], name: str) -> None:
         words, converter = LOW_PRECISION[method]
         raise UnsupportedModel(
             f"{name} holds {words}, in which it may have been published: take a copy of it in 16 bits, or make one "
-            f"with transformers (from_pretrained with quantization_config={converter}(dequantize=True), then "
+            f"with transformers (from_pretrained with {converter}(dequantize=True), then "
             f"save_pretrained), and quantize its folder"
         )
     if method is not None:
