@@ -80,7 +80,7 @@ def _finite_check(folder: Path, names: set[str]) -> Check:
         for name, part in safetensors.parts(file):
             if name not in codes and part.is_floating_point() and not bool(torch.isfinite(part).all()):
                 return Check("finite", False, f"{name} holds NaN or infinity")
-    return Check("finite", True, f"no NaN or infinity in {len(names)} tensors")
+    return Check("finite", True, f"every value of {len(names)} tensors is finite")
 
 
 def module_check(reference: Any, candidate: Any, expected: ExpectedConfig) -> Check:
