@@ -104,10 +104,12 @@ class Scores:
 class LookPlan:
     """When scoring may stop: at looks at up to `windows` windows, the only one at all of them when `full`.
 
-    `error` is this attempt's share of the 5 % that intervals may miss; see quantize/parity/sequential.py.
+    `required` is the grade that looks are to settle, and `error` this attempt's share of the 5 % that intervals may
+    miss; see quantize/parity/sequential.py.
     """
 
     windows: int
+    required: str
     full: bool
     error: float
 

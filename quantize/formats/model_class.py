@@ -28,7 +28,11 @@ def reads_pictures(config: Mapping[str, Any]) -> bool:
 
 def auto_class(folder: Path) -> Any:
     """The class that loads the model in `folder`; raises CorruptModel where its config.json cannot be read."""
+    return class_of(read_json(folder / CONFIG, CONFIG, CorruptModel, finite=False))
+
+
+def class_of(config: Mapping[str, Any]) -> Any:
+    """The class that loads a model with this config.json."""
     import transformers
 
-    config = read_json(folder / CONFIG, CONFIG, CorruptModel, finite=False)
     return getattr(transformers, PICTURES if reads_pictures(config) else "AutoModelForCausalLM")

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 ARITHMETIC_WINDOWS, ARITHMETIC_TOKENS, CACHED_TOKENS = 2, 256, 48
 CHAT_FRAMING = "chat framing"
 FLOAT16 = "original in float16"
-OVERFLOW = "its outputs overflow to NaN or infinity"
+OVERFLOW = "its outputs overflow and are no numbers"
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def compare(
     text: corpus.Corpus,
     settings: EvaluationSettings,
     progress: Progress,
-    controls: Mapping[str, Path],
+    controls: Mapping[str, Path | str],
     reference_cache: Path | None,
     attempts: int,
 ) -> Measurements:
@@ -104,7 +104,7 @@ def compare(
     checks = [_arithmetic_check(pair, windows)] if pair.device == "cpu" else []
     cache = _open_cache(reference_cache, pair, record, settings, progress) if reference_cache else None
     comparison = _Comparison(pair, settings, progress, cache)
-    plan = sequential.plan(len(windows), full=settings.full, attempts=attempts)
+    plan = sequential.plan(len(windows), settings.require, full=settings.full, attempts=attempts)
     scores = _score(comparison, windows, record.prefix, plan)
     checks.append(_outputs_check(scores))
     if scores is None:
@@ -170,7 +170,7 @@ def _chat_framing(
         return None, Check(CHAT_FRAMING, True, f"not scored: {error}")
     file = reference_cache and reference_cache.with_name(f"{reference_cache.name}.chat")
     cache = _open_cache(file, pair, record, settings, progress) if file else None
-    plan = sequential.plan(len(windows), full=settings.full, attempts=attempts)
+    plan = sequential.plan(len(windows), settings.require, full=settings.full, attempts=attempts)
     scores = _score(_Comparison(pair, settings, progress, cache), windows, record.prefix, plan)
     if scores is None:
         return None, Check(CHAT_FRAMING, False, "a model's outputs overflow to NaN or infinity in the chat template")
@@ -207,20 +207,23 @@ def _score(comparison: _Comparison, windows: torch.Tensor, prefix: int, plan: Lo
             more = more.without_prefix(prefix)
             tokens = tokens + more if tokens else more
             figures, start = sequential.figures_of(tokens), stop.windows
-            if sequential.looks(figures, plan, settings.require)[-1].certain:
+            if sequential.looks(figures, plan)[-1].certain:
                 break
     assert tokens is not None
     return dataclasses.replace(statistics.summarize(tokens, settings.seed, plan.error), window_figures=figures)
 
 
 def _controls(
-    comparison: _Comparison, versions: Mapping[str, Path], windows: torch.Tensor, prefix: int
+    comparison: _Comparison, versions: Mapping[str, Path | str], windows: torch.Tensor, prefix: int
 ) -> tuple[Control, ...]:
     """Score other versions of the source on the same windows; only float16 is computed in its own type on a CPU."""
     pair, settings = comparison.pair, comparison.settings
     half = {FLOAT16: pair.checkout.folder} if settings.controls else {}
     controls = []
     for name, folder in {**half, **versions}.items():
+        if isinstance(folder, str):
+            controls.append(Control(name, 0, None, None, None, GRADES[-1], folder))
+            continue
         reference = comparison.reference_logits(windows)
         model = pair.another(folder, dtype="float16" if name == FLOAT16 else None)
         with comparison.progress.task(f"control {name}", len(windows), "windows") as advance:

@@ -20,26 +20,32 @@ def unmeasured(checks: Sequence[Check], required: str) -> Verdict:
 def judged(evidence: Evidence, required: str) -> Evidence:
     """The evidence with everything that follows from its recorded figures and the grade `required`.
 
-    These are the looks, the two intervals that decide, and the verdict. Evidence from before windows' figures were
-    recorded keeps its looks and intervals. Raises PackageError where too few figures are recorded for a single look.
+    These are the looks, the two intervals that decide, and the verdict. Looks that were planned to settle another
+    grade count where they pass it, and are taken anew otherwise. Evidence from before windows' figures were recorded
+    keeps its looks and intervals. Raises PackageError where too few figures are recorded for a single look.
     """
-    scores, looks, framing = evidence.scores, evidence.looks, evidence.chat_framing
-    if scores is not None and evidence.look_plan is not None:
-        scores, looks = _rejudged(scores, evidence.look_plan, required)
+    scores, plan, looks, framing = evidence.scores, evidence.look_plan, evidence.looks, evidence.chat_framing
+    if scores is not None and plan is not None:
+        scores, plan, looks = _rejudged(scores, plan, required)
     if framing is not None:
-        framed, framed_looks = _rejudged(framing.scores, framing.look_plan, required)
-        framing = dataclasses.replace(framing, scores=framed, looks=framed_looks)
+        framed, framed_plan, framed_looks = _rejudged(framing.scores, framing.look_plan, required)
+        framing = dataclasses.replace(framing, scores=framed, look_plan=framed_plan, looks=framed_looks)
     verdict = gate(evidence.checks, scores, required, framing.scores if framing else None)
-    return dataclasses.replace(evidence, scores=scores, looks=looks, chat_framing=framing, verdict=verdict)
+    return dataclasses.replace(
+        evidence, scores=scores, look_plan=plan, looks=looks, chat_framing=framing, verdict=verdict
+    )
 
 
-def _rejudged(scores: Scores, plan: LookPlan, required: str) -> tuple[Scores, tuple[Look, ...]]:
-    """The looks that follow from the recorded figures of windows, and the scores with the intervals of the last."""
-    looks = sequential.looks(scores.window_figures, plan, required)
+def _rejudged(scores: Scores, plan: LookPlan, required: str) -> tuple[Scores, LookPlan, tuple[Look, ...]]:
+    """Scores with the intervals of the last look, the plan, and the looks that follow from it and recorded figures."""
+    looks = sequential.looks(scores.window_figures, plan)
+    if looks and not sequential.is_passed(looks[-1].perplexity_ratio, looks[-1].kld, plan.required):
+        plan = dataclasses.replace(plan, required=required)
+        looks = sequential.looks(scores.window_figures, plan)
     if not looks:
         raise PackageError("the evidence has too few figures of windows for a verdict: measure the package again")
     kld = dataclasses.replace(scores.kld, mean=looks[-1].kld)
-    return dataclasses.replace(scores, perplexity_ratio=looks[-1].perplexity_ratio, kld=kld), looks
+    return dataclasses.replace(scores, perplexity_ratio=looks[-1].perplexity_ratio, kld=kld), plan, looks
 
 
 def gate(checks: Sequence[Check], scores: Scores | None, required: str, chat: Scores | None = None) -> Verdict:

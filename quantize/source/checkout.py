@@ -20,7 +20,7 @@ from quantize.progress import Progress, ignore
 from quantize.records import Checkout, FileRecord, Source, Stamp
 from quantize.source.legal import linked_license
 from quantize.source.selection import choose_files, is_settings, require_config, require_no_adapter
-from quantize.source.support import check_config, runs_remote_code
+from quantize.source.support import check_config, check_model, runs_remote_code
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
@@ -156,6 +156,7 @@ def _from_hub(repo_id: str, revision: str | None, trust_remote_code: bool, progr
     config = hub.read_json(repo_id, commit, remote[CONFIG])
     tokenizer_config = hub.read_json(repo_id, commit, remote[TOKENIZER_CONFIG]) if TOKENIZER_CONFIG in remote else {}
     check_config(config, tokenizer_config, repo_id, trust_remote_code)
+    check_model(config, repo_id)
     index = hub.read_json(repo_id, commit, remote[INDEX]) if INDEX in remote else None
     code = _Code.of(config, tokenizer_config, trust_remote_code)
     chosen = choose_files(remote, index, repo_id, code.runs, _linked_license(repo_id, commit, remote))

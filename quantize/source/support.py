@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from quantize.errors import CorruptModel, UnsupportedModel
-from quantize.formats import remote_code
+from quantize.formats import remote_code, source_model
 from quantize.formats.bitsandbytes.config import quantization_method
+from quantize.formats.bitsandbytes.modules import require_mostly_linear
 from quantize.formats.model_class import reads_pictures
 
 OWN_ATTENTION = ("eager", "sdpa", "flex_attention")
@@ -43,6 +44,15 @@ def check_config(
             f"the tokenizer of {name} needs code from its own repo: read that code, then allow it with "
             f"--trust-remote-code"
         )
+
+
+def check_model(config: Mapping[str, Any], name: str) -> None:
+    """Raise UnsupportedModel or CorruptModel where transformers builds a model of the config that cannot be quantized.
+
+    Of a model with code of its own nothing is known before that is here.
+    """
+    if not needs_remote_code(config):
+        require_mostly_linear(source_model.promised(config, name), name)
 
 
 def needs_remote_code(config: Mapping[str, Any]) -> bool:
@@ -108,7 +118,7 @@ def _require_unquantized(config: Mapping[str, Any], name: str) -> None:
         words, converter = LOW_PRECISION[method]
         raise UnsupportedModel(
             f"{name} holds {words}, in which it may have been published: take a copy of it in 16 bits, or make one "
-            f"with transformers (from_pretrained with quantization_config={converter}(dequantize=True), then "
+            f"with transformers (from_pretrained with {converter}(dequantize=True), then "
             f"save_pretrained), and quantize its folder"
         )
     if method is not None:

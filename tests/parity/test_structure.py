@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from quantize import pipeline, source
 from quantize.evidence import Evidence
+from quantize.formats.bitsandbytes import checks as format_checks
 from quantize.formats.bitsandbytes.config import ExpectedConfig
 from quantize.parity import measure, structure
 from quantize.progress import Silent
@@ -197,6 +198,20 @@ def test_code_of_another_repo_is_not_trusted(tmp_path: Path, package_copy: Path,
     assert not structure.same_code(checkout, package_copy)
     own = dataclasses.replace(checkout, source=dataclasses.replace(checkout.source, repo_id="org/other"))
     assert not structure.same_code(own, package_copy)
+
+
+@pytest.mark.parametrize("storage", ["int8", "float16", "bfloat16", "float32", "float64"])
+def test_codes_may_be_stored_as_any_type(package_copy: Path, storage: str) -> None:
+    """Read as numbers they may be NaN, which means nothing."""
+    dtype = getattr(torch, storage)
+
+    def store(tensors: Tensors) -> Tensors:
+        codes = {name: value for name, value in tensors.items() if value.dtype == torch.uint8 and value.dim() == 2}
+        codes = {name: value.fill_(0xFF).view(1, -1).view(dtype).view(-1, 1) for name, value in codes.items()}
+        return {**tensors, **codes}
+
+    change_tensors(package_copy, store)
+    assert all(check.passed for check in format_checks.check_files(package_copy, EXPECTED))
 
 
 def test_two_swapped_layers(package_copy: Path) -> None:

@@ -155,13 +155,24 @@ def require_quantized(names: tuple[str, ...], model: Any, model_name: str) -> No
 
 def require_mostly_linear(model: Any, model_name: str) -> None:
     """Raise UnsupportedModel for a model that stacks its experts in one tensor, which bitsandbytes passes over."""
-    sizes = [(parameter.ndim, parameter.numel()) for parameter in model.parameters()]
-    stacked = sum(size for dimensions, size in sizes if dimensions > 2)
-    if stacked > MOST_STACKED * sum(size for _, size in sizes):
+    stacked = sum(
+        parameter.numel()
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+        if parameter.ndim > 2 or (parameter.ndim == 2 and not _has_one_matrix(module))
+    )
+    if stacked > MOST_STACKED * sum(parameter.numel() for parameter in model.parameters()):
         raise UnsupportedModel(
             f"{model_name} keeps most weights in stacked expert tensors, which bitsandbytes leaves in half precision: "
             f"mixture-of-experts models of this kind cannot be quantized here"
         )
+
+
+def _has_one_matrix(module: Any) -> bool:
+    """Whether a module is linear, in whatever class, or an embedding."""
+    import torch
+
+    return isinstance(module, torch.nn.Linear | torch.nn.Embedding) or is_transposed(module)
 
 
 def matrix(module: Any) -> torch.Tensor:
