@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -122,7 +123,7 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
         _require_same_texts(request, demand)
         progress.stage("write card and provenance")
         provenance = _provenance(request, demand, checkout, candidate, output.name)
-        sealed = _document(checkout, candidate, provenance, template, request.card_template)
+        sealed = _document(candidate, _with_template(provenance, template), template, request.card_template)
         verdict = candidate.evidence.verdict
         sound = verdict.passed or verdict.grade == UNMEASURED
         final = package.move_into_place(staging, output, passed=sound)
@@ -165,15 +166,29 @@ def rewrite_card(request: CardRequest) -> Package:
     """Render the card of a package again from its evidence; nothing is measured."""
     opened = _opened(request)
     package.require_unchanged(opened, but=files.CARD)
-    text = rendered_card(opened, request.against, request.template)
+    card_of_now = rendered_card(opened, request.against, request.template)
     with storage_errors(request.folder):
-        package.write_card(request.folder, text)
-        return Package(request.folder, package.seal(request.folder, opened.provenance), opened.evidence)
+        package.write_card(request.folder, card_of_now.text)
+        sealed = package.seal(request.folder, card_of_now.provenance)
+        return Package(request.folder, sealed, opened.evidence)
 
 
-def rendered_card(opened: Package, against: str | None, template: Path | None) -> str:
-    """The text of a package's card as it would be written now."""
-    return _rendered(_facts(opened, against), _read_template(template), template)
+@dataclass(frozen=True)
+class RenderedCard:
+    """A package's card, and the package's record with it."""
+
+    text: str
+    provenance: Provenance
+
+
+def rendered_card(opened: Package, against: str | None, template: Path | None) -> RenderedCard:
+    """A package's card as it would be written now."""
+    source_text = _source_card(opened.provenance, against)
+    provenance = dataclasses.replace(
+        _with_template(opened.provenance, _read_template(template)), source_card=source_text
+    )
+    facts = _facts(Package(opened.folder, provenance, opened.evidence), None)
+    return RenderedCard(_rendered(facts, _read_template(template), template), provenance)
 
 
 def default_output(model: str, recipe: Recipe) -> Path:
@@ -295,17 +310,18 @@ def _provenance(
         key=demand.key(checkout.source.repo_id or checkout.source.name, checkout.source.pinned),
         requested=None if candidate.recipe == demand.recipe else demand.recipe,
         texts=dict(demand.texts),
+        source_card=source.card_text(checkout),
     )
 
 
 def _document(
-    checkout: Checkout, candidate: search.Candidate, provenance: Provenance, template: str | None, path: Path | None
+    candidate: search.Candidate, provenance: Provenance, template: str | None, path: Path | None
 ) -> Provenance:
     """Write evidence, figures and card beside the weights, and seal all with hashes; `path` is the template's."""
     staging, evidence = candidate.folder, candidate.evidence
     package.write_evidence(staging, evidence)
     figures.draw(evidence, staging / files.FIGURES)
-    facts = card.facts(provenance, evidence, source.card_text(checkout), card.figure_names(staging))
+    facts = card.facts(provenance, evidence, provenance.source_card, card.figure_names(staging))
     package.write_card(staging, _rendered(facts, template, path))
     return package.seal(staging, provenance)
 
@@ -320,10 +336,23 @@ def _opened(request: CardRequest) -> Package:
 
 def _facts(opened: Package, against: str | None) -> CardFacts:
     """What the card of a package is made from: its evidence, and its source's own card."""
-    text = source.read_card(opened.provenance.source, against)
+    text = _source_card(opened.provenance, against)
     name = opened.provenance.name or opened.folder.resolve().name
     provenance = dataclasses.replace(opened.provenance, name=name)
     return card.facts(provenance, opened.evidence, text, card.figure_names(opened.folder))
+
+
+def _source_card(provenance: Provenance, against: str | None) -> str | None:
+    """The recorded card of a package's source, or the one that `against` or the Hub has."""
+    if against is None and provenance.source_card is not None:
+        return provenance.source_card
+    return source.read_card(provenance.source, against)
+
+
+def _with_template(provenance: Provenance, template: str | None) -> Provenance:
+    """The record of a package whose card is rendered from this template."""
+    digest = None if template is None else hashlib.sha256(template.encode()).hexdigest()
+    return dataclasses.replace(provenance, card_template=digest)
 
 
 def _require_derivable(checkout: Checkout, allowed: bool) -> None:

@@ -56,8 +56,8 @@ def _compare(pair: Pair, new_tokens: int, seed: int, advance: Callable[[int], No
         temperature=TEMPERATURE,
         top_k=TOP_K,
         top_p=TOP_P,
-        identical_at_16=_identical(samples, 16),
-        identical_at_32=_identical(samples, 32),
+        identical_at_16=share_identical(samples, 16),
+        identical_at_32=share_identical(samples, 32),
         prefill_agreement=_mean(prefill),
         cached_agreement=_mean(cached),
         reference_repetition=_mean([repetition(reference.greedy) for reference in references]),
@@ -210,7 +210,8 @@ def _joined(ids: torch.Tensor, continuation: list[int]) -> torch.Tensor:
     return torch.cat([ids, torch.tensor([continuation], device=ids.device)], dim=1)
 
 
-def _identical(samples: tuple[Sample, ...], length: int) -> float:
+def share_identical(samples: tuple[Sample, ...], length: int) -> float:
+    """Share of the samples whose greedy texts agree in their first `length` tokens."""
     return _mean([float(sample.first_divergence is None or sample.first_divergence >= length) for sample in samples])
 
 
