@@ -96,7 +96,8 @@ class CardFacts:
     a local source; measured values are None in the card of a package that failed a structural check, or was not to be
     measured. `source_card` is the whole of the source's README; `corpus_dataset` is None for a text that is not from
     the Hub. `method_description` says how codes were chosen. Of the quantized modules `block_32_modules` have blocks of
-    32 weights; `half_precision_modules` of the kept ones are kept for the sake of accuracy.
+    32 weights; `half_precision_modules` of the kept ones are kept for the sake of accuracy. `unused_tensors`
+    are layers of the source's files that its model has no place for, each with its number of tensors.
     """
 
     publisher: CardPublisher | None
@@ -121,6 +122,7 @@ class CardFacts:
     block_32_modules: int
     half_precision_modules: int
     kept_modules: tuple[str, ...]
+    unused_tensors: tuple[tuple[str, int], ...]
     source_bytes: int
     package_bytes: int
     bits_per_parameter: float

@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from quantize import memory
 from quantize.errors import DeviceError
 from quantize.records import Environment
 
@@ -20,8 +21,10 @@ REPORTED = (
     "tokenizers",
 )
 
+HOST_SHARE = 0.5
+"""Of the host's free memory, what one stage may take."""
 SMALLEST_SHARE, LARGEST_SHARE = 0.6, 0.9
-"""Of the free memory, the share that models may take at least, and at most."""
+"""Of a GPU's free memory, the share that models may take at least, and at most."""
 WORKING_MEMORY = 1_500_000_000
 """Bytes for logits, activations and the KV cache."""
 
@@ -70,22 +73,30 @@ def device_name(device: str) -> str:
     return _processor_name()
 
 
+def kind(device: object) -> str:
+    """Whether a device is a `cpu` or a `gpu`, which want work in pieces of different sizes."""
+    return "cpu" if str(device).startswith("cpu") else "gpu"
+
+
 def free_memory(device: str) -> int:
-    """Free bytes on `device`."""
+    """Free bytes on `device`, or on a CPU those that this process may still take."""
     import torch
 
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
     if device.startswith("xpu"):
         return int(torch.xpu.mem_get_info(device)[0])
-    import psutil
-
-    return int(psutil.virtual_memory().available)
+    return memory.free()
 
 
 def usable_memory(device: str) -> int:
-    """Bytes that models may take on `device`: the free ones, less working memory and a reserve for other processes."""
+    """Bytes that one stage of the work may take on `device`.
+
+    On a CPU half of the free ones, which others need as well; of a GPU most, less working memory.
+    """
     free = free_memory(device)
+    if kind(device) == "cpu":
+        return int(free * HOST_SHARE)
     return max(int(free * SMALLEST_SHARE), int(free * LARGEST_SHARE) - WORKING_MEMORY)
 
 

@@ -5,12 +5,13 @@
     │   ├── SourceNotFound        no such model, revision or folder
     │   ├── AccessDenied          gated or private, or the token has no rights
     │   ├── UnsupportedModel      pickle only, already quantized, not causal, remote code ...
-    │   └── CorruptModel          truncated or damaged files, NaN weights
+    │   ├── CorruptModel          truncated or damaged files, absent tensors, NaN weights
+    │   └── SourceChanged         its files were replaced while a run worked on them
     ├── HubUnreachable            no network, or the Hub answers with errors
     ├── ConfigError               the config file, the catalogue, or options about the publisher or the card
     ├── CorpusError               the text to measure on
     ├── DeviceError               the device that was asked for, or its memory
-    ├── StorageError              no space, no permission
+    ├── StorageError              no space, no permission, and whatever else a disk says
     ├── PackageError              an output folder or a package that is not what it should be
     │   └── NewerFormat           a package of a later version of quantize
     ├── PublishError              the upload
@@ -23,12 +24,33 @@ Anything else is a bug and keeps its traceback.
 from __future__ import annotations
 
 import errno
+import os
+import re
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+CREDENTIALS = re.compile(r"(?<=://)[^/?#\s]*@")
+
+
+def printable(text: str) -> str:
+    """The text in one line, without credentials of addresses; what a terminal or a log would obey is escaped."""
+    line = " ".join(CREDENTIALS.sub("", text).splitlines())
+    return line if line.isprintable() else "".join(map(_shown, line))
+
+
+def _shown(mark: str) -> str:
+    plain = mark.isprintable() or unicodedata.category(mark) == "Zs"
+    return mark if plain else mark.encode("unicode_escape").decode()
+
 
 class QuantizeError(Exception):
+    """A known failure; each argument is one line of its message."""
+
     exit_code = 1
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__("\n".join(map(printable, lines)))
 
 
 class SourceError(QuantizeError):
@@ -48,6 +70,10 @@ class UnsupportedModel(SourceError):
 
 
 class CorruptModel(SourceError):
+    pass
+
+
+class SourceChanged(SourceError):
     pass
 
 
@@ -97,30 +123,54 @@ class ParityRefused(QuantizeError):
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
+OF_A_DEVICE = {*(NO_SPACE | NO_PERMISSION), errno.EIO, errno.ENXIO, errno.ESTALE, errno.EMFILE, errno.ENFILE}
+OF_A_PATH = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.ENODEV, errno.EBUSY, errno.ETXTBSY, errno.EXDEV, errno.EMLINK, errno.EINVAL, errno.EILSEQ, errno.ENOTSUP),
+}
+"""What a disk says; that of a path is known by the path which comes with it."""
+LONGEST_PLACE = 200
+"""Letters of a path in a message."""
 
 
 @contextmanager
-def storage_errors(where: object) -> Iterator[None]:
-    """Turn a full disk or a missing permission met while writing to `where` into a StorageError.
+def storage_errors(where: object = None) -> Iterator[None]:
+    """Turn what a disk says while `where` is written, or anything is read, into a StorageError.
 
-    safetensors reports the same conditions as its own error type with the operating system's number in the text.
+    safetensors reports a full disk or a missing permission as its own error type, with the operating system's number
+    in the text.
     """
     try:
         yield
     except QuantizeError:
         raise
     except Exception as error:
-        reason = _storage_reason(error)
-        if reason is None:
+        said = _said_by_disk(error, where)
+        if said is None:
             raise
-        raise StorageError(f"{reason} while writing {where}; nothing was left half done there") from error
+        raise StorageError(said) from error
 
 
-def _storage_reason(error: Exception) -> str | None:
-    number = error.errno if isinstance(error, OSError) else None
-    text = str(error) if type(error).__name__ == "SafetensorError" else ""
-    if number in NO_SPACE or any(f"os error {code})" in text for code in NO_SPACE):
-        return "no space left"
-    if number in NO_PERMISSION or any(f"os error {code})" in text for code in NO_PERMISSION):
-        return "no permission"
-    return None
+def _said_by_disk(error: Exception, where: object) -> str | None:
+    """The line about an error of a disk, None for any other, such as one of the network."""
+    number, place = _number(error), getattr(error, "filename", None)
+    if number not in OF_A_DEVICE and (number not in OF_A_PATH or place is None):
+        return None
+    reason = "no space left" if number in NO_SPACE else "no permission" if number in NO_PERMISSION else None
+    if reason and where is not None and (place is None or _one_holds_the_other(str(where), str(place))):
+        return f"{reason} while writing {where}; nothing was left half done there"
+    named = str(where if place is None else place)
+    shown = named if len(named) <= LONGEST_PLACE else f"{named[:LONGEST_PLACE]}..."
+    return f"{shown}: {reason or os.strerror(number).lower()}; correct that, and run the same command again"
+
+
+def _one_holds_the_other(first: str, second: str) -> bool:
+    return first.startswith(second) or second.startswith(first)
+
+
+def _number(error: Exception) -> int:
+    """The operating system's number of an error, 0 where it has none."""
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
+        return error.errno or 0
+    match = re.search(r"os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(match[1]) if match else 0

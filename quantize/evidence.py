@@ -218,7 +218,7 @@ class Evidence:
 
     The two types are those of the arithmetic; on a CPU the candidate's stored half-precision values are summed
     in float32 after a check that this makes no difference. `reference_devices` are the devices that held the
-    reference's weights.
+    reference's weights. `unused_tensors` lie in the source's files, and its model has no place for them.
     """
 
     reference_dtype: str
@@ -238,4 +238,5 @@ class Evidence:
     environment: Environment
     seconds: float
     attempts: tuple[Attempt, ...] = ()
+    unused_tensors: tuple[str, ...] = ()
     format_version: int = FORMAT_VERSION

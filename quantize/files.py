@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from quantize.errors import QuantizeError, StorageError, storage_errors
-from quantize.records import FileRecord
+from quantize.errors import PackageError, QuantizeError, StorageError, storage_errors
+from quantize.folders import require_no_link, require_own
+from quantize.records import FileRecord, Stamp
 
 CONFIG = "config.json"
 CARD = "README.md"
@@ -35,9 +37,28 @@ def hash_file(path: Path, advance: Callable[[int], None] = lambda amount: None) 
     return size, digest.hexdigest()
 
 
+def stamp(path: Path) -> Stamp:
+    """What another write to a file changes: inode, size, time of the last write, and that of the last change of it."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def flush(path: Path) -> None:
+    """Return once a file, or the names in a folder, have reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some file systems cannot do that with a folder
+        if not (path.is_dir() and error.errno == errno.EINVAL):
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def records_of(folder: Path, *, without: tuple[str, ...] = ()) -> tuple[FileRecord, ...]:
-    """Every file below `folder`, in order of path."""
-    paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    """Every file below `folder`, in order of path; raises PackageError for one that lies elsewhere or is a pipe."""
+    paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    require_own(folder, paths, PackageError)
     return tuple(FileRecord(path, *hash_file(folder / path)) for path in paths if path not in without)
 
 
@@ -65,20 +86,23 @@ def _existing(folder: Path) -> Path:
 def locked(path: Path, busy: QuantizeError) -> Iterator[None]:
     """Hold `path` for this process alone; raises `busy` where another one does.
 
-    The lock file lies outside the user's folders and is never removed: one that vanishes can be held twice.
+    The lock is a hidden file beside what it guards, so all who come there meet it, by whatever path. It is removed
+    while it is held: a process that had opened it sees that it is gone, and begins with another.
     """
     from filelock import FileLock, Timeout
 
-    name = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]
-    lock = FileLock(Path(tempfile.gettempdir()) / f"quantize-{name}.lock", mode=0o666)
+    lock = FileLock(path.parent.resolve() / f".{path.name}.lock", mode=0o666)
+    require_no_link(Path(lock.lock_file))
     try:
         with storage_errors(lock.lock_file):
+            path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
     except Timeout:
         raise busy from None
     try:
         yield
     finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 

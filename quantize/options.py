@@ -112,7 +112,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class GivenText:
+class TextName:
     """One line of text: one of a few names, or a text of the user's own, which is a file unless it lies on the Hub."""
 
     names: tuple[str, ...]
@@ -175,7 +175,7 @@ class Folder:
         return isinstance(value, Path)
 
 
-Kind = Flag | Choice | Whole | Number | Positive | Text | GivenText | HubId | File | Folder
+Kind = Flag | Choice | Whole | Number | Positive | Text | TextName | HubId | File | Folder
 
 
 # A row
@@ -343,7 +343,7 @@ REQUEST = (
 """Of RunRequest: how the work is done."""
 
 _MEASURED = (RUN, VERIFY)
-CORPUS_TEXT = GivenText(CORPORA)
+CORPUS_TEXT = TextName(CORPORA)
 SETTINGS = (
     Option(
         "--corpus",

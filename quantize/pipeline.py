@@ -16,6 +16,8 @@ from model_card import CardFacts
 from quantize import __version__, devices, files, methods, package, search, source
 from quantize.errors import ConfigError, CorpusError, PackageError, UnsupportedModel, storage_errors
 from quantize.evidence import Evidence
+from quantize.folders import write_text
+from quantize.formats import source_model
 from quantize.formats.bitsandbytes.config import ExpectedConfig
 from quantize.formats.safetensors import recorded_weight_bytes
 from quantize.grades import UNMEASURED
@@ -116,14 +118,15 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
         if finished is not None:
             return RunResult(finished, created=False)
         template = _read_template(request.card_template)
-        _check(request, checkout, staging)
-        resume, corpus = output.with_name(f"{output.name}{package.UNFINISHED}"), corpus_text(request.settings)
-        job = methods.Job(checkout, staging, request.recipe, device, progress, corpus, resume)
-        candidate = _without_paths(search.build(job, request.settings, _measurement(request, job)))
-        _require_same_texts(request, demand)
-        progress.stage("write card and provenance")
-        provenance = _provenance(request, demand, checkout, candidate, output.name)
-        sealed = _document(candidate, _with_template(provenance, template), template, request.card_template)
+        with source.watched(checkout):
+            _check(request, checkout, staging, progress)
+            resume, corpus = output.with_name(f"{output.name}{package.UNFINISHED}"), corpus_text(request.settings)
+            job = methods.Job(checkout, staging, request.recipe, device, progress, corpus, resume)
+            candidate = _without_paths(search.build(job, request.settings, _measurement(request, job)))
+            _require_same_texts(request, demand)
+            progress.stage("write card and provenance")
+            provenance = _provenance(request, demand, checkout, candidate, output.name)
+            sealed = _document(candidate, _with_template(provenance, template), template, request.card_template)
         verdict = candidate.evidence.verdict
         sound = verdict.passed or verdict.grade == UNMEASURED
         final = package.move_into_place(staging, output, passed=sound)
@@ -138,7 +141,7 @@ def verify(request: VerifyRequest, progress: Progress) -> Evidence:
     checkout, expected = _original(request, folder, progress)
     progress.stage(f"verify on {device}")
     recipes = CONTROLS if request.settings.controls else {}
-    with _controls(checkout, recipes, device, progress) as controls:
+    with source.watched(checkout), _controls(checkout, recipes, device, progress) as controls:
         return measure(
             checkout, folder, request.settings, device, progress, expected, controls, request.reference_cache
         )
@@ -159,7 +162,7 @@ def write_page(opened: Package, path: Path) -> None:
     """A package's card as one HTML file."""
     text = model_card.page((opened.folder / files.CARD).read_text("utf-8"), opened.folder)
     with storage_errors(path):
-        path.write_text(text, "utf-8")
+        write_text(path, text)
 
 
 def rewrite_card(request: CardRequest) -> Package:
@@ -216,9 +219,12 @@ def _finished(request: RunRequest, demand: Demand, checkout: Checkout, output: P
     return None
 
 
-def _check(request: RunRequest, checkout: Checkout, staging: Path) -> None:
-    """Raise now what would otherwise end the run after hours: license, corpus, recipe, disk."""
+def _check(request: RunRequest, checkout: Checkout, staging: Path, progress: Progress) -> None:
+    """Raise now what would otherwise end the run after hours: license, tensors, corpus, recipe, disk."""
     _require_derivable(checkout, request.allow_no_derivatives)
+    unused = source_model.grouped(source_model.check_tensors(checkout))
+    if unused:
+        progress.note(f"the model has no place for these tensors in its files: {', '.join(unused)}")
     check_inputs(checkout, request.settings)
     methods.check(checkout, request.recipe, corpus_text(request.settings))
     files.require_space(staging, recorded_weight_bytes(checkout.source.files), "the package")
@@ -323,7 +329,7 @@ def _document(
     figures.draw(evidence, staging / files.FIGURES)
     facts = card.facts(provenance, evidence, provenance.source_card, card.figure_names(staging))
     package.write_card(staging, _rendered(facts, template, path))
-    return package.seal(staging, provenance)
+    return package.seal(staging, provenance, candidate.files)
 
 
 def _opened(request: CardRequest) -> Package:

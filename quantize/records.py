@@ -16,6 +16,10 @@ Scalar = bool | int | float | str
 """What an option of a method may be."""
 
 
+Stamp = tuple[int, int, int, int]
+"""What another write to a file changes; see `files.stamp`."""
+
+
 @dataclass(frozen=True)
 class FileRecord:
     """One file: `path` relative to its folder with forward slashes, `size` in bytes."""
@@ -53,10 +57,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Checkout:
-    """A source and the local folder that holds its files."""
+    """A source and the local folder that holds its files, with their stamps from when they were hashed."""
 
     source: Source
     folder: Path
+    stamps: Mapping[str, Stamp] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,8 @@ class Recipe:
 class CalibrationText:
     """The text that was calibrated on: where from, how much, and the sha256 of its tokens as 64-bit integers.
 
-    `left_out` windows shared a run of words with the corpus that the package is judged by.
+    `left_out` windows repeated a passage of the corpus that the package is judged by. A text of a data set on the Hub
+    has its `repo_id`, and the `commit` that was read.
     """
 
     source: str
@@ -96,6 +102,8 @@ class CalibrationText:
     length: int
     left_out: int
     sha256: str
+    repo_id: str | None = None
+    commit: str | None = None
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from pathlib import Path
 from quantize import methods, package, source
 from quantize.errors import CorpusError, CorruptModel, UnsupportedModel
 from quantize.evidence import Attempt, Evidence
+from quantize.files import records_of
 from quantize.grades import GRADES, UNMEASURED, grade_at_least
 from quantize.methods import Job
 from quantize.parity import gate
-from quantize.records import EvaluationSettings, Quantized, Recipe
+from quantize.records import EvaluationSettings, FileRecord, Quantized, Recipe
 
 ATTEMPTS = "attempts"
 Measure = Callable[[Path, Recipe, Quantized, EvaluationSettings], Evidence]
@@ -23,12 +24,13 @@ Measure = Callable[[Path, Recipe, Quantized, EvaluationSettings], Evidence]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A quantized model in a folder: by which recipe, and what was measured."""
+    """A quantized model in a folder: by which recipe, what was measured, and the files as they were before that."""
 
     folder: Path
     recipe: Recipe
     quantized: Quantized
     evidence: Evidence
+    files: tuple[FileRecord, ...]
 
 
 def attempts(recipe: Recipe) -> tuple[Recipe, ...]:
@@ -57,8 +59,9 @@ def build(job: Job, settings: EvaluationSettings, measure: Measure) -> Candidate
         )
         quantized = _quantize(attempt, job.resume_folder)
         job.progress.stage("verify against the original")
+        measured = records_of(attempt.output)
         evidence = measure(attempt.output, recipe, quantized, dataclasses.replace(settings, require=required))
-        candidates.append(Candidate(attempt.output, recipe, quantized, evidence))
+        candidates.append(Candidate(attempt.output, recipe, quantized, evidence, measured))
         if grade_at_least(evidence.verdict.grade, required) or evidence.verdict.grade == UNMEASURED:
             break
     best = min(candidates, key=_distance)

@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from quantize.documents import parse_json, read_text
 from quantize.errors import NewerFormat, PackageError
 from quantize.evidence import Evidence
 from quantize.records import FORMAT_VERSION, Provenance
-from quantize.validation import UnknownField, refuse_constant, structured
+from quantize.validation import UnknownField, structured
 
 Record = TypeVar("Record")
 Document = dict[str, Any]
@@ -31,7 +32,7 @@ def from_json(kind: type[Record], text: str, where: object) -> Record:
     Raises PackageError: NewerFormat where a later version of quantize wrote the file.
     """
     try:
-        document = json.loads(text, parse_constant=refuse_constant)
+        document = parse_json(text)
         current = _upgraded(kind, document, where)
         record = structured(kind, current, unknown_fields=current is not document)
     except PackageError:
@@ -49,11 +50,9 @@ def from_json(kind: type[Record], text: str, where: object) -> Record:
 def read_record(kind: type[Record], path: Path) -> Record:
     """The record in a package's file; raises PackageError."""
     try:
-        text = path.read_text("utf-8")
+        text = read_text(path, path, PackageError)
     except FileNotFoundError:
         raise PackageError(f"{path.parent} is not a package: {path.name} is missing") from None
-    except UnicodeDecodeError:
-        raise PackageError(f"{path} is not UTF-8 text: restore it, or make the package again") from None
     return from_json(kind, text, path)
 
 

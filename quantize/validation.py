@@ -10,7 +10,7 @@ import functools
 import math
 import types
 from collections.abc import Mapping
-from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Record = TypeVar("Record")
 
@@ -34,11 +34,6 @@ def structured(kind: type[Record], document: object, *, unknown_fields: bool = F
     """
     record: Record = _record(kind, document, "", unknown_fields)
     return record
-
-
-def refuse_constant(name: str) -> NoReturn:
-    """For `json.loads`, which takes the words NaN and Infinity for numbers."""
-    raise Misfit(f"{name} is no number of JSON")
 
 
 def _record(kind: Any, value: object, where: str, unknown_fields: bool) -> Any:
@@ -87,10 +82,7 @@ def _alternative(kinds: tuple[Any, ...], value: object, where: str, unknown_fiel
 
 def _scalar(kind: type, value: object, where: str) -> object:
     if kind is float and type(value) in (int, float):
-        try:
-            number = float(value)  # type: ignore[arg-type]
-        except OverflowError:
-            number = math.inf
+        number = float(value)  # type: ignore[arg-type]
         if math.isfinite(number):
             return number
     elif type(value) is kind:

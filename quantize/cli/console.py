@@ -15,6 +15,7 @@ from rich.text import Text
 
 from model_card import nats, split
 from quantize.diagnostics import Diagnostics
+from quantize.errors import printable
 from quantize.evidence import Estimate, Evidence
 from quantize.files import CARD
 from quantize.grades import LIMITS, UNMEASURED
@@ -35,10 +36,10 @@ class Terminal:
         )
 
     def stage(self, title: str) -> None:
-        self.console.print(Text.assemble(("==>", "bold"), f" {title}"), soft_wrap=True)
+        self.console.print(Text.assemble(("==>", "bold"), f" {printable(title)}"), soft_wrap=True)
 
     def note(self, text: str) -> None:
-        self.console.print(f"    {text}", soft_wrap=True)
+        self.console.print(f"    {printable(text)}", soft_wrap=True)
 
     @contextmanager
     def task(self, title: str, total: int, unit: str = "") -> Iterator[Advance]:
@@ -57,7 +58,7 @@ class Terminal:
             TimeRemainingColumn(),
         ]
         with Progress(*columns, console=self.console, transient=True) as progress:
-            bar = progress.add_task(title, total=total)
+            bar = progress.add_task(printable(title), total=total)
             yield lambda amount: progress.advance(bar, amount)
 
 

@@ -11,7 +11,7 @@ import click
 
 from quantize import methods
 from quantize.cli.display import Display
-from quantize.errors import ConfigError
+from quantize.errors import ConfigError, storage_errors
 from quantize.options import (
     DESTINATION,
     DISPLAY,
@@ -50,7 +50,7 @@ def options_of(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def wrapped(**typed: Any) -> Any:
             values = {row: typed.pop(_parameter(row)) for row in rows}
             display = Display(**_taken(values, DISPLAY))
-            with display.errors():
+            with display.errors(), storage_errors():
                 _set_patience(**_taken(values, HUB))
                 return function(**typed, **_records(values), display=display)
 

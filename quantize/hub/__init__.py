@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -11,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.errors import AccessDenied, CorruptModel, PublishError, storage_errors
+from quantize import documents
+from quantize.errors import CREDENTIALS, AccessDenied, CorruptModel, PublishError, StorageError, storage_errors
 from quantize.files import git_blob_id, hash_file
-from quantize.hub.retries import retried, set_deadlines, translated
+from quantize.hub.retries import ENDPOINT, address, retried, set_deadlines, translated
 from quantize.progress import Advance, ignore
 
 if TYPE_CHECKING:
@@ -57,17 +57,22 @@ def api() -> HfApi:
     """The client, at HF_ENDPOINT where that is set, with a token from huggingface_hub's usual places."""
     from huggingface_hub import HfApi
 
+    address()
     set_deadlines()
-    return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, library_name="quantize-bnb")
+    return HfApi(endpoint=os.environ.get(ENDPOINT) or None, library_name="quantize-bnb")
 
 
 def endpoint() -> str:
-    return str(api().endpoint)
+    """Where the Hub is, as it may be shown and recorded."""
+    return address()
 
 
 def cache_folder() -> Path:
+    """The Hub's cache on this machine; raises StorageError where nobody knows of a place for it."""
     from huggingface_hub import constants
 
+    if constants.HF_HUB_CACHE.startswith("~"):
+        raise StorageError("there is no home folder for the Hub's cache: set HOME, or HF_HOME to a folder")
     return Path(constants.HF_HUB_CACHE)
 
 
@@ -172,14 +177,10 @@ def open_pull_request(repo_id: str, author: str, mark: str) -> int | None:
 
 def read_json(repo_id: str, commit: str, file: RemoteFile) -> dict[str, Any]:
     """A small JSON file at a commit, as the Hub lists it; it stays in the Hub's cache. Raises CorruptModel."""
-    local = fetch(repo_id, commit, [file]) / file.path
-    try:
-        content = json.loads(local.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CorruptModel(f"{file.path} of {repo_id} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CorruptModel(f"{file.path} of {repo_id} is not a JSON object")
-    return content
+    where = f"{file.path} of {repo_id}"
+    if file.size > documents.LARGEST:
+        raise CorruptModel(f"{where} has {file.size:,} bytes, and may have {documents.LARGEST:,}")
+    return documents.read_json(fetch(repo_id, commit, [file]) / file.path, where, CorruptModel, finite=False)
 
 
 def fetch(
@@ -311,7 +312,7 @@ def commit(
             create_pr=pull_request,
             num_threads=2,
         )
-    return str(info.oid), info.pr_url
+    return str(info.oid), CREDENTIALS.sub("", info.pr_url) if info.pr_url else None
 
 
 def _remote_file(sibling: Any) -> RemoteFile:

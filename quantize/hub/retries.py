@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
+from urllib.parse import urlsplit
 
 import tenacity
 
@@ -25,6 +26,7 @@ from quantize.errors import (
 )
 from quantize.options import HUB_WAIT
 
+ENDPOINT = "HF_ENDPOINT"
 TIMEOUT = "QUANTIZE_HUB_TIMEOUT"
 DEFAULT_TIMEOUT = 120.0
 """Seconds without a single byte from the Hub after which a request is given up; the client itself waits for ever."""
@@ -158,7 +160,7 @@ def _meaning(error: BaseException, repo_id: str, revision: str | None) -> Quanti
     """The known error behind what the client raised, None for anything else, which is a bug."""
     from huggingface_hub import errors
 
-    here = _endpoint()
+    here = address()
     match error:
         case RuntimeError() if isinstance(error.__cause__, Exception):
             # The client's threads wrap what went wrong while they sent a file.
@@ -252,7 +254,14 @@ def _retry_after(response: Any) -> float | None:
     return max(0.0, (until - datetime.datetime.now(datetime.UTC)).total_seconds())
 
 
-def _endpoint() -> str:
+def address() -> str:
+    """Where the Hub is, without the credentials that HF_ENDPOINT may hold; raises ConfigError."""
     from huggingface_hub import constants
 
-    return os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
+    try:
+        parts = urlsplit(os.environ.get(ENDPOINT) or constants.ENDPOINT)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ValueError("it is no plain address")
+    except ValueError as error:
+        raise ConfigError(f"{ENDPOINT} is no address of a Hub: it begins with https:// or http://") from error
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"

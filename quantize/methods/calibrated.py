@@ -34,7 +34,8 @@ def check(checkout: Checkout, recipe: Recipe, corpus: str) -> None:
     if recipe.bits == 4 and options.calibration != SELF:
         trust = {"local_files_only": True, "trust_remote_code": checkout.source.remote_code}
         config = AutoConfig.from_pretrained(checkout.folder, **trust)
-        calibration_text.from_text(options, config, AutoTokenizer.from_pretrained(checkout.folder, **trust), corpus)
+        tokenizer = AutoTokenizer.from_pretrained(checkout.folder, **trust)
+        calibration_text.from_text(calibration_text.read(options.calibration), options, config, tokenizer, corpus)
 
 
 def attempts(recipe: Recipe) -> tuple[Recipe, ...]:
@@ -60,7 +61,10 @@ def describe(recipe: Recipe, quantized: Quantized) -> str:
     text = quantized.calibration_text
     if text is None:
         return ""
-    origin = "that the original wrote itself" if text.source == SELF else f"of `{text.source}`"
+    if text.source == SELF:
+        origin = "that the original wrote itself"
+    else:
+        origin = f"of `{text.source}`" + (f" (data set {text.repo_id} at commit {text.commit})" if text.repo_id else "")
     epochs = CalibratedOptions.of(recipe).epochs
     learned = f", and rounding was then learned in {epochs} epochs on that text" if epochs else ""
     return (

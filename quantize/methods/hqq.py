@@ -55,9 +55,9 @@ def quantize(job: Job) -> Quantized:
     recipe, device = job.recipe, job.device
     dtype = checkpoint.half_precision(job.checkout, recipe, job.progress)
     inputs = {"source": job.checkout.source.fingerprint(), "recipe": recipe, "dtype": dtype, "device": device}
-    folder = ResumeFolder.begin(job.resume_folder, inputs).folder
+    resume = ResumeFolder.begin(job.resume_folder, inputs)
     rounding = functools.partial(round_tensors, recipe=recipe)
-    written = checkpoint.write(job.checkout, job.output, recipe, dtype, device, job.progress, folder, rounding=rounding)
+    written = checkpoint.write(job.checkout, job.output, recipe, dtype, device, job.progress, resume, rounding=rounding)
     return Quantized(written.modules, written.kept_modules, dtype, device, round(time.monotonic() - started, 3))
 
 

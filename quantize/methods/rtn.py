@@ -17,8 +17,8 @@ def quantize(job: Job) -> Quantized:
     started = time.monotonic()
     dtype = checkpoint.half_precision(job.checkout, job.recipe, job.progress)
     inputs = {"source": job.checkout.source.fingerprint(), "recipe": job.recipe, "dtype": dtype, "device": job.device}
-    folder = ResumeFolder.begin(job.resume_folder, inputs).folder
-    written = checkpoint.write(job.checkout, job.output, job.recipe, dtype, job.device, job.progress, folder)
+    resume = ResumeFolder.begin(job.resume_folder, inputs)
+    written = checkpoint.write(job.checkout, job.output, job.recipe, dtype, job.device, job.progress, resume)
     seconds = round(time.monotonic() - started, 3)
     return Quantized(written.modules, written.kept_modules, dtype, job.device, seconds)
 

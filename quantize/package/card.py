@@ -22,6 +22,7 @@ from model_card import (
 from quantize import hub, methods
 from quantize.evidence import Attempt, Estimate, Evidence
 from quantize.files import FIGURES
+from quantize.formats.source_model import grouped
 from quantize.grades import LIMITS, UNMEASURED
 from quantize.options import Option
 from quantize.records import CalibrationText, EvaluationSettings, Provenance, Recipe, Source
@@ -62,6 +63,7 @@ def facts(
         block_32_modules=len(quantized.block_32_modules),
         half_precision_modules=len(quantized.half_precision_modules),
         kept_modules=quantized.kept_modules,
+        unused_tensors=tuple(grouped(evidence.unused_tensors).items()),
         source_bytes=evidence.sizes.source_bytes,
         package_bytes=evidence.sizes.package_bytes,
         bits_per_parameter=evidence.sizes.bits_per_parameter,

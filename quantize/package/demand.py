@@ -11,7 +11,7 @@ from typing import Any
 from quantize import methods
 from quantize.errors import CorpusError
 from quantize.files import hash_file
-from quantize.options import SETTINGS, GivenText
+from quantize.options import SETTINGS, TextName
 from quantize.records import Demand, EvaluationSettings, Recipe
 
 
@@ -36,10 +36,10 @@ def _without_paths(settings: EvaluationSettings) -> EvaluationSettings:
     return dataclasses.replace(settings, **bare)
 
 
-def _given_texts() -> Iterator[tuple[str, GivenText]]:
+def _given_texts() -> Iterator[tuple[str, TextName]]:
     """The fields that may name a text of the user's own."""
     for option in (*methods.options(), *SETTINGS):
-        if isinstance(option.kind, GivenText):
+        if isinstance(option.kind, TextName):
             yield option.field, option.kind
 
 

@@ -61,6 +61,6 @@ def finished(output: Path, source: Source, demand: Demand, *, outdated: bool = F
             f"{output} holds a package of another source or recipe: name another --output, or replace it with --force"
         )
     if made_as != demand:
-        raise PackageError(f"{output} was made with other settings or texts: see `quantize verify`, or use --force")
+        raise PackageError(f"{output} was measured with other settings or texts: see `quantize verify`, or use --force")
     require_unchanged(package)
     return package

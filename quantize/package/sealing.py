@@ -6,8 +6,10 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+from quantize.errors import PackageError
 from quantize.evidence import Evidence
 from quantize.files import CARD, CONFIG, PARITY, PROVENANCE, RECEIPT, blob_ids, hash_file, records_of
+from quantize.folders import write_text
 from quantize.formats.safetensors import weight_files
 from quantize.records import Checkout, FileRecord, Provenance
 from quantize.serialization import to_json
@@ -25,20 +27,28 @@ def copy_carried(checkout: Checkout, names: tuple[str, ...], staging: Path) -> N
 
 
 def write_evidence(staging: Path, evidence: Evidence) -> None:
-    (staging / PARITY).write_text(to_json(evidence), "utf-8")
+    write_text(staging / PARITY, to_json(evidence))
 
 
 def write_card(staging: Path, card: str) -> None:
-    (staging / CARD).write_text(card, "utf-8", newline="\n")
+    write_text(staging / CARD, card)
 
 
-def seal(staging: Path, provenance: Provenance) -> Provenance:
-    """Write provenance.json with the hashes of everything else in the folder."""
+def seal(staging: Path, provenance: Provenance, measured: tuple[FileRecord, ...] = ()) -> Provenance:
+    """Write provenance.json with the hashes of everything else in the folder.
+
+    Raises PackageError where a file is not as it was when it was `measured`.
+    """
     for path in weight_files(staging):
         shutil.copymode(staging / CONFIG, path)  # safetensors makes files that only their owner may read
     files = records_of(staging, without=UNSEALED)
+    changed = sorted(file.path for file in set(measured) - set(files))
+    if changed:
+        raise PackageError(
+            f"{staging / changed[0]} was changed after it was measured: run again when nothing writes there"
+        )
     sealed = dataclasses.replace(provenance, files=files, blob_ids=blob_ids(staging, files))
-    (staging / PROVENANCE).write_text(to_json(sealed), "utf-8")
+    write_text(staging / PROVENANCE, to_json(sealed))
     return sealed
 
 
@@ -48,5 +58,5 @@ def reseal_card(staging: Path, provenance: Provenance) -> Provenance:
     listed = tuple(new if file.path == CARD else file for file in provenance.files)
     ids = provenance.blob_ids | blob_ids(staging, [new])
     sealed = dataclasses.replace(provenance, files=listed, blob_ids=ids)
-    (staging / PROVENANCE).write_text(to_json(sealed), "utf-8")
+    write_text(staging / PROVENANCE, to_json(sealed))
     return sealed

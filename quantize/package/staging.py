@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from quantize.errors import PackageError, storage_errors
-from quantize.files import PROVENANCE, locked
+from quantize.errors import PackageError, printable, storage_errors
+from quantize.files import PROVENANCE, flush, locked
+from quantize.folders import require_no_link
 
 BUILDING, REFUSED, UNFINISHED = ".building", "-refused", ".unfinished"
 """Endings of names beside a package's own: under construction, refused, finished parts of a run that was stopped."""
@@ -25,7 +25,6 @@ def staging_folder(output: Path) -> Iterator[Path]:
     busy = PackageError(f"another run is building {output}: wait for it, or name another --output")
     with storage_errors(staging), locked(output, busy):
         try:
-            output.parent.mkdir(parents=True, exist_ok=True)
             _restore(output)
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
@@ -43,12 +42,20 @@ def move_into_place(staging: Path, output: Path, *, passed: bool) -> Path:
     if final.exists():
         final.rename(outdated)
     staging.rename(final)
+    flush(final.parent)
     shutil.rmtree(outdated, ignore_errors=True)
     return final
 
 
 def require_replaceable(output: Path) -> None:
-    """Raise PackageError unless `output` is free or holds a package: nothing else is ever replaced."""
+    """Raise PackageError unless `output` is free or holds a package: nothing else is ever replaced.
+
+    Nothing is written through a link of that name, or of those beside it: raises StorageError.
+    """
+    if output.name in ("", "..") or printable(output.name) != output.name:
+        raise PackageError(f"{output} is no name for a new folder: name another --output")
+    for ending in ("", BUILDING, REFUSED, UNFINISHED):
+        require_no_link(output.with_name(f"{output.name}{ending}"))
     for folder in (output, refused_folder(output)):
         if folder.exists() and not (folder / PROVENANCE).is_file():
             raise PackageError(f"{folder} exists and is not a package: name another --output")
@@ -73,7 +80,5 @@ def _restore(output: Path) -> None:
 
 def _flush(folder: Path) -> None:
     """Files reach the disk before the name does, so that a power cut leaves no half package."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    for path in (*folder.rglob("*"), folder):
+        flush(path)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantize.evidence import CacheRecord, Check, Control, CorpusRecord, Generation, Look, Scores, StandardPerplexity
+from quantize.formats import source_model
 from quantize.formats.safetensors import weight_bytes
 from quantize.grades import grade_of
 from quantize.parity import corpus, generation, scoring, sequential, standard_perplexity, statistics, structure
@@ -67,8 +68,9 @@ def compare(
     """Score the pair on windows of `text`, generate, and measure whatever else the settings ask for."""
     window = min(settings.window, pair.context)
     windows, record = corpus.windows_of(text, pair.tokenizer, window, settings.max_windows, settings.seed)
+    source_model.require_known_tokens(windows, pair.vocabulary, pair.checkout.source.name)
     checks = [_arithmetic_check(pair, windows)] if pair.device == "cpu" else []
-    cache = _open_cache(reference_cache, pair, record, settings) if reference_cache else None
+    cache = _open_cache(reference_cache, pair, record, settings, progress) if reference_cache else None
     comparison = _Comparison(pair, settings, progress, cache)
     scores, looks = _score(comparison, windows)
     checks.append(_outputs_check(scores))
@@ -106,9 +108,11 @@ def _outputs_check(scores: Scores | None) -> Check:
     return Check("outputs", True, "all outputs are finite")
 
 
-def _open_cache(path: Path, pair: Pair, record: CorpusRecord, settings: EvaluationSettings) -> ReferenceCache:
+def _open_cache(
+    path: Path, pair: Pair, record: CorpusRecord, settings: EvaluationSettings, progress: Progress
+) -> ReferenceCache:
     contents = contents_of(pair.checkout.source, record, settings.seed, pair.vocabulary)
-    return ReferenceCache(path, contents, lambda: pair.placed_reference.dtype)
+    return ReferenceCache(path, contents, lambda: pair.placed_reference.dtype, progress.note)
 
 
 def _score(comparison: _Comparison, windows: torch.Tensor) -> tuple[Scores | None, tuple[Look, ...]]:

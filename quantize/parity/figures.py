@@ -30,6 +30,7 @@ def draw(evidence: Evidence, folder: Path) -> tuple[str, ...]:
         "weight-errors.png": _weight_errors(evidence.weight_errors),
     }
     for name, figure in drawings.items():
+        (folder / name).unlink(missing_ok=True)  # a link of that name is replaced, not followed
         figure.savefig(folder / name, dpi=DPI, metadata={"Software": None})
     return tuple(drawings)
 

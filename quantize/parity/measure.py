@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,16 +12,19 @@ from typing import Any
 from quantize import devices
 from quantize.errors import CorruptModel, DeviceError
 from quantize.evidence import Check, Evidence, Sizes
-from quantize.formats import ties
+from quantize.formats import source_model, ties
 from quantize.formats.bitsandbytes import checks as format_checks
 from quantize.formats.bitsandbytes import loading
 from quantize.formats.bitsandbytes.config import ExpectedConfig
 from quantize.formats.safetensors import recorded_weight_bytes, weight_bytes
-from quantize.parity import comparison, corpus, structure, verdict
+from quantize.parity import comparison, corpus, generation, structure, verdict
 from quantize.parity.comparison import Measurements
-from quantize.parity.models import Pair, load_tokenizer
+from quantize.parity.models import Pair, load_tokenizer, text_config
 from quantize.progress import Progress
 from quantize.records import Checkout, EvaluationSettings
+
+SAMPLE = 1_000_000
+"""Characters of a corpus that are looked at before the work."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,11 @@ class _Structure:
 
 def check_inputs(checkout: Checkout, settings: EvaluationSettings) -> None:
     """Raise CorpusError or CorruptModel now, rather than after hours, when nothing could be measured with these."""
-    corpus.load(settings.corpus)
-    source_tokenizer(checkout)
+    text, tokenizer = corpus.load(settings.corpus).text, source_tokenizer(checkout)
+    vocabulary = int(text_config(checkout).vocab_size)
+    for sample in (text[:SAMPLE], *generation.prompts()):
+        ids = tokenizer(sample, return_tensors="pt", verbose=False).input_ids
+        source_model.require_known_tokens(ids, vocabulary, checkout.source.name)
 
 
 def source_tokenizer(checkout: Checkout) -> Any:
@@ -63,9 +69,10 @@ def measure(
     `controls` are folders of other quantized versions, which are scored on the same windows as well; with
     `settings.controls` the source in float16 is one of them.
     With a `reference_cache` the models are loaded one at a time, and the reference's logits are kept in that file.
-    Raises CorpusError or DeviceError; a bad candidate is no error but a verdict.
+    Raises CorruptModel (the source), CorpusError or DeviceError; a bad candidate is no error but a verdict.
     """
     started = time.monotonic()
+    unused = source_model.check_tensors(checkout)
     text = corpus.load(settings.corpus)
     expected = expected or ExpectedConfig.read_if_possible(candidate)
     trust = checkout.source.remote_code and structure.same_code(checkout.folder, candidate)
@@ -76,7 +83,7 @@ def measure(
         measured = Measurements()
         if all(check.passed for check in examined.checks):
             measured = comparison.compare(pair, text, settings, progress, controls, reference_cache)
-    return _evidence(pair, examined, measured, settings, started)
+    return replace(_evidence(pair, examined, measured, settings, started), unused_tensors=unused)
 
 
 def unmeasured(
@@ -104,6 +111,7 @@ def unmeasured(
         sizes=_sizes(checkout, candidate, checkout.source.parameters),
         environment=devices.describe(device),
         seconds=round(time.monotonic() - started, 3),
+        unused_tensors=source_model.check_tensors(checkout),
     )
 
 

@@ -13,10 +13,13 @@ from typing import Any
 
 from quantize import devices
 from quantize.errors import DeviceError
+from quantize.formats import source_model
 from quantize.formats.bitsandbytes import loading
 from quantize.formats.safetensors import weight_bytes
 from quantize.records import Checkout
 
+CHECKPOINT = "the checkpoint"
+"""What errors call a candidate: its folder's name says nothing during a run."""
 HALF = {"BF16": "bfloat16"}
 """The half precision of a source by the type it is stored in; float16 for all others."""
 
@@ -70,11 +73,7 @@ class Pair:
 
     @functools.cached_property
     def _config(self) -> Any:
-        from transformers import AutoConfig
-
-        trust = self.checkout.source.remote_code
-        config = AutoConfig.from_pretrained(self.checkout.folder, local_files_only=True, trust_remote_code=trust)
-        return config.get_text_config()
+        return text_config(self.checkout)
 
     @property
     def context(self) -> int:
@@ -138,6 +137,15 @@ class Pair:
         return placed
 
 
+def text_config(checkout: Checkout) -> Any:
+    """What the source's config says of the part that reads and writes text."""
+    from transformers import AutoConfig
+
+    trust = checkout.source.remote_code
+    config = AutoConfig.from_pretrained(checkout.folder, local_files_only=True, trust_remote_code=trust)
+    return config.get_text_config()
+
+
 def load_reference(checkout: Checkout, device: str, beside: int, offload: Path) -> Placed:
     """The source in float32, in half precision where that does not fit, or spread where neither does.
 
@@ -148,13 +156,12 @@ def load_reference(checkout: Checkout, device: str, beside: int, offload: Path) 
     half = HALF.get(source.dtype, "float16")
     for dtype, width in (("float32", 4), (half, 2)):
         if source.parameters * width <= free:
-            return _load(checkout.folder, source.remote_code, {"": device}, dtype=dtype)
+            return _load(checkout.folder, source.name, source.remote_code, {"": device}, dtype=dtype)
     memory = {**devices.accelerators(device), "cpu": devices.usable_memory("cpu")}
     first = next(iter(memory))
     memory[first] = max(0, memory[first] - beside)
-    return _load(
-        checkout.folder, source.remote_code, "auto", dtype=half, max_memory=memory, offload_folder=offload / source.name
-    )
+    spread = {"max_memory": memory, "offload_folder": offload / source.name}
+    return _load(checkout.folder, source.name, source.remote_code, "auto", dtype=half, **spread)
 
 
 def load_candidate(folder: Path, device: str, trust_remote_code: bool, dtype: str | None = None) -> Placed:
@@ -165,7 +172,7 @@ def load_candidate(folder: Path, device: str, trust_remote_code: bool, dtype: st
     options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     needed = weight_bytes(folder)
     if needed <= devices.usable_memory(device):
-        return _load(folder, trust_remote_code, {"": device}, **options)
+        return _load(folder, CHECKPOINT, trust_remote_code, {"": device}, **options)
     memory = devices.accelerators(device)
     if needed > sum(memory.values()):
         raise DeviceError(
@@ -173,7 +180,7 @@ def load_candidate(folder: Path, device: str, trust_remote_code: bool, dtype: st
             f"{devices.usable_memory(device) / 1e9:.2f} GB can be used: try --reference-cache FILE, which "
             f"loads one model at a time, or another --device"
         )
-    return _load(folder, trust_remote_code, "auto", max_memory=memory, **options)
+    return _load(folder, CHECKPOINT, trust_remote_code, "auto", max_memory=memory, **options)
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
@@ -182,19 +189,12 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
 
 
-def _load(folder: Path, trust_remote_code: bool, device_map: Any, **options: Any) -> Placed:
+def _load(folder: Path, name: str, trust_remote_code: bool, device_map: Any, **options: Any) -> Placed:
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            device_map=device_map,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-            **options,
-        )
+        model = source_model.load(folder, name, device_map=device_map, trust_remote_code=trust_remote_code, **options)
     except torch.OutOfMemoryError as error:
         raise DeviceError(
             f"{folder.name} does not fit beside the other model: try --reference-cache FILE, which loads one model at "

@@ -2,8 +2,9 @@
 
 The file is one line of JSON, which says whose logits these are, and then one record per window. Log-probabilities are
 kept as 16-bit codes between the least and the largest of their position, without clipping: steps of about 0.0005 nats.
-The error of that rounding is measured at every position when it is written, stored beside it, and reported. A file that
-a killed run cut short ends at its last whole window, and is continued from there.
+The error of that rounding is measured at every position when it is written, stored beside it, and reported. The
+checksum of a record covers all of it, the header and its place. A file that a killed run cut short ends at its last
+whole window, and is continued from there.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import json
 import os
 import zlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from quantize.documents import parse_json
 from quantize.errors import CorpusError, storage_errors
 from quantize.evidence import CacheRecord, CorpusRecord
 from quantize.files import locked, require_space
@@ -29,7 +32,7 @@ from quantize.records import Source
 if TYPE_CHECKING:
     import torch
 
-VERSION = 1
+VERSION = 2
 CODES = 65_535
 LONGEST_HEADER = 4096
 
@@ -49,19 +52,23 @@ class Contents:
 class ReferenceCache:
     """Log-probabilities of a reference in `path`; satisfies scoring.ReferenceLogits for the windows that it holds."""
 
-    def __init__(self, path: Path, contents: Contents, dtype: Callable[[], str]) -> None:
+    def __init__(
+        self, path: Path, contents: Contents, dtype: Callable[[], str], note: Callable[[str], None] = lambda text: None
+    ) -> None:
         """Open the file, or create it for a reference whose arithmetic has the type that `dtype` gives.
 
-        Raises CorpusError where it holds logits of something else.
+        One that an earlier version of quantize wrote is made anew, with a `note`. Raises CorpusError where it holds
+        logits of something else.
         """
         self.path, self.contents = path, contents
-        if not path.exists() or path.stat().st_size == 0:
-            with storage_errors(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps({"dtype": dtype(), **asdict(contents)}) + "\n", "utf-8")
-        with path.open("rb") as file:
-            header = file.readline(LONGEST_HEADER)
+        header = _header(path)
+        if self._is_outdated(header):
+            note(f"{path} has the format of an earlier version: its logits are computed anew")
+        if not header or self._is_outdated(header):
+            header = self._create(dtype())
         self._begin = len(header)
+        self._header_checksum = zlib.crc32(header)
+        self._undamaged: set[int] = set()
         self.dtype = self._agreed(header)
         positions = contents.window - 1
         self._record = np.dtype(
@@ -75,11 +82,33 @@ class ReferenceCache:
             ]
         )
 
-    def _agreed(self, header: bytes) -> str:
+    def _create(self, dtype: str) -> bytes:
+        """Begin the file anew; its header."""
+        header = json.dumps({"dtype": dtype, **asdict(self.contents)}).encode() + b"\n"
+        with self._locked(), storage_errors(self.path):
+            self.path.write_bytes(header)
+        return header
+
+    def _locked(self) -> AbstractContextManager[None]:
+        return locked(
+            self.path,
+            CorpusError(f"another run is writing {self.path}: wait for it, or choose another --reference-cache file"),
+        )
+
+    def _is_outdated(self, header: bytes) -> bool:
+        """Whether the file holds the same logits in the format of an earlier version."""
         try:
             stored = json.loads(header)
+            earlier = stored.pop("version") < VERSION
+            return earlier and {**stored, "version": VERSION} == {"dtype": stored["dtype"], **asdict(self.contents)}
+        except (ValueError, KeyError, AttributeError, TypeError):
+            return False
+
+    def _agreed(self, header: bytes) -> str:
+        try:
+            stored = parse_json(header)
             dtype = str(stored.pop("dtype"))
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError, TypeError):
             stored, dtype = None, ""
         if stored != asdict(self.contents):
             raise CorpusError(
@@ -106,16 +135,17 @@ class ReferenceCache:
                 f"{self.path} holds logits in {self.dtype}, and the original now fits only in {reference.dtype}: "
                 f"choose another --reference-cache file"
             )
-        busy = CorpusError(f"another run is writing {self.path}: wait for it, or choose another --reference-cache file")
-        with locked(self.path, busy), storage_errors(self.path), self.path.open("r+b") as file, torch.inference_mode():
+        with self._locked(), storage_errors(self.path), self.path.open("r+b") as file, torch.inference_mode():
             held = self.windows
             size = self._record.itemsize
             require_space(self.path.parent, (len(windows) - held) * size, f"the reference cache {self.path.name}")
             file.truncate(self._begin + held * size)
             file.seek(0, os.SEEK_END)
-            for window in windows[held:]:
+            for index, window in enumerate(windows[held:], held):
                 logits = reference.model(window[None].to(device)).logits[0, :-1]
-                file.write(self._pack(logits, window[1:].to(logits.device)).view(np.uint8).data)
+                packed = self._pack(logits, window[1:].to(logits.device))
+                packed["checksum"] = self._checksum(packed, index)
+                file.write(packed.view(np.uint8).data)
 
     def logits(self, start: int, tokens: torch.Tensor) -> torch.Tensor:
         """Log-probabilities [count, window - 1, vocabulary], which are logits too; raises CorpusError when damaged."""
@@ -124,8 +154,6 @@ class ReferenceCache:
         stack = []
         for index in range(start, start + len(tokens)):
             record = self._read(index)
-            if zlib.crc32(record["codes"]) != record["checksum"]:
-                raise CorpusError(f"{self.path} is damaged at window {index}: delete it and run again")
             values = record["codes"].astype(np.float32)
             values *= record["step"][:, None]
             values += record["low"][:, None]
@@ -133,7 +161,7 @@ class ReferenceCache:
         return torch.stack(stack).to(tokens.device)
 
     def record(self, windows: int) -> CacheRecord:
-        """The error of rounding over the first `windows` windows."""
+        """The error of rounding over the first `windows` windows; raises CorpusError when damaged."""
         records = [self._read(index) for index in range(windows)]
         kld = np.stack([record["kld"] for record in records])
         return CacheRecord(
@@ -146,7 +174,16 @@ class ReferenceCache:
         )
 
     def _read(self, index: int) -> Any:
-        return np.memmap(self.path, self._record, "r", self._begin + index * self._record.itemsize, (1,))[0]
+        stored = np.memmap(self.path, self._record, "r", self._begin + index * self._record.itemsize, (1,))
+        if index not in self._undamaged and self._checksum(stored, index) != stored["checksum"][0]:
+            raise CorpusError(f"{self.path} is damaged at window {index}: delete it and run again")
+        self._undamaged.add(index)
+        return stored[0]
+
+    def _checksum(self, packed: np.ndarray[Any, Any], index: int) -> int:
+        """Of a record but for its last field, which is this: under the file's header and at its place in the file."""
+        content = packed.view(np.uint8)[: -self._record["checksum"].itemsize].data
+        return zlib.crc32(content, zlib.crc32(str(index).encode(), self._header_checksum))
 
     def _pack(self, logits: torch.Tensor, targets: torch.Tensor) -> np.ndarray[Any, Any]:
         import torch
@@ -165,8 +202,15 @@ class ReferenceCache:
             record["codes"][part] = codes.to(torch.int32).cpu().numpy()
             for name, value in (("low", low), ("step", step), ("kld", kld), ("nll_shift", kept_nll - nll)):
                 record[name][part] = value.cpu().numpy()
-        packed["checksum"] = zlib.crc32(record["codes"])
         return packed
+
+
+def _header(path: Path) -> bytes:
+    """The first line of the file; nothing where there is none."""
+    if not path.exists():
+        return b""
+    with path.open("rb") as file:
+        return file.readline(LONGEST_HEADER)
 
 
 def contents_of(source: Source, corpus: CorpusRecord, seed: int, vocabulary: int) -> Contents:

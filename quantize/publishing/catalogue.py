@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import difflib
 import textwrap
-import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantize import methods
+from quantize import documents, methods
 from quantize.errors import ConfigError
 from quantize.options import SETTINGS, Kind, Option, Text
 from quantize.publishing.toml_lines import Table, tables_of
@@ -48,17 +47,14 @@ class Catalogue:
 def read(path: Path) -> Catalogue:
     """The catalogue. Raises ConfigError, which names every problem with its line."""
     try:
-        text = path.read_text("utf-8")
-        content = tomllib.loads(text)
+        content, text = documents.read_toml(path, path, ConfigError)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from error
     checked = _checked(content, *tables_of(text))
     if checked.problems:
         lines = [f"{path}:{line}: {words}" for line, words in sorted(checked.problems)]
         summary = [f"{path} has {len(lines)} problems:"] if len(lines) > 1 else []
-        raise ConfigError("\n".join(summary + lines))
+        raise ConfigError(*summary, *lines)
     entries = tuple(_entry(checked.defaults.content, model.content, model.line) for model in checked.models)
     first = {words: line for line, words in sorted(checked.notes, reverse=True)}
     notes = (f"note: {path}:{line}: {words}" for words, line in sorted(first.items(), key=lambda item: item[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
@@ -52,7 +53,7 @@ def sync(request: SyncRequest, progress: Progress) -> SyncReport:
     outcomes: list[SyncOutcome] = []
     code = 0
     busy = ConfigError(f"another job works on {request.catalogue}: wait for it")
-    with locked(request.catalogue.resolve(), busy):
+    with contextlib.nullcontext() if request.dry_run else locked(request.folder / request.catalogue.name, busy):
         for number, entry in enumerate(entries, 1):
             progress.stage(f"{number} of {len(entries)}: {entry.repo}")
             tried = sum(outcome.state in TRIED for outcome in outcomes)

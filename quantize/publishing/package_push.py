@@ -9,6 +9,7 @@ from pathlib import Path
 from quantize import package, pipeline
 from quantize.errors import storage_errors
 from quantize.files import PROVENANCE, RECEIPT, hash_file
+from quantize.folders import write_text
 from quantize.package import Package
 from quantize.progress import Progress
 from quantize.publishing.audit import card_on_disk, front_matter, require_sound
@@ -60,7 +61,7 @@ def push(
         receipt, key=sealed.provenance.key, started=started, finished=now(), downloaded=downloaded
     )
     with storage_errors(folder):
-        (folder / RECEIPT).write_text(to_json(receipt), "utf-8")
+        write_text(folder / RECEIPT, to_json(receipt))
     return receipt
 
 

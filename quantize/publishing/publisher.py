@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from quantize import documents
 from quantize.errors import ConfigError
+from quantize.folders import expanded
 from quantize.records import Publisher
 
 CONFIG = "QUANTIZE_CONFIG"
-ADDRESS = re.compile(r"(?:https?://|mailto:)[^\s()<>]+")
+ADDRESS = re.compile(r"(?:https?://(?![^/\s]*@)|mailto:)[^\s()<>]+")
 
 
 def chosen(name: str | None, links: Iterable[str]) -> Publisher | None:
@@ -28,10 +29,7 @@ def chosen(name: str | None, links: Iterable[str]) -> Publisher | None:
     path = config_path()
     if not path.is_file():
         return None
-    try:
-        content = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from error
+    content, _ = documents.read_toml(path, path, ConfigError)
     publisher = content.get("publisher")
     if publisher is None:
         return None
@@ -44,7 +42,7 @@ def config_path() -> Path:
     """The file that QUANTIZE_CONFIG names, or quantize/config.toml where this system keeps settings."""
     if os.environ.get(CONFIG):
         return Path(os.environ[CONFIG])
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "quantize" / "config.toml"
+    return expanded(os.environ.get("XDG_CONFIG_HOME") or "~/.config") / "quantize" / "config.toml"
 
 
 def _pair(link: str) -> tuple[str, str]:

@@ -20,7 +20,7 @@ class Table:
 
 
 TOKEN = re.compile(r"""\"{3}(?:\\.|[^\\])*?\"{3}|'{3}.*?'{3}|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|#[^\n]*""", re.DOTALL)
-HEADER = re.compile(r"\s*\[\[?\s*(?P<name>[^\[\]]+?)\s*\]\]?\s*(?:#.*)?$")
+HEADER = re.compile(r"\s*\[\[?(?P<name>[^\[\]]+)\]\]?\s*(?:#.*)?$")
 KEY = re.compile(r"""\s*(?P<quote>["']?)(?P<name>[^"'\s=.\[\]#]+)(?P=quote)\s*[=.]""")
 
 
@@ -31,7 +31,7 @@ def tables_of(text: str) -> list[Table]:
     plain = TOKEN.sub(lambda token: "\n" * token[0].count("\n") or token[0], text)
     for number, line in enumerate(plain.split("\n"), start=1):
         if header := HEADER.match(line):
-            tables.append(Table(header["name"].strip("\"'"), number, {}))
+            tables.append(Table(header["name"].strip().strip("\"'"), number, {}))
         elif key := KEY.match(line):
             tables[-1].keys.setdefault(key["name"], number)
     return tables

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from quantize import hub
-from quantize.errors import CorruptModel, PackageError, SourceNotFound, UnsupportedModel
-from quantize.files import CONFIG, hash_file, require_space
+from quantize.documents import read_json
+from quantize.errors import CorruptModel, PackageError, SourceChanged, SourceNotFound, UnsupportedModel, printable
+from quantize.files import CONFIG, hash_file, require_space, stamp
+from quantize.folders import expanded, listing, require_own
 from quantize.formats import safetensors
 from quantize.formats.safetensors import INDEX, is_weights
-from quantize.progress import Progress
-from quantize.records import Checkout, FileRecord, Source
-from quantize.source.selection import choose_files
-from quantize.source.support import check_config, needs_remote_code
+from quantize.progress import Progress, ignore
+from quantize.records import Checkout, FileRecord, Source, Stamp
+from quantize.source.selection import choose_files, is_settings, require_config, require_no_adapter
+from quantize.source.support import check_config, needs_remote_code, runs_remote_code
 
 
 def fetch(reference: str, *, revision: str | None, trust_remote_code: bool, progress: Progress) -> Checkout:
@@ -27,7 +29,7 @@ def fetch(reference: str, *, revision: str | None, trust_remote_code: bool, prog
     if is_local(reference):
         if revision is not None:
             raise SourceNotFound(f"{reference} is a local folder and has no revisions: leave --revision out")
-        return _from_folder(Path(reference).expanduser(), trust_remote_code, progress)
+        return _from_folder(expanded(reference), trust_remote_code, progress)
     return _from_hub(reference, revision, trust_remote_code, progress)
 
 
@@ -49,44 +51,81 @@ def fetch_checkpoint(reference: str, records: tuple[str, ...], progress: Progres
     `records` are files to bring besides, where the repo has them. Nothing is said about what the checkpoint is.
     """
     if is_local(reference):
-        return Path(reference).expanduser()
-    commit, listing = hub.resolve(reference, None)
-    remote = {file.path: file for file in listing}
+        return _local_checkpoint(expanded(reference))
+    commit, files = hub.resolve(reference, None)
+    remote = {file.path: file for file in files}
     index = hub.read_json(reference, commit, remote[INDEX]) if INDEX in remote else None
     chosen = [*choose_files(remote, index, reference, remote_code=False), *(name for name in records if name in remote)]
     require_space(hub.cache_folder(), sum(remote[path].size for path in chosen), f"downloading {reference}")
     return _downloaded(reference, commit, [remote[path] for path in chosen], progress)
 
 
+@contextmanager
+def watched(checkout: Checkout) -> Iterator[None]:
+    """Work on a source whose files must stay as they were hashed.
+
+    Raises SourceChanged at the end where one does not, also in place of an error that came of it.
+    """
+    try:
+        yield
+    except Exception:
+        _require_unchanged(checkout)
+        raise
+    _require_unchanged(checkout)
+
+
+def _require_unchanged(checkout: Checkout) -> None:
+    """Hash again what has another stamp than when it was hashed."""
+    for file in checkout.source.files:
+        path = checkout.folder / file.path
+        if not path.is_file():
+            raise SourceChanged(f"{path} is gone since the run began: restore it, and run again")
+        if stamp(path) != checkout.stamps.get(file.path) and hash_file(path)[1] != file.sha256:
+            raise SourceChanged(f"{path} was changed while the run worked on it: run again when nothing writes there")
+
+
+def _local_checkpoint(folder: Path) -> Path:
+    """A folder whose settings and weights are files of its own, and whose settings can be read."""
+    paths = [path for path in listing(folder) if "/" not in path] if folder.is_dir() else []
+    require_no_adapter(paths, str(folder))
+    loaded = [path for path in paths if is_settings(path) or is_weights(path)]
+    require_own(folder, loaded, CorruptModel)
+    _require_readable(folder, loaded)
+    return folder
+
+
 def is_local(reference: str) -> bool:
     """Whether a reference means a folder: it exists, or no Hub id is written like it."""
-    return Path(reference).expanduser().is_dir() or reference.startswith((".", "/", "~"))
+    return reference.startswith((".", "/", "~")) or Path(reference).is_dir()
 
 
 def name_of(reference: str) -> str:
     """The last part of a model's name: `distilgpt2` for `distilbert/distilgpt2`."""
-    return Path(reference).expanduser().resolve().name if is_local(reference) else reference.rsplit("/", 1)[-1]
+    return expanded(reference).resolve().name if is_local(reference) else reference.rsplit("/", 1)[-1]
 
 
 def _from_folder(folder: Path, trust_remote_code: bool, progress: Progress) -> Checkout:
-    name = str(folder)
     if not folder.is_dir():
         raise SourceNotFound(f"no such folder: {folder} (a Hub id looks like distilbert/distilgpt2)")
-    config = _read_config(folder)
+    name, own_name = str(folder), folder.resolve().name
+    if printable(own_name) != own_name:
+        raise SourceNotFound(f"the name of {folder} is not plain text: rename that folder")
+    paths = listing(folder)
+    require_config(paths, name)
+    config = _read_own(folder, CONFIG)
     check_config(config, name, trust_remote_code)
-    paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    index = _read_json(folder / INDEX) if INDEX in paths else None
+    index = _read_own(folder, INDEX) if INDEX in paths else None
     chosen = choose_files(paths, index, name, needs_remote_code(config))
+    require_own(folder, chosen, CorruptModel)
     with progress.task("hashing the original", sum((folder / path).stat().st_size for path in chosen), "B") as advance:
-        files = tuple(FileRecord(path, *hash_file(folder / path, advance)) for path in chosen)
-    return Checkout(_describe(folder, config, files, folder.resolve().name), folder)
+        files, stamps = _hashed(folder, chosen, advance)
+    return Checkout(_describe(folder, config, files, own_name), folder, stamps)
 
 
 def _from_hub(repo_id: str, revision: str | None, trust_remote_code: bool, progress: Progress) -> Checkout:
-    commit, listing = hub.resolve(repo_id, revision)
-    remote = {file.path: file for file in listing}
-    if CONFIG not in remote:
-        raise UnsupportedModel(f"{repo_id} has no config.json: it is not a transformers model")
+    commit, listed = hub.resolve(repo_id, revision)
+    remote = {file.path: file for file in listed}
+    require_config(remote, repo_id)
     config = hub.read_json(repo_id, commit, remote[CONFIG])
     check_config(config, repo_id, trust_remote_code)
     index = hub.read_json(repo_id, commit, remote[INDEX]) if INDEX in remote else None
@@ -94,9 +133,17 @@ def _from_hub(repo_id: str, revision: str | None, trust_remote_code: bool, progr
     missing = sum(remote[path].size for path in chosen if not hub.is_cached(repo_id, commit, path))
     require_space(hub.cache_folder(), missing, f"downloading {repo_id}")
     folder = _downloaded(repo_id, commit, [remote[path] for path in chosen], progress)
-    files = tuple(FileRecord(path, *hash_file(folder / path)) for path in chosen)
+    files, stamps = _hashed(folder, chosen, ignore)
     source = _describe(folder, config, files, repo_id.rsplit("/", 1)[-1])
-    return Checkout(dataclasses.replace(source, repo_id=repo_id, revision=revision, commit=commit), folder)
+    return Checkout(dataclasses.replace(source, repo_id=repo_id, revision=revision, commit=commit), folder, stamps)
+
+
+def _hashed(
+    folder: Path, paths: list[str], advance: Callable[[int], None]
+) -> tuple[tuple[FileRecord, ...], dict[str, Stamp]]:
+    """Records of the files, and their stamps, which are older than their hashes."""
+    stamps = {path: stamp(folder / path) for path in paths}
+    return tuple(FileRecord(path, *hash_file(folder / path, advance)) for path in paths), stamps
 
 
 def _downloaded(repo_id: str, commit: str, files: list[hub.RemoteFile], progress: Progress) -> Path:
@@ -107,6 +154,7 @@ def _downloaded(repo_id: str, commit: str, files: list[hub.RemoteFile], progress
 
 
 def _describe(folder: Path, config: Mapping[str, Any], files: tuple[FileRecord, ...], name: str) -> Source:
+    _require_readable(folder, [file.path for file in files])
     dtypes, parameters = _weights_summary(folder, [file.path for file in files])
     return Source(
         name=name,
@@ -118,8 +166,14 @@ def _describe(folder: Path, config: Mapping[str, Any], files: tuple[FileRecord, 
         model_type=config["model_type"],
         dtype=max(dtypes, key=lambda dtype: dtypes[dtype]),
         parameters=parameters,
-        remote_code=needs_remote_code(config),
+        remote_code=runs_remote_code(config),
     )
+
+
+def _require_readable(folder: Path, paths: Iterable[str]) -> None:
+    """Raise CorruptModel for settings that transformers would read and that are no JSON object."""
+    for path in filter(is_settings, paths):
+        read_json(folder / path, f"{path} of {folder.name}", CorruptModel, finite=False)
 
 
 def _weights_summary(folder: Path, paths: list[str]) -> tuple[dict[str, int], int]:
@@ -128,22 +182,16 @@ def _weights_summary(folder: Path, paths: list[str]) -> tuple[dict[str, int], in
     for path in (path for path in paths if is_weights(path)):
         for entry in safetensors.entries(folder / path).values():
             counts[entry.kind] = counts.get(entry.kind, 0) + entry.numel
-    if not counts:
+    if not sum(counts.values()):
         raise CorruptModel(f"{folder} holds weight files without a single tensor")
+    unknown = sorted(counts.keys() - safetensors.TYPES.keys())
+    if unknown:
+        raise UnsupportedModel(
+            f"{folder} holds tensors of the type {unknown[0]}: name a copy of the model in 16 or 32 bits"
+        )
     return counts, sum(counts.values())
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not (folder / CONFIG).is_file():
-        raise UnsupportedModel(f"{folder} has no config.json: it is not a transformers model")
-    return _read_json(folder / CONFIG)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise CorruptModel(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CorruptModel(f"{path} is not a JSON object")
-    return content
+def _read_own(folder: Path, name: str) -> dict[str, Any]:
+    require_own(folder, [name], CorruptModel)
+    return read_json(folder / name, folder / name, CorruptModel, finite=False)

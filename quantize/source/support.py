@@ -2,40 +2,131 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from quantize.errors import UnsupportedModel
-from quantize.formats.bitsandbytes.config import is_quantized
+from quantize.errors import CorruptModel, UnsupportedModel
+from quantize.formats.bitsandbytes.config import quantization_method
+
+OWN_ATTENTION = ("eager", "sdpa", "flex_attention")
+OWN_EXPERTS = ("eager", "grouped_mm", "batched_mm")
+"""Implementations that transformers and torch have themselves; others are fetched from the Hub."""
+IMPLEMENTATIONS = {
+    "attn_implementation": OWN_ATTENTION,
+    "_attn_implementation": OWN_ATTENTION,
+    "experts_implementation": OWN_EXPERTS,
+    "_experts_implementation": OWN_EXPERTS,
+}
+"""Keys of a config by which code may be fetched, and the values that fetch none."""
+LOW_PRECISION = {
+    "fp8": ("8-bit floats (fp8)", "FineGrainedFP8Config"),
+    "mxfp4": ("4-bit floats (mxfp4)", "Mxfp4Config"),
+}
+"""Forms in which originals are published, in words, and the config by which transformers makes 16 bits of them."""
+OTHER_SENSES = ("vision_config", "audio_config", "vision_tower", "mm_vision_tower", "speech_config")
+"""Keys of models that see or hear."""
 
 
 def check_config(config: Mapping[str, Any], name: str, trust_remote_code: bool) -> None:
-    """Raise UnsupportedModel for a model that cannot be quantized, saying what to do about it."""
-    architectures = config.get("architectures") or []
-    if not config.get("model_type") or not architectures:
-        raise UnsupportedModel(f"{name}: config.json names no model_type and architectures; it needs both")
-    if is_quantized(config):
-        raise UnsupportedModel(f"{name} is already quantized: name the original model instead")
-    if needs_remote_code(config):
-        if not trust_remote_code:
-            raise UnsupportedModel(
-                f"{name} needs code from its own repo: read that code, then allow it with --trust-remote-code"
-            )
-    elif not set(architectures) & _causal_architectures():
-        raise UnsupportedModel(
-            f"{name} is not a causal language model ({', '.join(architectures)}): only those can be quantized here"
-        )
+    """Raise UnsupportedModel for a model that cannot be quantized, or CorruptModel, saying what to do about it."""
+    architectures = _architectures(config, name)
+    _require_unquantized(config, name)
+    _require_trusted(config, name, trust_remote_code)
+    if not needs_remote_code(config):
+        _require_causal(config, architectures, name)
 
 
 def needs_remote_code(config: Mapping[str, Any]) -> bool:
     """Whether transformers itself cannot build this model and the repo brings code that can."""
+    return bool(_own_code(config))
+
+
+def runs_remote_code(config: Mapping[str, Any]) -> bool:
+    """Whether code that is not transformers' own runs when this model is loaded."""
+    return needs_remote_code(config) or any(_fetched_code(config))
+
+
+def _own_code(config: Mapping[str, Any]) -> str | None:
+    """The class that a repo brings for a model which transformers does not know."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    brings_code = "AutoModelForCausalLM" in (config.get("auto_map") or {})
-    return brings_code and config.get("model_type") not in CONFIG_MAPPING_NAMES
+    brought = config.get("auto_map")
+    if not isinstance(brought, dict) or config.get("model_type") in CONFIG_MAPPING_NAMES:
+        return None
+    return str(brought["AutoModelForCausalLM"]) if "AutoModelForCausalLM" in brought else None
 
 
-def _causal_architectures() -> set[str]:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+def _fetched_code(config: Mapping[str, Any]) -> Iterator[str]:
+    """Each setting, of this config or those in it, by which transformers fetches code that is not in the repo."""
+    for key, value in config.items():
+        if key in IMPLEMENTATIONS:
+            named = value.values() if isinstance(value, dict) else (value,)
+            yield from (f"{key} {item}" for item in named if item is not None and item not in IMPLEMENTATIONS[key])
+        elif isinstance(value, dict):
+            yield from _fetched_code(value)
 
-    return {name for value in NAMES.values() for name in ((value,) if isinstance(value, str) else value)}
+
+def _architectures(config: Mapping[str, Any], name: str) -> list[str]:
+    model_type, architectures = config.get("model_type"), config.get("architectures")
+    if not model_type or not architectures:
+        raise UnsupportedModel(f"{name}: config.json names no model_type and architectures; it needs both")
+    if not isinstance(architectures, list) or not all(isinstance(item, str) for item in (model_type, *architectures)):
+        raise CorruptModel(f"{name}: in config.json, model_type is to be a name and architectures a list of names")
+    return architectures
+
+
+def _require_unquantized(config: Mapping[str, Any], name: str) -> None:
+    method = quantization_method(config)
+    if method in LOW_PRECISION:
+        words, converter = LOW_PRECISION[method]
+        raise UnsupportedModel(
+            f"{name} holds {words}, in which it may have been published: take a copy of it in 16 bits, or make one "
+            f"with transformers (from_pretrained with quantization_config={converter}(dequantize=True), then "
+            f"save_pretrained), and quantize its folder"
+        )
+    if method is not None:
+        raise UnsupportedModel(f"{name} is already quantized ({method}): name the original model instead")
+
+
+def _require_trusted(config: Mapping[str, Any], name: str, trust_remote_code: bool) -> None:
+    own = _own_code(config)
+    if own and "--" in own:
+        raise UnsupportedModel(
+            f"{name} takes its code from another repo ({own.partition('--')[0]}), whose state nothing pins: copy that "
+            f"code into a folder with the model, correct auto_map in its config.json, and name the folder"
+        )
+    if trust_remote_code:
+        return
+    if own:
+        raise UnsupportedModel(
+            f"{name} needs code from its own repo: read that code, then allow it with --trust-remote-code"
+        )
+    for setting in _fetched_code(config):
+        raise UnsupportedModel(
+            f"{name}: by the setting {setting} in its config.json, code would be fetched from the Hub: take that out, "
+            f"or allow it with --trust-remote-code"
+        )
+
+
+def _require_causal(config: Mapping[str, Any], architectures: list[str], name: str) -> None:
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    )
+
+    classes, listed = set(architectures), ", ".join(architectures)
+    if any(map(config.get, OTHER_SENSES)) or classes & _named(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
+        raise UnsupportedModel(f"{name} reads more than text ({listed}): only models of text can be quantized here")
+    if classes & _named(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        return
+    if config.get("is_encoder_decoder") or classes & _named(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES):
+        raise UnsupportedModel(
+            f"{name} has an encoder and a decoder ({listed}): only causal language models, which are decoders alone, "
+            f"can be quantized here"
+        )
+    raise UnsupportedModel(f"{name} is not a causal language model ({listed}): only those can be quantized here")
+
+
+def _named(mapping: Mapping[str, Any]) -> set[str]:
+    return {name for value in mapping.values() for name in ((value,) if isinstance(value, str) else value)}

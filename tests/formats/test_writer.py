@@ -183,14 +183,47 @@ def test_a_head_that_is_stored_beside_what_it_is_tied_to(tmp_path: Path) -> None
         require_equal(tmp_path / f"mine-{number}", tmp_path / f"theirs-{number}")
 
 
-def test_weights_that_are_missing_are_left_to_transformers(sources: Any, tmp_path: Path) -> None:
+def test_weights_that_are_missing_are_not_invented(sources: Any, tmp_path: Path) -> None:
     folder = tmp_path / "source"
     shutil.copytree(sources("llama").folder, folder)
     named = load_file(folder / "model.safetensors")
     del named["lm_head.weight"]
     save_file(named, folder / "model.safetensors", {"format": "pt"})
-    (note,) = stream(fetched(folder), tmp_path / "mine")
-    assert note == "lm_head.weight is not in the source as the model has it: the model is loaded as a whole"
+    with pytest.raises(CorruptModel, match=r"lack lm_head\.weight"):
+        stream(fetched(folder), tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "recipe", "advice"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", 1e5, {"compute_dtype": "float16"}, "choose another --compute-dtype"),
+        ("model.norm.weight", 1e5, {"compute_dtype": "float16"}, "choose another --compute-dtype"),
+        ("model.layers.1.mlp.up_proj.weight", 1e5, {"bits": 8}, "choose --bits 4"),
+    ],
+)
+def test_what_overflows_when_it_is_made_narrower_is_told_as_that(
+    sources: Any, tmp_path: Path, name: str, value: float, recipe: dict[str, Any], advice: str
+) -> None:
+    folder = tmp_path / "source"
+    shutil.copytree(sources("llama").folder, folder)
+    named = load_file(folder / "model.safetensors")
+    named[name].view(-1)[7] = value
+    save_file(named, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        UnsupportedModel, match=rf"{name} in model\.safetensors holds 99840, and float16 ends .*{advice}"
+    ):
+        stream(fetched(folder), tmp_path / "mine", Recipe(name="rtn", **recipe))
+
+
+def test_where_no_weight_was_looked_at_before_the_writer_sees_what_overflows(sources: Any, tmp_path: Path) -> None:
+    """A float16 source with one tensor of another type, which is too large for it."""
+    folder = tmp_path / "source"
+    shutil.copytree(sources("llama", torch.float16).folder, folder)
+    named = load_file(folder / "model.safetensors")
+    named["model.norm.weight"] = named["model.norm.weight"].float() + 1e5
+    save_file(named, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UnsupportedModel, match=r"model\.norm\.weight in .* and float16 ends at 65504"):
+        stream(fetched(folder), tmp_path / "mine")
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
@@ -245,12 +278,12 @@ def test_a_killed_run_goes_on_at_its_first_unfinished_file(tmp_path: Path, monke
     written: list[str] = []
     whole = writer._write_shard
 
-    def counting(file: Path, *rest: Any) -> None:
+    def counting(file: Path, **rest: Any) -> None:
         written.append(file.name[6:11])
         if len(written) == 3:
             file.with_suffix(".part").write_bytes(b"half a file")
             raise KeyboardInterrupt
-        whole(file, *rest)
+        whole(file, **rest)
 
     monkeypatch.setattr(writer, "_write_shard", counting)
     with pytest.raises(KeyboardInterrupt):

@@ -119,7 +119,7 @@ def test_work_of_another_recipe_is_not_taken_up(tmp_path: Path) -> None:
     checkout = source.fetch(str(POCKET), revision=None, trust_remote_code=False, progress=Silent())
     for recipe in (LITTLE, methods.replace(LITTLE, calibration_seed=1)):
         work = ResumeFolder.begin(tmp_path / "work", {"source": checkout.source.fingerprint(), "recipe": recipe})
-        assert [path.name for path in work.folder.iterdir()] == ["fingerprint"]
+        assert [path.name for path in work.folder.iterdir()] == ["parts.json"]
         (work.folder / "layer-0.safetensors").touch()
 
 

@@ -99,21 +99,21 @@ def test_a_layer_comes_nearer_to_the_source_and_never_goes_away_from_it(pocket: 
     tokens = torch.randint(0, model.config.vocab_size, (16, 64), generator=torch.Generator().manual_seed(0))
     names = [f"transformer.h.{index}.{name}" for index in range(2) for name in INSIDE]
     stream = ActivationStream(model, DecoderLayers.of(model, names), tokens, "cpu", 4, False)
-    original, layer = copy.copy(stream), stream.decoder.layers[0]
-    original.advance(0)
+    original, layer = ActivationStream(model, stream.decoder, tokens, "cpu", 4, False), stream.decoder.layers[0]
+    targets = original.advance(0)
     weights = {name: matrix(layer.get_submodule(name)).clone() for name in INSIDE}
     block_sizes = {f"transformer.h.0.{name}": 64 for name in INSIDE}
     plan = Plan(LITTLE, "float16", Ablation(), {}, block_sizes)
     found = quantizer._quantize_layer(stream, 0, list(INSIDE), plan)
     half = torch.randn(256, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
     gradient = OutputGradient(torch.ones(1), half.T @ half / 256) if by_gradient else None
-    objective = Objective(original.hidden, weights, gradient)
+    objective = Objective(targets, weights, gradient)
 
     def error(chosen: dict[str, QuantizedLayer]) -> float:
         values = {
             f"{name}.weight": laid_out(layer.get_submodule(name), one.packed.weight()) for name, one in chosen.items()
         }
-        offs = [stream.output(0, part, values) - target for part, target in enumerate(original.hidden)]
+        offs = [stream.output(0, part, values) - target for part, target in enumerate(targets)]
         return sum(float((off * (off @ gradient.hessian if gradient else off)).mean()) for off in offs)
 
     passes: list[int] = []
@@ -123,10 +123,12 @@ def test_a_layer_comes_nearer_to_the_source_and_never_goes_away_from_it(pocket: 
     again = learned_rounding.learn(stream, 0, found, objective, 12, ignore)
     assert all(torch.equal(learned[name].packed.codes, again[name].packed.codes) for name in found)
     # with answers that cannot be approached nothing is gained, and then nothing may change
-    exact = [stream.output(0, part, {}) for part in range(len(original.hidden))]
+    exact = [stream.output(0, part, {}) for part in range(len(targets))]
     reached = Objective(exact, weights, gradient)
     kept = learned_rounding.learn(stream, 0, found, reached, 2, ignore)
     assert all(torch.equal(kept[name].packed.codes, found[name].packed.codes) for name in found)
+    original.close()
+    stream.close()
 
 
 @pytest.mark.slow

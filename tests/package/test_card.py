@@ -413,6 +413,7 @@ def test_the_publisher_comes_from_options_environment_or_a_file(
         (None, ["A=https://a.b"], "without its name"),
         ("A", ["https://a.b"], "write it as LABEL=URL"),
         ("A", ["A=javascript:alert(1)"], "is no address"),
+        ("A", ["A=https://me:secret@a.b"], "is no address"),
     ):
         with pytest.raises(ConfigError, match=problem):
             publisher.chosen(name, links)

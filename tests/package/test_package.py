@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from quantize import package
-from quantize.errors import PackageError, StorageError, storage_errors
+from quantize.errors import PackageError, StorageError
 from tests.conftest import Outcome
 
 
@@ -37,20 +37,56 @@ def test_what_a_killed_run_left_is_removed_first(tmp_path: Path) -> None:
 
 
 def test_two_runs_do_not_build_the_same_package(tmp_path: Path) -> None:
+    """Whatever way they come there, and wherever their temporary files lie; a killed one stands in nobody's way."""
+    for name in ("models", "temporary"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "models")
     waiter = (
         "from pathlib import Path; from quantize import package; import sys\n"
         "with package.staging_folder(Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
     )
-    output = str(tmp_path / "model-bnb-4bit")
+    output = tmp_path / "models" / "model-bnb-4bit"
     with subprocess.Popen(
-        [sys.executable, "-c", waiter, output], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", waiter, str(tmp_path / "linked" / output.name)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path / "temporary")},
     ) as other:
         assert other.stdout is not None and other.stdout.readline() == "in\n"
-        with pytest.raises(PackageError, match="another run is building"), package.staging_folder(Path(output)):
+        with pytest.raises(PackageError, match="another run is building"), package.staging_folder(output):
             pass
         other.kill()
-    with package.staging_folder(Path(output)) as staging:
+    with package.staging_folder(output) as staging:
         assert staging.is_dir()
+    assert list(output.parent.iterdir()) == []
+
+
+def test_a_lock_whose_file_was_removed_is_not_held_twice(tmp_path: Path) -> None:
+    """Many processes take turns; the file goes away between them, and no two of them are ever inside."""
+    worker = (
+        "import os, sys, time; from pathlib import Path; from quantize.errors import PackageError\n"
+        "from quantize.files import locked\n"
+        "path, done = Path(sys.argv[1]), 0\n"
+        "while done < 40:\n"
+        "  try:\n"
+        "    with locked(path, PackageError('busy')):\n"
+        "      os.close(os.open(f'{path}.inside', os.O_CREAT | os.O_EXCL)); os.unlink(f'{path}.inside'); done += 1\n"
+        "  except PackageError: time.sleep(0.0005)\n"
+    )
+    workers = [subprocess.Popen([sys.executable, "-c", worker, str(tmp_path / "out")]) for _ in range(3)]
+    assert [worker.wait() for worker in workers] == [0, 0, 0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_changed_after_it_was_measured_is_not_sealed(package_copy: Path) -> None:
+    provenance = package.open_package(package_copy).provenance
+    measured = tuple(file for file in provenance.files if file.path.endswith((".safetensors", "config.json")))
+    assert package.seal(package_copy, provenance, measured).files == provenance.files
+    with (package_copy / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(PackageError, match=r"model\.safetensors was changed after it was measured"):
+        package.seal(package_copy, provenance, measured)
 
 
 @pytest.mark.parametrize(
@@ -133,8 +169,28 @@ def test_no_write_permission_is_one_line(tmp_path: Path, command: Callable[..., 
     assert outcome.stdout.startswith(f"no permission while writing {locked}"), outcome
 
 
-def test_other_errors_keep_their_type() -> None:
-    with pytest.raises(FileNotFoundError), storage_errors("here"):
-        raise FileNotFoundError(2, "No such file")
-    with pytest.raises(StorageError, match="no space left while writing here"), storage_errors("here"):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("name", ["README.md", "LICENSE", "receipt.json", "figures/kld.png"])
+def test_a_package_with_links_is_refused_and_nothing_written_through_them(
+    package_copy: Path, tmp_path: Path, command: Callable[..., Outcome], pocket: Path, name: str
+) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (package_copy / name).unlink(missing_ok=True)
+    (package_copy / name).symlink_to(tmp_path / "mine")
+    outcome = command("card", package_copy, "--against", pocket)
+    assert outcome.code == 1
+    assert f"{name} in {package_copy} is a link to a file outside of that folder" in outcome.err
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("ending", ["", package.REFUSED, package.UNFINISHED, package.BUILDING])
+def test_no_package_is_built_through_a_link(tmp_path: Path, ending: str) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / f"model{ending}").symlink_to(tmp_path / "mine")
+    with pytest.raises(StorageError, match=f"model{ending} is a symbolic link"):
+        package.require_replaceable(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", [".", "/", "..", "a/..", "model\n", os.fsdecode(b"model\xff")])
+def test_what_no_folder_may_be_called(name: str) -> None:
+    with pytest.raises(PackageError, match="is no name for a new folder"):
+        package.require_replaceable(Path(name))

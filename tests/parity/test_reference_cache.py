@@ -84,13 +84,34 @@ def test_answers_to_something_else_are_refused(tmp_path: Path) -> None:
     assert (tmp_path / "other").read_text() == "a shopping list\n"
 
 
-def test_damage_is_noticed(tmp_path: Path) -> None:
-    cache = kept(tmp_path / "answers", torch.randn(2, 6, 11))
-    content = bytearray((tmp_path / "answers").read_bytes())
-    content[-200] ^= 1
-    (tmp_path / "answers").write_bytes(content)
-    with pytest.raises(CorpusError, match="is damaged at window 1"):
-        cache.logits(0, torch.zeros(2, 6, dtype=torch.long))
+def test_damage_is_noticed_wherever_it_is(tmp_path: Path) -> None:
+    """Every byte of a record counts: codes, scales, errors and the checksum itself."""
+    path, tokens = tmp_path / "answers", torch.zeros(2, 6, dtype=torch.long)
+    kept(path, torch.randn(2, 6, 11))
+    content = path.read_bytes()
+    begin = len(content) - (len(content) - content.index(b"\n") - 1) // 2
+    for place in range(begin, len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(CorpusError, match="is damaged at window 1"):
+            ReferenceCache(path, CONTENTS, lambda: "float32").record(2)
+    path.write_bytes(content.replace(b"float32", b"float16", 1))
+    with pytest.raises(CorpusError, match="is damaged at window 0"):
+        ReferenceCache(path, CONTENTS, lambda: "float32").logits(0, tokens)
+    size = len(content) - begin
+    path.write_bytes(content[: begin - size] + content[begin:] + content[begin - size : begin])
+    with pytest.raises(CorpusError, match="is damaged at window 0"):
+        ReferenceCache(path, CONTENTS, lambda: "float32").logits(0, tokens)
+
+
+def test_a_cache_of_an_earlier_version_is_made_anew_and_that_is_said(tmp_path: Path) -> None:
+    path, notes = tmp_path / "answers", list[str]()
+    kept(path, torch.randn(2, 6, 11))
+    path.write_bytes(path.read_bytes().replace(b'"version": 2', b'"version": 1', 1))
+    with pytest.raises(CorpusError, match="holds no logits of this original"):
+        ReferenceCache(path, dataclasses.replace(CONTENTS, source="t"), lambda: "float32", notes.append)
+    cache = ReferenceCache(path, CONTENTS, lambda: "float16", notes.append)
+    assert (cache.windows, cache.dtype) == (0, "float16")
+    assert notes == [f"{path} has the format of an earlier version: its logits are computed anew"]
 
 
 def test_two_writers_do_not_mix(tmp_path: Path) -> None:

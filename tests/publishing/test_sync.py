@@ -88,6 +88,7 @@ def test_what_is_up_to_date_is_made_again_by_force_only(place: Place, folder: Pa
     assert states(forced.out) == {TARGET: "would publish"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", ["of another source", "unreadable"])
 def test_what_is_left_of_other_work_is_replaced(place: Place, folder: Path, left: str) -> None:
     package = folder / "sync" / "packages" / TARGET.replace("/", "--")

@@ -12,7 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantize import source
-from quantize.errors import CorruptModel, SourceError, SourceNotFound, StorageError, UnsupportedModel
+from quantize.errors import (
+    CorruptModel,
+    SourceChanged,
+    SourceError,
+    SourceNotFound,
+    StorageError,
+    UnsupportedModel,
+)
 from quantize.files import require_space
 from quantize.formats.safetensors import INDEX
 from quantize.progress import Silent
@@ -152,6 +159,30 @@ def test_cards_in_another_encoding_are_named_with_their_line(pocket_copy: Path) 
     (pocket_copy / "README.md").write_bytes("one\ntwo\ncaf\xe9".encode("latin-1"))
     with pytest.raises(CorruptModel, match=r"not UTF-8 \(line 3\)"):
         source.card_text(fetch(pocket_copy))
+
+
+def replaced(folder: Path, name: str, content: bytes) -> None:
+    (folder / "new").write_bytes(content)
+    (folder / "new").rename(folder / name)
+
+
+def test_a_source_that_changes_meanwhile_is_named(pocket_copy: Path) -> None:
+    """Also in place of the error that came of it; the same bytes under another time stamp are the same source."""
+    weights = pocket_copy / "model.safetensors"
+    content = weights.read_bytes()
+    with source.watched(fetch(pocket_copy)):
+        replaced(pocket_copy, weights.name, content)
+    with pytest.raises(KeyError), source.watched(fetch(pocket_copy)):
+        raise KeyError("a bug")
+    with pytest.raises(SourceChanged, match=r"config\.json is gone"), source.watched(fetch(pocket_copy)):
+        (pocket_copy / "config.json").rename(pocket_copy / "config.old")
+    (pocket_copy / "config.old").rename(pocket_copy / "config.json")
+    with (
+        pytest.raises(SourceChanged, match=r"model\.safetensors was changed while"),
+        source.watched(fetch(pocket_copy)),
+    ):
+        replaced(pocket_copy, weights.name, content[:-1] + b"x")
+        raise CorruptModel("what came of it")
 
 
 def test_too_little_space_is_seen_beforehand(tmp_path: Path) -> None:

@@ -9,12 +9,13 @@ from types import MappingProxyType
 from typing import Any
 
 from quantize.errors import CorruptModel, DeviceError, storage_errors
-from quantize.formats import safetensors
+from quantize.formats import safetensors, source_model
 from quantize.formats.bitsandbytes import config, modules, tensor_plan, writer
 from quantize.formats.bitsandbytes.tensor_plan import NotKnown, PrecomputedTensors
 from quantize.formats.bitsandbytes.writer import MatrixRounding
 from quantize.progress import Progress
 from quantize.records import Checkout, Recipe
+from quantize.resume import ResumeFolder
 
 MAX_SHARD = 5_000_000_000
 CODES, BIAS = "weight", "bias"
@@ -37,7 +38,7 @@ def write(
     dtype: str,
     device: str,
     progress: Progress,
-    resume: Path,
+    resume: ResumeFolder,
     precomputed: PrecomputedTensors = MappingProxyType({}),
     rounding: MatrixRounding | None = None,
 ) -> Written:
@@ -45,11 +46,11 @@ def write(
 
     Matrices become what `rounding` makes of them, nearest codes where none is given; modules whose tensors are
     `precomputed` get those. Tensors are streamed, so that the model need not fit into memory; where the architecture
-    asks for more than that, the model is loaded and saved. Finished files are kept in the folder `resume`.
+    asks for more than that, the model is loaded and saved. Finished files are kept in `resume`.
     """
     import torch
 
-    model = _skeleton(checkout, dtype)
+    model = source_model.skeleton(checkout, dtype)
     names = modules.to_quantize(model, recipe, checkout.source.name)
     modules.require_quantized(names, checkout.source.name)
     modules.require_mostly_linear(model, checkout.source.name)
@@ -75,14 +76,10 @@ def _rounded_whole(
 ) -> PrecomputedTensors:
     """What `rounding` makes of every matrix of a source that is loaded as a whole."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        checkout.folder,
-        dtype=getattr(torch, dtype),
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=checkout.source.remote_code,
+    source = checkout.source
+    model = source_model.load(
+        checkout.folder, source.name, dtype=getattr(torch, dtype), trust_remote_code=source.remote_code
     )
     names = modules.to_quantize(model, recipe, checkout.source.name)
     return {name: rounding(modules.matrix(model.get_submodule(name)).to(device)) for name in names}
@@ -121,14 +118,28 @@ def half_precision(checkout: Checkout, recipe: Recipe, progress: Progress) -> st
 
 
 def _half_type(checkout: Checkout, recipe: Recipe) -> str | None:
-    """The type of what stays in half precision, None where that depends on the weights."""
-    return HALF_TYPES.get(checkout.source.dtype) if recipe.compute_dtype == "auto" else recipe.compute_dtype
+    """The type of what stays in half precision, None where the weights have to be looked at for it."""
+    own, requested = HALF_TYPES.get(checkout.source.dtype), recipe.compute_dtype
+    if requested in ("auto", own):
+        return own
+    return requested if own == "float16" else None  # every float16 fits into bfloat16
 
 
 def choose_dtype(checkout: Checkout, recipe: Recipe, progress: Progress) -> str:
-    """The type of what stays in half precision, after a look at every weight; raises CorruptModel."""
-    suitable = _inspect_weights(checkout, progress)
-    return suitable if recipe.compute_dtype == "auto" else recipe.compute_dtype
+    """The type of what stays in half precision, after a look at every weight.
+
+    Half-precision sources keep their type. Float32 ones become float16, which has three more bits of precision than
+    bfloat16, unless a value lies beyond its range. Raises CorruptModel at the first NaN or infinity, and
+    UnsupportedModel where the type that was asked for is too small.
+    """
+    name, largest = _largest_weight(checkout, progress)
+    dtype = recipe.compute_dtype
+    if dtype == "auto":
+        suitable = "float16" if writer.fits(largest, "float16") else "bfloat16"
+        dtype = HALF_TYPES.get(checkout.source.dtype, suitable)
+    if not writer.fits(largest, dtype):
+        raise writer.overflow(name, largest, dtype)
+    return dtype
 
 
 def save(model: Any, checkout: Checkout, output: Path) -> tuple[str, ...]:
@@ -155,33 +166,20 @@ def _generation_config(model: Any, checkout: Checkout) -> Any:
 
 def quantized_names(checkout: Checkout, recipe: Recipe) -> tuple[str, ...]:
     """Names of the modules that become 4-bit, in the order of the model; nothing is loaded for it."""
-    return modules.to_quantize(_skeleton(checkout), recipe, checkout.source.name)
-
-
-def _skeleton(checkout: Checkout, dtype: str = "float32") -> Any:
-    """The source's model without weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    trust = checkout.source.remote_code
-    own = AutoConfig.from_pretrained(checkout.folder, local_files_only=True, trust_remote_code=trust)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(own, dtype=getattr(torch, dtype), trust_remote_code=trust)
+    return modules.to_quantize(source_model.skeleton(checkout), recipe, checkout.source.name)
 
 
 def load_quantized(checkout: Checkout, recipe: Recipe, dtype: str, device: str) -> Any:
     """The source as stock transformers and bitsandbytes quantize it; raises DeviceError."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        return source_model.load(
             checkout.folder,
-            quantization_config=_quantization_config(_skeleton(checkout), checkout, recipe, dtype),
+            checkout.source.name,
+            quantization_config=_quantization_config(source_model.skeleton(checkout), checkout, recipe, dtype),
             dtype=getattr(torch, dtype),
             device_map={"": device},
-            use_safetensors=True,
-            local_files_only=True,
             trust_remote_code=checkout.source.remote_code,
         )
     except torch.OutOfMemoryError as error:
@@ -194,15 +192,9 @@ def _quantization_config(model: Any, checkout: Checkout, recipe: Recipe, dtype: 
     return config.build(recipe, dtype, skip_list)
 
 
-def _inspect_weights(checkout: Checkout, progress: Progress) -> str:
-    """The half-precision type that suits the source; raises CorruptModel at the first NaN or infinity.
-
-    Half-precision sources keep their type. Float32 ones become float16, which has three more bits of precision
-    than bfloat16, unless a value lies beyond its range.
-    """
-    import torch
-
-    source, largest = checkout.source, 0.0
+def _largest_weight(checkout: Checkout, progress: Progress) -> tuple[str, float]:
+    """The largest absolute value of the source and its tensor; raises CorruptModel at the first NaN or infinity."""
+    source, largest = checkout.source, ("", 0.0)
     with progress.task("reading weights", source.parameters, "weights") as advance:
         for shard in (file.path for file in source.files if safetensors.is_weights(file.path)):
             for name, values in safetensors.parts(checkout.folder / shard):
@@ -210,8 +202,7 @@ def _inspect_weights(checkout: Checkout, progress: Progress) -> str:
                     bound = float(values.abs().max())
                     if not bound < float("inf"):
                         raise CorruptModel(f"{name} in {shard} holds NaN or infinity: the source is damaged")
-                    largest = max(largest, bound)
+                    if bound > largest[1]:
+                        largest = (f"{name} in {shard}", bound)
                 advance(values.numel())
-    if source.dtype in HALF_TYPES:
-        return HALF_TYPES[source.dtype]
-    return "float16" if largest <= torch.finfo(torch.float16).max else "bfloat16"
+    return largest

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from quantize.documents import read_json
+from quantize.errors import CorruptModel
 from quantize.files import CONFIG
 from quantize.formats.bitsandbytes.modules import is_listed
 from quantize.formats.bitsandbytes.sizes import MatrixFormat
@@ -41,11 +42,10 @@ class ExpectedConfig:
 
     @classmethod
     def read(cls, folder: Path) -> ExpectedConfig | None:
-        """What config.json in `folder` says; None when it says nothing of bitsandbytes.
-
-        Raises OSError, ValueError or AttributeError where it cannot be read.
-        """
-        config = json.loads((folder / CONFIG).read_text("utf-8")).get(QUANTIZATION_KEY) or {}
+        """What config.json in `folder` says, None where not of bitsandbytes; raises OSError or CorruptModel."""
+        config = read_json(folder / CONFIG, CONFIG, CorruptModel, finite=False).get(QUANTIZATION_KEY) or {}
+        if not isinstance(config, dict):
+            raise CorruptModel(f"{CONFIG} has a {QUANTIZATION_KEY} that is no object")
         if not (config.get("load_in_4bit") or config.get("load_in_8bit")):
             return None
         skip_list = config.get("llm_int8_skip_modules")
@@ -61,13 +61,20 @@ class ExpectedConfig:
         """What config.json in `folder` says, None also where it cannot be read."""
         try:
             return cls.read(folder)
-        except (OSError, ValueError, AttributeError):
+        except (OSError, CorruptModel):
             return None
 
 
-def is_quantized(config: Mapping[str, Any]) -> bool:
-    """Whether the contents of a config.json say that the model is quantized, in this format or another."""
-    return QUANTIZATION_KEY in config or COMPRESSION_KEY in config
+def quantization_method(config: Mapping[str, Any]) -> str | None:
+    """How a model is quantized by what its config.json says, in this format or another; None where it is not."""
+    stated = config.get(QUANTIZATION_KEY) or config.get(COMPRESSION_KEY)
+    if not stated:
+        return None
+    if not isinstance(stated, dict):
+        return str(stated)
+    if stated.get("load_in_4bit") or stated.get("load_in_8bit"):
+        return "bitsandbytes"
+    return str(stated.get("quant_method") or COMPRESSION_KEY)
 
 
 def build(recipe: Recipe, compute_dtype: str, skip_list: list[str] | None) -> Any:

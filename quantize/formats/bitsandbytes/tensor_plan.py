@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from quantize.formats import safetensors
 from quantize.formats.bitsandbytes.modules import is_transposed
 from quantize.formats.bitsandbytes.sizes import STATE, MatrixFormat
 from quantize.formats.safetensors import Entry, Slot
+from quantize.formats.source_model import Renamed, natural, renaming, same_values, tensors
 from quantize.records import Checkout, Recipe
 
 PrecomputedTensors = Mapping[str, Mapping[str, torch.Tensor]]
@@ -68,13 +68,13 @@ def plan(
     """
     _require_plain(model, dtype)
     expected, ties = model.state_dict(), dict(model.all_tied_weights_keys)
-    stored = _stored(checkout, _renaming(model, expected))
+    stored = _stored(checkout, renaming(model, expected))
     for target, kept in ties.items():
-        if target in stored and kept in stored and not _same(stored[target][1], stored[kept][1]):
+        if target in stored and kept in stored and not same_values(stored[target][1], stored[kept][1]):
             raise NotKnown(f"{target} is to be {kept}, and differs from it")
     matrices = {f"{module}.weight": model.get_submodule(module) for module in quantized}
     plans = []
-    for name in sorted(expected.keys() - ties.keys() - set(model._keys_to_ignore_on_save or ()), key=_natural):
+    for name in sorted(expected.keys() - ties.keys() - set(model._keys_to_ignore_on_save or ()), key=natural):
         if name not in stored or tuple(expected[name].shape) != stored[name][1].shape:
             raise NotKnown(f"{name} is not in the source as the model has it")
         saved_name, entry = stored[name]
@@ -85,16 +85,16 @@ def plan(
     return plans
 
 
-def _stored(checkout: Checkout, rename: Callable[[str], tuple[str, str]]) -> dict[str, tuple[str, Entry]]:
+def _stored(checkout: Checkout, rename: Callable[[str], Renamed]) -> dict[str, tuple[str, Entry]]:
     """By the model's names for them, what the source's tensors are called in the package, and where they lie."""
     stored: dict[str, tuple[str, Entry]] = {}
-    for file in checkout.source.files:
-        if safetensors.is_weights(file.path):
-            for key, entry in safetensors.entries(checkout.folder / file.path).items():
-                name, saved_name = rename(key)
-                if name in stored:
-                    raise NotKnown(f"{name} is stored twice")
-                stored[name] = saved_name, entry
+    for key, entry in tensors(checkout).items():
+        renamed = rename(key)
+        if renamed.converted:
+            raise NotKnown(f"{key} is fused or split while it is loaded")
+        if renamed.name in stored:
+            raise NotKnown(f"{renamed.name} is stored twice")
+        stored[renamed.name] = renamed.saved_name, entry
     return stored
 
 
@@ -117,46 +117,6 @@ def _require_plain(model: Any, dtype: torch.dtype) -> None:
         raise NotKnown("the architecture keeps modules in float32")
 
 
-def _renaming(model: Any, expected: Mapping[str, Any]) -> Callable[[str], tuple[str, str]]:
-    """Tells what the model calls a tensor of the source, and what it is called again when the model is saved.
-
-    Names may lack the model's prefix, or have it too much, and some architectures have had others. Raises NotKnown for
-    a tensor that is fused or split on the way.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
-
-    transforms, prefix = get_model_conversion_mapping(model), model.base_model_prefix
-
-    def rename(key: str) -> tuple[str, str]:
-        renamed = key
-        for transform in transforms:
-            renamed, pattern = transform.rename_source_key(renamed)
-            if pattern is not None and isinstance(transform, WeightConverter):
-                raise NotKnown(f"{key} is fused or split while it is loaded")
-        for name in (renamed, f"{prefix}.{renamed}", renamed.removeprefix(f"{prefix}.")):
-            if name in expected:
-                return name, name if renamed == key else key
-        return key, key
-
-    return rename
-
-
-def _same(first: Entry, second: Entry) -> bool:
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    starts = range(0, first.numel, safetensors.PART)
-    parts = ((start, min(safetensors.PART, first.numel - start)) for start in starts)
-    return all(
-        torch.equal(safetensors.read(first, *part, False), safetensors.read(second, *part, False)) for part in parts
-    )
-
-
 def module_of(name: str) -> str:
     """The module that a weight belongs to."""
     return name.removesuffix(".weight")
-
-
-def _natural(name: str) -> list[tuple[int, int | str]]:
-    """Numbers in names by their size."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]

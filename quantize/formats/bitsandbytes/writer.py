@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from bitsandbytes import functional
 
-from quantize.errors import CorruptModel, storage_errors
+from quantize.errors import CorruptModel, SourceError, UnsupportedModel, storage_errors
 from quantize.formats import safetensors
 from quantize.formats.bitsandbytes import packing
 from quantize.formats.bitsandbytes.sizes import ROW_FORMAT, ROW_SCALES
@@ -27,6 +27,7 @@ from quantize.formats.bitsandbytes.tensor_plan import TensorPlan, module_of
 from quantize.formats.safetensors import Shard
 from quantize.progress import Progress
 from quantize.records import Recipe
+from quantize.resume import ResumeFolder
 
 AHEAD, AHEAD_ELSEWHERE = {"cpu": 32 << 20}, 512 << 20
 """Bytes that are read before they are needed, and that wait for being written; or one tensor, where that is larger. A
@@ -52,7 +53,7 @@ class Step:
 def write(
     plans: list[TensorPlan],
     output: Path,
-    resume: Path,
+    resume: ResumeFolder,
     recipe: Recipe,
     device: str,
     largest: int,
@@ -62,19 +63,21 @@ def write(
     """Write the planned tensors into safetensors files of at most about `largest` bytes in `output`.
 
     Where there are several there is an index of them. Matrices become what `rounding` makes of them, nearest codes
-    where none is given. Files that are finished in the folder `resume` are taken over. Raises CorruptModel at the first
-    NaN or infinity.
+    where none is given. Files that are finished in `resume` are taken over. Raises CorruptModel at the first NaN or
+    infinity.
     """
     groups = safetensors.in_files(plans, lambda plan: sum(slot.size for slot in plan.slots(recipe)), largest)
     names = safetensors.file_names(len(groups))
     with progress.task("quantizing", sum(plan.entry.numel for plan in plans), "weights") as advance:
         for name, group in zip(names, groups, strict=True):
-            file = resume / name
-            if file.is_file():
+            file = resume.part(name)
+            if file is not None:
                 advance(sum(plan.entry.numel for plan in group))
             else:
-                with storage_errors(resume):
-                    _write_shard(file, group, recipe, device, advance, rounding)
+                write_shard = functools.partial(
+                    _write_shard, group=group, recipe=recipe, device=device, advance=advance, rounding=rounding
+                )
+                file = resume.keep(name, write_shard)
             _link(file, output / name)
     if len(groups) > 1:
         with storage_errors(output):
@@ -118,13 +121,34 @@ def _results(step: Step, values: torch.Tensor, device: str, rounding: MatrixRoun
         return dict(plan.precomputed)
     try:
         if not plan.rounded:
-            return {plan.name: _finite(values).to(plan.dtype)}
+            return {plan.name: _finite(values.to(plan.dtype))}
         matrix = values.view(plan.entry.shape).to(device, non_blocking=True).to(plan.dtype)
         parts = rounding(matrix.T if plan.transposed else matrix)
     except packing.NotFinite as error:
-        file = plan.entry.file.name
-        raise CorruptModel(f"{plan.name} in {file} holds NaN or infinity: the source is damaged") from error
+        raise _not_finite(f"{plan.name} in {plan.entry.file.name}", values, plan.dtype) from error
     return {f"{module_of(plan.name)}.{part}": _on_cpu(tensor) for part, tensor in parts.items()}
+
+
+def _not_finite(name: str, values: torch.Tensor, dtype: torch.dtype) -> SourceError:
+    """What to say of `values` that are not finite as `dtype`, or as the float16 from which 8-bit codes are made."""
+    largest = float(values.abs().max())
+    if not largest < float("inf"):
+        return CorruptModel(f"{name} holds NaN or infinity: the source is damaged")
+    stored = str(dtype).removeprefix("torch.")
+    if fits(largest, stored):
+        return overflow(name, largest, "float16", "8-bit codes are made from it, so choose --bits 4")
+    return overflow(name, largest, stored)
+
+
+def overflow(name: str, largest: float, dtype: str, advice: str = "choose another --compute-dtype") -> UnsupportedModel:
+    """The error of a tensor called `name` whose `largest` value is infinite as `dtype`."""
+    most = torch.finfo(getattr(torch, dtype)).max
+    return UnsupportedModel(f"{name} holds {largest:.6g}, and {dtype} ends at {most:.6g}: {advice}")
+
+
+def fits(value: float, dtype: str) -> bool:
+    """Whether a value stays finite when it is rounded to `dtype`."""
+    return bool(torch.tensor(value, dtype=torch.float64).to(getattr(torch, dtype)).isfinite())
 
 
 def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
@@ -136,7 +160,7 @@ def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
 def _nearest(matrix: torch.Tensor, recipe: Recipe) -> dict[str, torch.Tensor]:
     if recipe.bits == 4:
         return packing.nearest_tensors(matrix, recipe.quant_type, recipe.double_quant)
-    codes, scales, _ = functional.int8_vectorwise_quant(_finite(matrix).contiguous().to(torch.float16))
+    codes, scales, _ = functional.int8_vectorwise_quant(_finite(matrix.contiguous().to(torch.float16)))
     return {"weight": codes, ROW_SCALES: scales, ROW_FORMAT: torch.tensor(0, dtype=torch.uint8)}
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,10 @@ import torch
 
 from quantize import devices, hub
 from quantize.errors import CorpusError
+from quantize.formats import source_model
 from quantize.methods.calibration.layers import autocast
 from quantize.methods.calibration.options import CALIBRATION_TEXT, SELF, CalibratedOptions
+from quantize.methods.calibration.overlap import Passages
 from quantize.methods.calibration.sampling import draw
 from quantize.methods.calibration.static_cache import make_static
 from quantize.progress import Progress
@@ -24,12 +25,18 @@ GENERATED_AT_ONCE = 128
 LARGE_MODEL = 2_000_000_000
 WINDOW_MULTIPLE = 8
 """Windows run through the model in batches of equal size, so a few may be left over."""
-SHINGLE = 13
-"""Words in a row that two texts have in common only where one was copied from the other."""
 MAX_OVERLAP = 0.01
 TEMPERATURES = (1.0, 1.4)
 """Half of the text is sampled above temperature 1: that helps with text of another kind."""
-WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class GivenText:
+    """A text that is named, with the data set on the Hub that it is from and the commit that was read."""
+
+    text: str
+    repo_id: str | None = None
+    commit: str | None = None
 
 
 def prepare(
@@ -44,17 +51,17 @@ def prepare(
 ) -> tuple[torch.Tensor, CalibrationText]:
     """Tokens [windows, length] to calibrate on, and their record.
 
-    `corpus` is the text that the package is judged by. Windows of the model's own that share a run of 13 words with
-    it are left out; raises CorpusError where more than 1 % of a given text does, or where it is too short.
+    `corpus` is the text that the package is judged by. Windows that repeat a passage of it are left out; raises
+    CorpusError where more than 1 % of a given text is of it, or where that is too short.
     """
-    length = _length(options, model.config)
+    length, given = _length(options, model.config), GivenText("")
     if options.calibration == SELF:
         tokens = generated(model, options, length, device, bfloat16, progress, temperatures)
     else:
-        tokens = from_text(options, model.config, tokenizer, corpus)
-    forbidden = set(_shingles(corpus))
-    texts = tokenizer.batch_decode(tokens)
-    shared = torch.tensor([any(shingle in forbidden for shingle in _shingles(text)) for text in texts])
+        given = read(options.calibration)
+        tokens = from_text(given, options, model.config, tokenizer, corpus)
+    judged_by = Passages.of(corpus)
+    shared = torch.tensor([judged_by.repeated_by(text) for text in tokenizer.batch_decode(tokens)])
     kept = tokens[~shared]
     kept = kept[: len(kept) // WINDOW_MULTIPLE * WINDOW_MULTIPLE]
     if len(kept) < len(tokens) / 2:
@@ -64,14 +71,22 @@ def prepare(
         )
     digest = hashlib.sha256(kept.to(torch.int64).numpy().tobytes()).hexdigest()
     return kept, CalibrationText(
-        Path(options.calibration).name, options.calibration_seed, len(kept), length, int(shared.sum()), digest
+        source=Path(options.calibration).name,
+        seed=options.calibration_seed,
+        windows=len(kept),
+        length=length,
+        left_out=int(shared.sum()),
+        sha256=digest,
+        repo_id=given.repo_id,
+        commit=given.commit,
     )
 
 
-def from_text(options: CalibratedOptions, config: Any, tokenizer: Any, corpus: str) -> torch.Tensor:
-    """Windows [windows, length] of the text that is named; raises CorpusError where it cannot be calibrated on."""
-    tokens = _windows(tokenizer, _read(options.calibration), options, _length(options, config))
-    _require_disjoint(options.calibration, tokenizer.batch_decode(tokens), set(_shingles(corpus)))
+def from_text(given: GivenText, options: CalibratedOptions, config: Any, tokenizer: Any, corpus: str) -> torch.Tensor:
+    """Windows [windows, length] of a `given` text; raises CorpusError where it cannot be calibrated on."""
+    tokens = _windows(tokenizer, given.text, options, _length(options, config))
+    source_model.require_known_tokens(tokens, int(config.get_text_config().vocab_size), "the original")
+    _require_disjoint(Path(options.calibration).name, tokenizer.batch_decode(tokens), Passages.of(corpus))
     return tokens
 
 
@@ -112,9 +127,9 @@ def generated(
     return torch.cat(parts)
 
 
-def _read(source: str) -> str:
-    """The text of a file, or of one file of a data set on the Hub written as owner/name:path."""
-    path = CALIBRATION_TEXT.file(source)
+def read(source: str) -> GivenText:
+    """A file, or one file of a data set on the Hub written as owner/name:path; raises CorpusError."""
+    path, repo_id, commit = CALIBRATION_TEXT.file(source), None, None
     if path is None:
         repo_id, mark, inside = source.partition(":")
         if not mark or repo_id.count("/") != 1:
@@ -122,13 +137,20 @@ def _read(source: str) -> str:
                 f"no calibration text {source!r}: name a text file, a file of a Hub data set as owner/name:path, "
                 f"or {SELF}"
             )
-        path = hub.dataset_file(repo_id, inside)[1]
+        commit, path = hub.dataset_file(repo_id, inside)
     if path.suffix == ".parquet":
-        return "\n\n".join(_parquet_rows(path))
+        return GivenText("\n\n".join(_parquet_rows(path)), repo_id, commit)
     try:
-        return path.read_text("utf-8")
+        return GivenText(path.read_text("utf-8"), repo_id, commit)
     except UnicodeDecodeError as error:
         raise CorpusError(f"{path.name} is not UTF-8 text (byte {error.start})") from error
+
+
+def content_hash(options: CalibratedOptions) -> str | None:
+    """The sha256 of the text that is named, None where the model writes its own."""
+    if options.calibration == SELF:
+        return None
+    return hashlib.sha256(read(options.calibration).text.encode()).hexdigest()
 
 
 def _parquet_rows(path: Path) -> list[str]:
@@ -158,14 +180,8 @@ def _windows(tokenizer: Any, text: str, options: CalibratedOptions, length: int)
     return chosen
 
 
-def _shingles(text: str) -> Iterator[int]:
-    words = WORD.findall(text.lower())
-    return (hash(tuple(words[start : start + SHINGLE])) for start in range(len(words) - SHINGLE + 1))
-
-
-def _require_disjoint(source: str, texts: list[str], forbidden: set[int]) -> None:
-    shingles = [shingle for text in texts for shingle in _shingles(text)]
-    share = sum(shingle in forbidden for shingle in shingles) / max(len(shingles), 1)
+def _require_disjoint(source: str, texts: list[str], corpus: Passages) -> None:
+    share = corpus.share_in(texts)
     if share > MAX_OVERLAP:
         raise CorpusError(
             f"{share:.0%} of the calibration text {source} is in the corpus that the package is judged by: "

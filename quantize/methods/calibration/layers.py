@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import queue
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +14,14 @@ import torch
 from quantize import devices
 from quantize.errors import UnsupportedModel
 
+CHECKED_WINDOWS, CHECKED_TOKENS = 2, 64
+"""Of each of the two micro-batches on which the walk is compared with the whole model."""
+MAX_WALK_ERROR = 0.01
+"""Of hidden states, relative to their norm; products in bfloat16 differ by a few thousandths at most."""
+
 
 class _StopForward(Exception):
-    """The inputs have been captured; the rest of the model need not run."""
+    """The rest of the forward pass need not run."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +49,11 @@ class DecoderLayers:
 
 
 class ActivationStream:
-    """Calibration text on its way through the decoder layers.
+    """Calibration text on its way through the decoder layers, in micro-batches.
 
-    `hidden` are hidden states, micro-batches [batch, length, width] in front of the layer that runs next, on the CPU;
-    `calls` are the other arguments that the model passes to each layer, such as masks and position embeddings.
+    Each micro-batch has a forward pass of the model's own, held in front of the layer that runs next: what the model
+    gives to a layer besides the hidden states, and what it computes between two layers, is then its own for every
+    micro-batch, on what the layers before really returned. To be closed, or used in a `with`.
     """
 
     def __init__(
@@ -54,8 +62,27 @@ class ActivationStream:
         self.decoder, self.device, self.bfloat16 = decoder, device, bfloat16
         parts = [part for part in torch.split(tokens, batch) if len(part) == batch]
         _move_rest(model, decoder, device)
-        self.hidden = [self._first_input(model, part.to(device)) for part in parts]
-        self.calls = self._layer_arguments(model, parts[0].to(device))
+        self._forwards = [_HeldForward(self._forward(model, part.to(device))) for part in parts]
+        self._standing_in = _standing_in(decoder.layers)
+        self._standing_in.__enter__()
+        try:
+            for forward in self._forwards:
+                forward.begin()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> ActivationStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all passes where they are."""
+        for forward in self._forwards:
+            forward.abandon()
+        self._standing_in.__exit__(None, None, None)
 
     def inputs(self, index: int, name: str) -> Iterator[torch.Tensor]:
         """The inputs of the module `name` of a layer, micro-batch after micro-batch, float [tokens, inputs]."""
@@ -67,7 +94,7 @@ class ActivationStream:
 
         hook = self.decoder.layers[index].get_submodule(name).register_forward_pre_hook(capture)
         try:
-            for part in self.hidden:
+            for part in range(len(self._forwards)):
                 with contextlib.suppress(_StopForward):
                     self._run(index, part)
                 if captured:
@@ -87,7 +114,7 @@ class ActivationStream:
             return keep
 
         hooks = [layer.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
-        self._run(index, self.hidden[0])
+        self._run(index, 0)
         for hook in hooks:
             hook.remove()
         groups: list[list[str]] = []
@@ -100,66 +127,162 @@ class ActivationStream:
             last = tensor
         return groups
 
-    def advance(self, index: int) -> None:
-        """Run all text through a layer."""
-        self.hidden = [_tensor(self._run(index, part)).cpu() for part in self.hidden]
+    def advance(self, index: int) -> list[torch.Tensor]:
+        """Run all text through a layer, up to the next; returns the layer's outputs, a micro-batch each, on the CPU."""
+        return [self._advance(index, part) for part in range(len(self._forwards))]
 
     def output(self, index: int, part: int, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The output of a layer for one micro-batch under other `weights`, by their names in it, with gradients."""
-        arguments, named = self.calls[index]
-        given = (self.hidden[part].to(self.device), *arguments)
+        call = self._call(index, part)
+        layer = self.decoder.layers[index]
         with autocast(self.device, self.bfloat16):
-            return _tensor(torch.func.functional_call(self.decoder.layers[index], dict(weights), given, named))
+            return _tensor(torch.func.functional_call(layer, dict(weights), call.arguments, call.named))
 
-    def _run(self, index: int, hidden: torch.Tensor) -> Any:
-        arguments, named = self.calls[index]
+    def _advance(self, index: int, part: int) -> torch.Tensor:
+        output = self._run(index, part)
+        if index + 1 < len(self.decoder.layers):
+            self._forwards[part].resume(output)
+        return _tensor(output).cpu()
+
+    def _run(self, index: int, part: int) -> Any:
+        call = self._call(index, part)
         with torch.no_grad(), autocast(self.device, self.bfloat16):
-            return self.decoder.layers[index](hidden.to(self.device), *arguments, **named)
+            return self.decoder.layers[index](*call.arguments, **call.named)
 
-    def _first_input(self, model: Any, tokens: torch.Tensor) -> torch.Tensor:
-        captured: list[torch.Tensor] = []
+    def _call(self, index: int, part: int) -> _LayerCall:
+        call = self._forwards[part].call
+        if call is None or call.layer is not self.decoder.layers[index]:
+            raise UnsupportedModel(
+                "the decoder layers do not run one after another, each once: the calibrated recipe does not support "
+                "this model"
+            )
+        return call
 
-        def capture(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-            captured.append(arguments[0] if arguments else named["hidden_states"])
-            raise _StopForward
-
-        hook = self.decoder.layers[0].register_forward_pre_hook(capture, with_kwargs=True)
-        with contextlib.suppress(_StopForward), torch.no_grad(), autocast(self.device, self.bfloat16):
-            model(tokens, use_cache=False)
-        hook.remove()
-        return captured[0].cpu()
-
-    def _layer_arguments(self, model: Any, tokens: torch.Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """The arguments of each layer besides the hidden state: none depends on weights, so no layer runs."""
-        calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        own = [layer.forward for layer in self.decoder.layers]
-        wrap = self._output_wrapper(model, tokens)
-        for index, layer in enumerate(self.decoder.layers):
-            layer.forward = _stand_in(calls, index, wrap)
-        try:
+    def _forward(self, model: Any, tokens: torch.Tensor) -> Callable[[], Any]:
+        def forward() -> Any:
             with torch.no_grad(), autocast(self.device, self.bfloat16):
-                model(tokens, use_cache=False)
-        finally:
-            for layer, forward in zip(self.decoder.layers, own, strict=True):
-                layer.forward = forward
-        return [calls[index] for index in range(len(own))]
+                return model(tokens, use_cache=False)
 
-    def _output_wrapper(self, model: Any, tokens: torch.Tensor) -> Callable[[torch.Tensor], Any]:
-        """Wraps a hidden state as layers return it, alone or in a tuple that begins with it: the first layer tells."""
-        outputs: list[Any] = []
-        first = self.decoder.layers[0].to(self.device)
+        return forward
 
-        def keep(_: Any, __: Any, output: Any) -> None:
-            outputs.append(output)
-            raise _StopForward
 
-        hook = first.register_forward_hook(keep)
-        with contextlib.suppress(_StopForward), torch.no_grad(), autocast(self.device, self.bfloat16):
+def check_walk(model: Any, decoder: DecoderLayers, tokens: torch.Tensor, device: str, bfloat16: bool) -> None:
+    """Raise UnsupportedModel where walking through the layers gives other hidden states than the model itself.
+
+    On two micro-batches of `tokens` [windows, length], with the whole model on the device; its layers are on the CPU
+    afterwards.
+    """
+    sample = torch.cat([tokens[:CHECKED_WINDOWS], tokens[-CHECKED_WINDOWS:]])[:, :CHECKED_TOKENS]
+    batch = len(sample) // 2
+    expected = [_last_output(model, decoder, part.to(device), device, bfloat16) for part in torch.split(sample, batch)]
+    decoder.layers.to("cpu")
+    outputs: list[torch.Tensor] = []
+    with ActivationStream(model, decoder, sample, device, batch, bfloat16) as stream:
+        for index, layer in enumerate(decoder.layers):
+            with on_device(layer, device):
+                outputs = stream.advance(index)
+    for walked, whole in zip(outputs, expected, strict=True):
+        error = float((walked.float() - whole.float()).norm() / whole.float().norm().clamp(min=1e-30))
+        if not error <= MAX_WALK_ERROR:
+            raise UnsupportedModel(
+                f"layer by layer the hidden states differ from the model's own by {error:.1%}: the calibrated recipe "
+                f"does not support this model; use --recipe rtn"
+            )
+
+
+def _last_output(model: Any, decoder: DecoderLayers, tokens: torch.Tensor, device: str, bfloat16: bool) -> torch.Tensor:
+    """What the last decoder layer returns in a forward pass of the whole model."""
+    outputs: list[torch.Tensor] = []
+
+    def keep(_: Any, __: Any, output: Any) -> None:
+        outputs.append(_tensor(output).cpu())
+
+    hook = decoder.layers[-1].register_forward_hook(keep)
+    try:
+        with torch.no_grad(), autocast(device, bfloat16):
             model(tokens, use_cache=False)
+    finally:
         hook.remove()
-        first.to("cpu")
-        is_tuple = isinstance(outputs[0], tuple)
-        return lambda hidden: (hidden, *outputs[0][1:]) if is_tuple else hidden
+    if not outputs:
+        raise UnsupportedModel("the last decoder layer never runs: the calibrated recipe does not support this model")
+    return outputs[-1]
+
+
+@dataclass(frozen=True)
+class _LayerCall:
+    """A decoder layer, and what the model passes to it."""
+
+    layer: torch.nn.Module
+    arguments: tuple[Any, ...]
+    named: dict[str, Any]
+
+
+class _HeldForward(threading.Thread):
+    """A forward pass that waits in front of each decoder layer until the layer's output is handed to it.
+
+    A thread of its own is what lets it wait; it never runs beside the thread that resumes it. `call` is what the
+    model passes to the layer that it waits for, None where the pass has ended.
+    """
+
+    def __init__(self, forward: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self.call: _LayerCall | None = None
+        self._forward = forward
+        self._calls: queue.SimpleQueue[_LayerCall | BaseException | None] = queue.SimpleQueue()
+        self._outputs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def begin(self) -> None:
+        """Run up to the first layer."""
+        self.start()
+        self._wait()
+
+    def resume(self, output: Any) -> None:
+        """Go on with what the layer returned, up to the next one."""
+        self._outputs.put(output)
+        self._wait()
+
+    def abandon(self) -> None:
+        """End here."""
+        if self.is_alive():
+            self._outputs.put(_StopForward())
+            self.join()
+
+    def run(self) -> None:
+        try:
+            self._forward()
+            self._calls.put(None)
+        except _StopForward:
+            pass
+        except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits for it
+            self._calls.put(error)
+
+    def output_of(self, layer: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """What a layer returns, once the other thread has run it; called by the model."""
+        self._calls.put(_LayerCall(layer, arguments, named))
+        output = self._outputs.get()
+        if isinstance(output, _StopForward):
+            raise output
+        return output
+
+    def _wait(self) -> None:
+        call = self._calls.get()
+        if isinstance(call, BaseException):
+            self.call = None
+            raise call
+        self.call = call
+
+
+@contextlib.contextmanager
+def _standing_in(layers: torch.nn.ModuleList) -> Iterator[None]:
+    """Within, decoder layers that run in a held forward wait there for their output; anywhere else they run."""
+    own = [layer.forward for layer in layers]
+    for layer in layers:
+        layer.forward = _stand_in(layer, layer.forward)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            layer.forward = forward
 
 
 @contextlib.contextmanager
@@ -178,13 +301,12 @@ def autocast(device: str, bfloat16: bool) -> torch.autocast:
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bfloat16)
 
 
-def _stand_in(calls: dict[int, Any], index: int, wrap: Callable[[torch.Tensor], Any]) -> Callable[..., Any]:
-    """Stands in for a layer: notes its arguments, and returns its input."""
-
+def _stand_in(layer: torch.nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
     def forward(*arguments: Any, **named: Any) -> Any:
-        hidden = arguments[0] if arguments else named.pop("hidden_states")
-        calls[index] = (arguments[1:], named)
-        return wrap(hidden)
+        thread = threading.current_thread()
+        return (
+            thread.output_of(layer, arguments, named) if isinstance(thread, _HeldForward) else own(*arguments, **named)
+        )
 
     return forward
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from quantize.options import LARGEST_SEED, GivenText, Number, Option, Whole
+from quantize.options import LARGEST_SEED, Number, Option, TextName, Whole
 from quantize.records import Recipe
 
 SELF = "self"
 """The calibration text that the source writes itself."""
-CALIBRATION_TEXT = GivenText((SELF,))
+CALIBRATION_TEXT = TextName((SELF,))
 
 
 @dataclass(frozen=True)

@@ -6,23 +6,25 @@ in the model as quantized so far, and, where they fit into memory, with the Hess
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from quantize import devices
+from quantize.formats import source_model
 from quantize.formats.bitsandbytes import checkpoint, packing
 from quantize.formats.bitsandbytes.modules import laid_out, matrix
 from quantize.methods.calibration import allocation, calibration_text
 from quantize.methods.calibration.gradients import OutputGradient, output_gradients
 from quantize.methods.calibration.hessian import CenteredHessianAccumulator
-from quantize.methods.calibration.layers import ActivationStream, DecoderLayers, on_device
+from quantize.methods.calibration.layers import ActivationStream, DecoderLayers, check_walk, on_device
 from quantize.methods.calibration.options import CalibratedOptions
 from quantize.methods.calibration.resume import FinishedParts, QuantizedLayer
 from quantize.methods.method import Job
@@ -100,6 +102,8 @@ def quantize(job: Job, options: CalibratedOptions, ablation: Ablation | None = N
         "recipe": recipe,
         "device": torch.device(device).type,
         "ablation": ablation,
+        "corpus": hashlib.sha256(job.corpus.encode()).hexdigest(),
+        "calibration": calibration_text.content_hash(options),
     }
     finished = FinishedParts.begin(job.resume_folder, fingerprint)
     quantized = _quantize_model(job, options, ablation, dtype, finished)
@@ -108,9 +112,9 @@ def quantize(job: Job, options: CalibratedOptions, ablation: Ablation | None = N
     skipping = dataclasses.replace(recipe, skip_modules=(*recipe.skip_modules, *half_precision))
     precomputed = {name: layer.tensors() for name, layer in quantized.layers.items()}
     files = FinishedParts.begin(
-        finished.folder / "files", {**fingerprint, "device": device, "precomputed": sorted(precomputed)}
+        finished.folder / "files", {**fingerprint, "device": device, "precomputed": finished.hashes}
     )
-    written = checkpoint.write(checkout, job.output, skipping, dtype, device, job.progress, files.folder, precomputed)
+    written = checkpoint.write(checkout, job.output, skipping, dtype, device, job.progress, files, precomputed)
     return Quantized(
         modules=written.modules,
         kept_modules=written.kept_modules,
@@ -135,6 +139,8 @@ def _quantize_model(
     batch = math.gcd(len(tokens), max(1, TOKENS_AT_ONCE // tokens.shape[1]))
     linear = checkpoint.quantized_names(job.checkout, job.recipe)
     decoder = DecoderLayers.of(model, linear)
+    check_walk(model, decoder, tokens, device, bfloat16)
+    model.to(device)
     names = [name for name in linear if name.startswith(f"{decoder.path}.")]
     gradients = _gradients(job, options, ablation, model, decoder, names, tokens, batch, bfloat16)
     block_sizes = dict.fromkeys(names, ablation.gptq.block)
@@ -147,8 +153,15 @@ def _quantize_model(
     model.to("cpu")
     devices.release(device)
     plan = Plan(job.recipe, dtype, ablation, gradients, block_sizes)
-    stream = ActivationStream(model, decoder, tokens, device, batch, bfloat16)
-    return QuantizedModel(_quantize_layers(stream, plan, options.epochs, finished, job), block_sizes, record)
+    with ExitStack() as streams:
+        stream, *source_stream = [
+            streams.enter_context(ActivationStream(model, decoder, tokens, device, batch, bfloat16))
+            for _ in range(2 if options.epochs else 1)
+        ]
+        layers = _quantize_layers(
+            stream, source_stream[0] if source_stream else None, plan, options.epochs, finished, job
+        )
+    return QuantizedModel(layers, block_sizes, record)
 
 
 def _gradients(
@@ -174,23 +187,29 @@ def _gradients(
 
 
 def _quantize_layers(
-    stream: ActivationStream, plan: Plan, epochs: int, finished: FinishedParts, job: Job
+    stream: ActivationStream,
+    source_stream: ActivationStream | None,
+    plan: Plan,
+    epochs: int,
+    finished: FinishedParts,
+    job: Job,
 ) -> dict[str, QuantizedLayer]:
-    """All matrices, one decoder layer on the device at a time; finished ones are taken from the resume folder."""
+    """All matrices, one decoder layer on the device at a time; finished ones are taken from the resume folder.
+
+    Rounding is learned where there is a `source_stream`, in which all layers stay the source's.
+    """
     decoder = stream.decoder
-    source_stream = copy.copy(stream) if epochs else None
     quantized: dict[str, QuantizedLayer] = {}
     total = len(decoder.layers) * (1 + epochs)
     with job.progress.task("choosing codes and scales", total, "passes") as advance:
         for index, layer in enumerate(decoder.layers):
             with on_device(layer, stream.device):
-                if source_stream:
-                    source_stream.advance(index)
+                targets = source_stream.advance(index) if source_stream else None
                 matrices = finished.layer(index)
                 if matrices or not plan.names(decoder.name(index)):
                     advance(1 + epochs)
                 else:
-                    matrices = _quantize_and_learn(stream, source_stream, index, plan, epochs, advance)
+                    matrices = _quantize_and_learn(stream, targets, index, plan, epochs, advance)
                     finished.save(index, matrices)
                 for name, quantized_matrix in matrices.items():
                     _replace(layer.get_submodule(name), quantized_matrix)
@@ -202,21 +221,21 @@ def _quantize_layers(
 
 def _quantize_and_learn(
     stream: ActivationStream,
-    source_stream: ActivationStream | None,
+    targets: list[torch.Tensor] | None,
     index: int,
     plan: Plan,
     epochs: int,
     advance: Callable[[int], None],
 ) -> dict[str, QuantizedLayer]:
-    """The matrices of a decoder layer; with a `source_stream`, which is one layer ahead, their rounding is learned."""
+    """The matrices of a decoder layer; where there are `targets`, the source layer's outputs, rounding is learned."""
     layer, path = stream.decoder.layers[index], stream.decoder.name(index)
     names = plan.names(path)
-    originals = {name: matrix(layer.get_submodule(name)) for name in names} if source_stream else {}
+    originals = {name: matrix(layer.get_submodule(name)) for name in names} if targets else {}
     matrices = _quantize_layer(stream, index, names, plan)
     advance(1)
-    if source_stream is None or not matrices:
+    if targets is None or not matrices:
         return matrices
-    objective = learned_rounding.Objective(source_stream.hidden, originals, plan.gradients.get(path))
+    objective = learned_rounding.Objective(targets, originals, plan.gradients.get(path))
     return learned_rounding.learn(stream, index, matrices, objective, epochs, advance)
 
 
@@ -277,14 +296,11 @@ def _quantize_matrix(module: Any, name: str, inputs: CenteredHessianAccumulator,
 
 def _load_source(checkout: Checkout, dtype: str, device: str) -> Any:
     """The source on the CPU: float32 where gradients are to be taken, else in the half precision of the package."""
-    from transformers import AutoModelForCausalLM
-
     small = checkout.source.parameters * 4 <= MAX_OUTPUT_HESSIAN_BYTES
-    model = AutoModelForCausalLM.from_pretrained(
+    model = source_model.load(
         checkout.folder,
+        checkout.source.name,
         dtype=torch.float32 if small or torch.device(device).type == "cpu" else getattr(torch, dtype),
-        use_safetensors=True,
-        local_files_only=True,
         trust_remote_code=checkout.source.remote_code,
     )
     return model.eval().requires_grad_(False)

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantize.errors import storage_errors
 from quantize.formats.bitsandbytes.checkpoint import BIAS
 from quantize.formats.bitsandbytes.packing import Packed
 from quantize.records import CalibrationText
 from quantize.resume import ResumeFolder
 from quantize.serialization import from_json, to_json
+
+TOKENS, NOTES, ALLOCATION = "tokens.safetensors", "tokens.json", "allocation.json"
 
 
 @dataclass(frozen=True)
@@ -41,46 +42,41 @@ class FinishedParts(ResumeFolder):
 
     def text(self, prepare: Callable[[], tuple[torch.Tensor, CalibrationText]]) -> tuple[torch.Tensor, CalibrationText]:
         """The text to calibrate on, and its record."""
-        tokens, notes = self.folder / "tokens.safetensors", self.folder / "tokens.json"
-        if not notes.is_file():
+        tokens, notes = self.part(TOKENS), self.part(NOTES)
+        if tokens is None or notes is None:
             prepared, record = prepare()
-            self._save(tokens, {"tokens": prepared.contiguous()})
-            self._write(notes, to_json(record))
+            tokens = self._save(TOKENS, {"tokens": prepared.contiguous()})
+            notes = self._write(NOTES, to_json(record))
         return load_file(tokens)["tokens"], from_json(CalibrationText, notes.read_text("utf-8"), notes)
 
     def allocation(self, allocate: Callable[[], dict[str, int]]) -> dict[str, int]:
         """The block size of each matrix, or 0 where it is kept in half precision."""
-        file = self.folder / "allocation.json"
-        if not file.is_file():
-            self._write(file, json.dumps(allocate()))
+        file = self.part(ALLOCATION) or self._write(ALLOCATION, json.dumps(allocate()))
         block_sizes: dict[str, int] = json.loads(file.read_text("utf-8"))
         return block_sizes
 
     def layer(self, index: int) -> dict[str, QuantizedLayer]:
         """The matrices of a decoder layer; empty where it is not finished."""
-        file = self._layer_file(index)
+        file = self.part(_layer_file(index))
         named: dict[str, dict[str, torch.Tensor]] = {}
-        for key, tensor in (load_file(file) if file.is_file() else {}).items():
+        for key, tensor in (load_file(file) if file else {}).items():
             name, _, part = key.partition("|")
             named.setdefault(name, {})[part] = tensor
         return {name: QuantizedLayer.of(tensors) for name, tensors in named.items()}
 
     def save(self, index: int, layers: Mapping[str, QuantizedLayer]) -> None:
-        if layers and not self._layer_file(index).is_file():
+        if layers and self.part(_layer_file(index)) is None:
             parts = {
                 f"{name}|{part}": tensor for name, layer in layers.items() for part, tensor in layer.tensors().items()
             }
-            self._save(self._layer_file(index), parts)
+            self._save(_layer_file(index), parts)
 
-    def _layer_file(self, index: int) -> Path:
-        return self.folder / f"layer-{index}.safetensors"
+    def _save(self, name: str, tensors: dict[str, torch.Tensor]) -> Path:
+        return self.keep(name, lambda file: save_file(tensors, file))
 
-    def _save(self, file: Path, tensors: dict[str, torch.Tensor]) -> None:
-        with storage_errors(self.folder):
-            save_file(tensors, file.with_suffix(".part"))
-            file.with_suffix(".part").rename(file)
+    def _write(self, name: str, text: str) -> Path:
+        return self.keep(name, lambda file: file.write_text(text, "utf-8"))
 
-    def _write(self, file: Path, text: str) -> None:
-        with storage_errors(self.folder):
-            file.with_suffix(".part").write_text(text, "utf-8")
-            file.with_suffix(".part").rename(file)
+
+def _layer_file(index: int) -> str:
+    return f"layer-{index}.safetensors"

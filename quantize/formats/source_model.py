@@ -1,0 +1,271 @@
+"""The source's model against its files: built without weights, loaded without inventions."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantize.errors import CorruptModel, QuantizeError, UnsupportedModel
+from quantize.files import CONFIG
+from quantize.formats import safetensors
+from quantize.formats.safetensors import Entry
+from quantize.records import Checkout
+
+if TYPE_CHECKING:
+    import torch
+
+COUNTS = re.compile("layer|depth|labels")
+"""In the names of config fields by which transformers makes lists before it makes a model."""
+LAYER = re.compile(r".*?\.\d+(?=\.)|.*(?=\.)|.*", re.DOTALL)
+"""A tensor's layer, which is what its name says up to the first number; else its module."""
+MOST_COUNTED = 10_000
+ELEMENTS_EACH, PARAMETERS_EACH = 4, 16
+"""How often a model may have an element, or a parameter, for each that lies in its files: ties are undone while it is
+built, and fused tensors are split."""
+SPARE_ELEMENTS, SPARE_PARAMETERS = 1 << 20, 1000
+FORMER_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"(^|\.)masked_bias$")
+"""What older versions of transformers stored and computed anew: nobody misses it."""
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """What the model calls a tensor of its files, and what the tensor is called when the model is saved again.
+
+    One that is fused with others or split is `converted`, and its shape with it.
+    """
+
+    name: str
+    saved_name: str
+    converted: bool = False
+
+
+def skeleton(checkout: Checkout, dtype: str = "float32") -> Any:
+    """The source's model without weights.
+
+    Raises CorruptModel, before that is built, where its config promises much more than its files hold, and
+    UnsupportedModel where transformers builds nothing from it.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name, trust = checkout.source.name, checkout.source.remote_code
+    held = tensors(checkout)
+    _require_countable(checkout, max(MOST_COUNTED, len(held)))
+    try:
+        config = AutoConfig.from_pretrained(checkout.folder, local_files_only=True, trust_remote_code=trust)
+        with torch.device("meta"), _no_larger_than(held.values(), name):
+            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust)
+    except QuantizeError:
+        raise
+    except Exception as error:  # a config can be wrong in any way
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UnsupportedModel(f"transformers cannot build {name} from its {CONFIG}: {reason}") from error
+
+
+def tensors(checkout: Checkout) -> dict[str, Entry]:
+    """All tensors of the source's weight files by their names there; raises CorruptModel."""
+    held: dict[str, Entry] = {}
+    for file in (file.path for file in checkout.source.files if safetensors.is_weights(file.path)):
+        for name, entry in safetensors.entries(checkout.folder / file).items():
+            if name in held:
+                raise CorruptModel(f"{name} lies in {held[name].file.name} and in {file}: remove one of them")
+            held[name] = entry
+    return held
+
+
+def check_tensors(checkout: Checkout) -> tuple[str, ...]:
+    """Names of the tensors in the source's files that its model does not use; only headers are read.
+
+    Raises CorruptModel where a tensor is absent, has another shape than the config says, or differs from the one that
+    it is said to be tied to. Of a model with its own code nothing is known before it is loaded.
+    """
+    model, held = skeleton(checkout), tensors(checkout)
+    if model.is_remote_code():
+        return ()
+    expected, ties = model.state_dict(), dict(model.all_tied_weights_keys)
+    rename = renaming(model, expected)
+    renamed = {key: rename(key) for key in held}
+    plain = {one.name: held[key] for key, one in renamed.items() if not one.converted}
+    name = checkout.source.name
+    _require_shapes(plain, expected, name)
+    _require_equal_ties(plain, ties, name)
+    if not any(one.converted for one in renamed.values()):
+        absent = _absent(expected.keys(), plain.keys(), ties)
+        require_complete(_not_matching(absent, model._keys_to_ignore_on_load_missing or ()), name)
+    unused = sorted((key for key, one in renamed.items() if one.name not in expected), key=natural)
+    return tuple(key for key in unused if not _is_former_buffer(key, model))
+
+
+def load(folder: Path, name: str, **options: Any) -> Any:
+    """The model in `folder` as stock transformers loads it with these `options`, safetensors and local files alone.
+
+    Raises CorruptModel where a tensor is absent, which transformers would fill with random values.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+    )
+    require_complete(report["missing_keys"], name)
+    return model
+
+
+def require_complete(absent: Iterable[str], name: str) -> None:
+    """Raise CorruptModel where tensors are `absent` from the files of the model called `name`."""
+    listed = sorted(absent, key=natural)
+    if listed:
+        more = f", and {len(listed) - 1} more" if len(listed) > 1 else ""
+        raise CorruptModel(
+            f"the weights of {name} lack {listed[0]}{more}: fetch the model again, or ask its authors for whole files"
+        )
+
+
+def require_known_tokens(ids: torch.Tensor, vocabulary: int, name: str) -> None:
+    """Raise CorruptModel where token `ids` go beyond the `vocabulary` of the model called `name`."""
+    if ids.numel() and int(ids.max()) >= vocabulary:
+        raise CorruptModel(
+            f"the tokenizer of {name} writes token {int(ids.max())}, and its model knows {vocabulary} tokens: "
+            f"the tokenizer is another model's"
+        )
+
+
+def renaming(model: Any, expected: Mapping[str, Any]) -> Callable[[str], Renamed]:
+    """Tells what `model` calls a tensor of its files, out of the names in `expected`.
+
+    Names may lack the model's prefix, or have it too much, and some architectures have had others.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    transforms, prefix = get_model_conversion_mapping(model), model.base_model_prefix
+
+    def rename(key: str) -> Renamed:
+        name, converted = key, False
+        for transform in transforms:
+            name, pattern = transform.rename_source_key(name)
+            converted = converted or (pattern is not None and isinstance(transform, WeightConverter))
+        for variant in _variants(name, prefix):
+            if variant in expected:
+                return Renamed(variant, variant if name == key else key, converted)
+        return Renamed(key, key, converted)
+
+    return rename
+
+
+def same_values(first: Entry, second: Entry) -> bool:
+    """Whether two tensors are equal, bit by bit and in type and shape."""
+    import torch
+
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    starts = range(0, first.numel, safetensors.PART)
+    parts = ((start, min(safetensors.PART, first.numel - start)) for start in starts)
+    return all(
+        torch.equal(safetensors.read(first, *part, False), safetensors.read(second, *part, False)) for part in parts
+    )
+
+
+def grouped(names: Iterable[str]) -> dict[str, int]:
+    """How many of the tensors called `names` lie in each layer, or in each module outside of layers.
+
+    Names come from files: what no module is called is shown as `?`.
+    """
+    places = (LAYER.match(name) for name in names)
+    return Counter(re.sub(r"[^\w.-]", "?", place[0]) for place in places if place)
+
+
+def natural(name: str) -> list[tuple[int, int | str]]:
+    """Sorts names with the numbers in them by their size."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
+
+
+def _variants(name: str, prefix: str) -> tuple[str, str, str]:
+    return name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")
+
+
+def _absent(expected: Iterable[str], stored: Iterable[str], ties: Mapping[str, str]) -> set[str]:
+    """What the model has and its files do not, neither under its own name nor under one that it is tied to."""
+    held = {ties.get(name, name) for name in stored}
+    return {name for name in expected if ties.get(name, name) not in held}
+
+
+def _require_shapes(stored: Mapping[str, Entry], expected: Mapping[str, torch.Tensor], name: str) -> None:
+    for key in sorted(stored.keys() & expected.keys(), key=natural):
+        held, due = list(stored[key].shape), list(expected[key].shape)
+        if held != due:
+            raise CorruptModel(
+                f"{key} of {name} has the shape {held} in its file, and {due} by its {CONFIG}: one of the two is "
+                f"another model's"
+            )
+
+
+def _require_equal_ties(stored: Mapping[str, Entry], ties: Mapping[str, str], name: str) -> None:
+    for target, kept in ties.items():
+        if target in stored and kept in stored and not same_values(stored[target], stored[kept]):
+            raise CorruptModel(
+                f"{target} of {name} differs from {kept}, which its {CONFIG} says that it is: programs disagree about "
+                f"which of them counts; remove the wrong one, or set tie_word_embeddings to false there"
+            )
+
+
+def _is_former_buffer(key: str, model: Any) -> bool:
+    """Whether a tensor is what a module that the model still has once kept in files, such as a causal mask."""
+    if any(re.search(pattern, key) for pattern in FORMER_BUFFERS):
+        return True
+    modules = dict(model.named_modules())
+    inside = any(name.rpartition(".")[0] in modules for name in _variants(key, model.base_model_prefix))
+    return inside and not _not_matching([key], model._keys_to_ignore_on_load_unexpected or ())
+
+
+def _not_matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    listed = list(patterns)
+    return [name for name in names if not any(re.search(pattern, name) for pattern in listed)]
+
+
+def _require_countable(checkout: Checkout, most: int) -> None:
+    """Raise CorruptModel where the config counts more layers than there can be for these files."""
+    waiting = [json.loads((checkout.folder / CONFIG).read_text("utf-8"))]
+    while waiting:
+        content = waiting.pop()
+        if isinstance(content, list):
+            waiting += content
+        elif isinstance(content, dict):
+            waiting += content.values()
+            for field, value in content.items():
+                if COUNTS.search(field) and isinstance(value, int | float) and value > most:
+                    raise CorruptModel(
+                        f"the {CONFIG} of {checkout.source.name} says {field} = {str(value)[:20]}, which its weights "
+                        f"cannot fill: it is another model's"
+                    )
+
+
+@contextmanager
+def _no_larger_than(held: Iterable[Entry], name: str) -> Iterator[None]:
+    """Stop building a model, with CorruptModel, as soon as it is much larger than these tensors."""
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    sizes = [entry.numel for entry in held]
+    elements = ELEMENTS_EACH * sum(sizes) + SPARE_ELEMENTS
+    parameters = PARAMETERS_EACH * len(sizes) + SPARE_PARAMETERS
+
+    def count(module: Any, key: str, parameter: Any) -> None:
+        nonlocal elements, parameters
+        elements -= parameter.numel()
+        parameters -= 1
+        if elements < 0 or parameters < 0:
+            raise CorruptModel(
+                f"the {CONFIG} of {name} describes a model that is much larger than the {sum(sizes):,} weights in its "
+                f"files: it is another model's"
+            )
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
