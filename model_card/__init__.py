@@ -1,5 +1,6 @@
 """What a card says: facts in, README.md out. Knows nothing of how the facts came about."""
 
+from model_card.escape import visible_json
 from model_card.facts import (
     CardAttempt,
     CardCalibration,
@@ -11,9 +12,10 @@ from model_card.facts import (
     CardStandardPerplexity,
     Interval,
 )
-from model_card.metadata import forbids_derivatives
+from model_card.licenses import forbids_derivatives, linked_file
+from model_card.metadata import inherited
 from model_card.page import page
-from model_card.render import TemplateProblem, names, nats, render
+from model_card.render import TemplateProblem, names, nats, parse, render
 from model_card.source_card import split
 
 __all__ = [
@@ -28,9 +30,13 @@ __all__ = [
     "Interval",
     "TemplateProblem",
     "forbids_derivatives",
+    "inherited",
+    "linked_file",
     "names",
     "nats",
     "page",
+    "parse",
     "render",
     "split",
+    "visible_json",
 ]

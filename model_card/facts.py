@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Interval:
-    """A measured value and its 95 % confidence interval."""
+    """A measured value and its confidence interval."""
 
     value: float
     low: float
@@ -34,14 +34,15 @@ class CardPublisher:
 
 @dataclass(frozen=True)
 class CardControl:
-    """Another version of the source on the same windows; size in bytes."""
+    """Another version of the source on the same windows; size in bytes, and why where there are no figures."""
 
     name: str
     size: int
-    perplexity_ratio: Interval
-    kld: Interval
-    same_top: Interval
+    perplexity_ratio: Interval | None
+    kld: Interval | None
+    same_top: Interval | None
     grade: str
+    problem: str
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,12 @@ class CardAttempt:
 
 @dataclass(frozen=True)
 class CardStandardPerplexity:
-    """A perplexity as papers report it, for both models."""
+    """A perplexity as papers report it, for both models; None where it is no number."""
 
     name: str
     method: str
-    original: float
-    quantized: float
+    original: float | None
+    quantized: float | None
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,12 @@ class CardFacts:
     `key` is the package key of provenance.json. `source_repo_id` and `source_commit` are None for
     a local source; measured values are None in the card of a package that failed a structural check, or was not to be
     measured. `source_card` is the whole of the source's README; `corpus_dataset` is None for a text that is not from
-    the Hub. `method_description` says how codes were chosen. Of the quantized modules `block_32_modules` have blocks of
-    32 weights; `half_precision_modules` of the kept ones are kept for the sake of accuracy. `unused_tensors`
-    are layers of the source's files that its model has no place for, each with its number of tensors.
+    the Hub. Intervals are of level `confidence`; with `optional_stopping` only those of the two figures with a limit
+    hold although scoring may have `stopped_early`. Windows of a kind that is rarer than `missed_share` can have been
+    missed (5 %). `method_description` says how codes were chosen. Of the quantized modules `block_32_modules` have
+    blocks of 32 weights; `half_precision_modules` of the kept ones are kept for the sake of accuracy. `unused_tensors`
+    are layers of the source's files that its model has no place for, each with its number of tensors. A `chat` model
+    has a chat template, which its prompts went through; CPUs with AVX-512 misread as many layers as `misread_on_cpu`.
     """
 
     publisher: CardPublisher | None
@@ -137,6 +141,10 @@ class CardFacts:
     window: int
     windows: int
     corpus_windows: int
+    confidence: float
+    missed_share: float
+    optional_stopping: bool
+    stopped_early: bool
     reference_dtype: str
     reference_perplexity: Interval | None
     candidate_perplexity: Interval | None
@@ -154,6 +162,8 @@ class CardFacts:
     identical_at_32: float | None
     prefill_agreement: float | None
     cached_agreement: float | None
+    chat: bool
+    misread_on_cpu: int
     new_tokens: int
     seed: int
     greedy_samples: tuple[CardSample, ...]

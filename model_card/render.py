@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import jinja2
-import yaml
 
-from model_card import metadata, source_card
+from model_card import escape, licenses, metadata, source_card
+from model_card.escape import Markdown
 from model_card.facts import CardFacts, Interval
+from model_card.quoting import quote
 
 TEMPLATE = "card.md.j2"
+FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})")
 
 
 class TemplateProblem(Exception):
@@ -24,15 +26,24 @@ class TemplateProblem(Exception):
 def render(facts: CardFacts, template: str | None = None) -> str:
     """The whole card: YAML front matter, then the text that `template`, or the default one, makes of the facts.
 
-    The source's own text is a value, never a template. Raises TemplateProblem for a `template` that does not render.
+    The source's own text is a value, never a template, and what the default template prints is escaped unless a filter
+    made Markdown of it. Raises TemplateProblem for a `template` that does not render.
     """
     source = source_card.split(facts.source_card or "")
     values = _names(facts, source)
     if template is None:
-        text = _tidy(_environment().get_template(TEMPLATE).render(values))
+        text = _tidy(_environment(finalize=escape.markdown).get_template(TEMPLATE).render(values))
     else:
         text = _rendered(template, values).strip()
-    return f"---\n{_yaml(metadata.build(facts, source.metadata))}---\n\n{text}\n"
+    return f"---\n{metadata.to_yaml(metadata.build(facts, source))}---\n\n{text}\n"
+
+
+def parse(template: str) -> None:
+    """Raise TemplateProblem where `template` is none, whatever the facts."""
+    try:
+        _environment().parse(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise TemplateProblem(f"line {error.lineno}: {error.message}") from error
 
 
 def names(facts: CardFacts) -> dict[str, Any]:
@@ -53,10 +64,11 @@ def _names(facts: CardFacts, source: source_card.SourceCard) -> dict[str, Any]:
     base = f"{facts.hub}/{facts.source_repo_id}/{{kind}}/{facts.source_commit}" if facts.source_repo_id else None
     return {
         **{field.name: getattr(facts, field.name) for field in dataclasses.fields(facts)},
-        "license_known": bool(source.metadata.get("license")),
+        "licenses": licenses.stated(source.metadata),
+        "license_known": bool(licenses.stated(source.metadata)),
         "metadata_problem": source.problem,
         "original_emissions": _emissions(source.metadata.get("co2_eq_emissions")),
-        "original_text": source_card.quote(source.body, base) if source.body.strip() else None,
+        "original_text": Markdown(quote(source.body, base)) if source.body.strip() else None,
     }
 
 
@@ -69,7 +81,7 @@ def _template_line(error: Exception) -> int | None:
 def _emissions(stated: Any) -> str | None:
     """The training emissions that a card states, in one line: grams, or a mapping that has them."""
     amount = stated.get("emissions") if isinstance(stated, dict) else stated
-    return f"{amount} g CO2eq" if amount else None
+    return f"{amount} g CO2eq" if amount and isinstance(amount, str | int | float) else None
 
 
 def _tidy(text: str) -> str:
@@ -78,7 +90,7 @@ def _tidy(text: str) -> str:
     lines: list[str] = []
     fence: str | None = None
     for line in head.splitlines():
-        marker = source_card.FENCE.match(line)
+        marker = FENCE.match(line)
         if marker and fence is None:
             fence = marker.group(1)
         elif marker and line.strip() == fence:
@@ -89,14 +101,11 @@ def _tidy(text: str) -> str:
     return f"{above}\n{mark}{quoted}" if mark else above
 
 
-def _yaml(header: dict[str, Any]) -> str:
-    return yaml.safe_dump(header, sort_keys=False, allow_unicode=True, width=10_000)
-
-
-def _environment() -> jinja2.Environment:
+def _environment(finalize: Callable[[Any], Any] | None = None) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("model_card"),
         undefined=jinja2.StrictUndefined,
+        finalize=finalize,
         autoescape=False,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -107,10 +116,14 @@ def _environment() -> jinja2.Environment:
         percent=_percent,
         megabytes=_megabytes,
         nats=nats,
-        fenced=_fenced,
-        cell=_cell,
         count=_count,
-        python=json.dumps,
+        number=_number,
+        cell=escape.markdown,
+        code=escape.code,
+        codes=escape.codes,
+        fenced=escape.fenced,
+        address=escape.address,
+        python=escape.literal,
     )
     return environment
 
@@ -132,17 +145,9 @@ def nats(value: float) -> str:
     return f"{value:.4f}" if value >= 0.001 or value == 0 else f"{value:.1e}"
 
 
+def _number(value: float | None) -> str:
+    return "no number" if value is None else f"{value:.4f}"
+
+
 def _count(number: int) -> str:
     return f"{number:,}"
-
-
-def _fenced(text: str, language: str = "text") -> str:
-    """A code block that no run of backticks in `text` can close."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{text}\n{fence}"
-
-
-def _cell(text: str) -> str:
-    """Text that cannot break out of a table cell."""
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")

@@ -1,141 +1,149 @@
-"""The source's own card: its front matter as data, its text quoted. It is never a template."""
+"""The source's own card taken apart: its front matter as plain values, and its text."""
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
 
-FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*$\r?\n?", re.DOTALL | re.MULTILINE)
-FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})")
-HEADING = re.compile(r"^( {0,3})(#{1,6})(?=[ \t]|$)")
-UNDERLINE = re.compile(r"^ {0,3}(=+|-+)[ \t]*$")
-NOT_A_PARAGRAPH = re.compile(r"^\s*$|^ {4}|^ {0,3}(?:[#>|<]|[-*+][ \t]|\d+[.)][ \t])")
-HTML_HEADING = re.compile(r"(</?h)([1-6])(?=[\s>])", re.IGNORECASE)
-IMAGE = re.compile(r"(?P<before>!\[[^\[\]\n]*\]\(\s*<?)(?P<target>[^)\s>]+)")
-LINK = re.compile(r"(?P<before>\]\(\s*<?)(?P<target>[^)\s>]+)")
-DEFINITION = re.compile(r"(?P<before>^ {0,3}\[[^\[\]\n]+\]:\s*<?)(?P<target>[^\s>]+)")
-HTML_TARGET = re.compile(r"(?P<before>\b(?P<name>src|href)\s*=\s*[\"'])(?P<target>[^\"'\n]+)", re.IGNORECASE)
-ABSOLUTE = re.compile(r"^(?:[a-z][a-z0-9+.-]*:|//|#)", re.IGNORECASE)
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".avif")
-DEEPEST = 6
+OPENING = re.compile(r"[\s\ufeff]*---[ \t]*(?=[\r\n])")
+CLOSING = re.compile(r"[\r\n](?:---|\.\.\.)[ \t]*(?:\r\n|[\r\n]|\Z)")
+"""What the Hub's own pattern takes (`REGEX_YAML_BLOCK` of huggingface_hub), and some more: blanks after the first mark,
+lines that end with a carriage return alone, YAML's other end mark."""
+FIRST_KEY = re.compile(r"[\r\n]+[\w-]+[ \t]*:")
+WORDS = ("license", "license_name", "license_link", "language", "datasets", "tags", "pipeline_tag")
+"""Keys whose values are texts, whatever else YAML would make of them: `no` is Norwegian."""
+VALUES = ("widget", "co2_eq_emissions")
+GATING = "extra_gated_"
+TEXT_TAG, TAGS = "tag:yaml.org,2002:str", "tag:yaml.org,2002:"
+PLAIN = re.compile(
+    r"(?P<null>~|null|Null|NULL|)|(?P<true>true|True|TRUE)|(?P<false>false|False|FALSE)"
+    r"|(?P<whole>[-+]?[0-9]{1,18})|(?P<number>[-+]?[0-9]{1,18}\.[0-9]{1,18})"
+)
+"""Unquoted values that are no texts, as in YAML 1.2, which the Hub reads."""
+LONGEST_HEADER = 1_000_000
+MOST_NODES = 20_000
+LONGEST_PROBLEM = 300
 
 
 @dataclass(frozen=True)
 class SourceCard:
-    """A card taken apart: its metadata, its text, and why its metadata could not be read, where it could not."""
+    """A card taken apart: the metadata that a card may inherit, its text, and why its metadata could not be read.
+
+    `unread` is front matter that could not be read.
+    """
 
     metadata: Mapping[str, Any]
     body: str
     problem: str | None = None
+    unread: str = ""
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """Safe YAML without what a card has no use for: aliases, which can grow without bound, and repeated keys."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("an alias, which no card needs")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key, _ in node.value:
-            name = str(key.value)
-            if name in seen:
-                raise yaml.YAMLError(f"the key {name!r} twice, again in line {key.start_mark.line + 1}")
-            seen.add(name)
-        return super().construct_mapping(node, deep)
+class _Unreadable(Exception):
+    pass
 
 
+def parts(card: str) -> tuple[str | None, str]:
+    """Front matter and text of a card; None where it has no front matter."""
+    opening = OPENING.match(card)
+    closing = CLOSING.search(card, opening.end()) if opening else None
+    if opening is None or closing is None:
+        return None, card
+    return card[opening.end() : closing.start()], card[closing.end() :]
+
+
+@functools.lru_cache(maxsize=4)
 def split(card: str) -> SourceCard:
-    """Front matter and body of a card; front matter that is not a mapping in plain YAML counts as none."""
-    matter = FRONT_MATTER.match(card)
-    if not matter:
-        return SourceCard({}, card)
-    body = card[matter.end() :]
+    """A card taken apart; front matter that is not a mapping in plain YAML counts as none."""
+    header, body = parts(card)
+    if header is None:
+        opening = OPENING.match(card)
+        if opening is None or not FIRST_KEY.match(card, opening.end()):
+            return SourceCard({}, card)
+        return SourceCard({}, card, "its front matter has no end mark", card[:LONGEST_HEADER])
     try:
-        metadata = yaml.load(matter.group(1), _PlainLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that no calendar has
-        return SourceCard({}, body, _in_one_line(error))
-    if metadata is None:
-        return SourceCard({}, body)
-    if not isinstance(metadata, dict):
-        return SourceCard({}, body, "it is not a mapping")
-    return SourceCard(metadata, body)
+        return SourceCard(_metadata(header), body)
+    except RecursionError:
+        problem = "it is nested too deeply"
+    except (yaml.YAMLError, _Unreadable, ValueError) as error:
+        problem = " ".join(str(error).split())[:LONGEST_PROBLEM]
+    return SourceCard({}, body, problem, header)
 
 
-def quote(body: str, base: str | None, demote_by: int = 2) -> str:
-    """`body` with headings `demote_by` levels lower and relative targets made absolute against `base`.
-
-    `base` is the source's address at its commit with a `{kind}` in it: `resolve` for images, `blob` for links.
-    Code, fenced or inline, stays as it is.
-    """
-    lines: list[str] = []
-    fence: str | None = None
-    for line in body.strip("\r\n").splitlines():
-        mark = FENCE.match(line)
-        if fence is None and mark:
-            fence = mark.group(1)
-        elif fence is not None:
-            closes = line.strip().startswith(fence) and not line.strip().strip(fence[0])
-            fence = None if closes else fence
-        elif (level := _underlined(lines, line)) is not None:
-            lines[-1] = f"{'#' * min(DEEPEST, level + demote_by)} {lines[-1].strip()}"
-            continue
-        else:
-            line = _demoted(line, demote_by)
-            line = _outside_code(line, lambda text: _absolute(text, base)) if base else line
-        lines.append(line.rstrip("\r"))
-    if fence is not None:
-        lines.append(fence)
-    return "\n".join(lines)
+def _metadata(header: str) -> dict[str, Any]:
+    if len(header) > LONGEST_HEADER:
+        raise _Unreadable(f"it is longer than {LONGEST_HEADER:,} characters")
+    root = yaml.compose(header, Loader=yaml.SafeLoader)
+    if root is None or (isinstance(root, yaml.ScalarNode) and not root.value):
+        return {}
+    if not isinstance(root, yaml.MappingNode):
+        raise _Unreadable("it is not a mapping")
+    reader = _Reader()
+    return {
+        key: reader.value(node, only_text=key in WORDS)
+        for key, node in reader.items(root)
+        if key in WORDS or key in VALUES or key.startswith(GATING)
+    }
 
 
-def _underlined(lines: list[str], line: str) -> int | None:
-    """The level of the heading that `line` makes of the one before it, as `====` and `----` do."""
-    mark = UNDERLINE.match(line)
-    if not mark or not lines or NOT_A_PARAGRAPH.match(lines[-1]):
+class _Reader:
+    """YAML's nodes as plain values. An alias stands for a copy, of which there may be so many only."""
+
+    def __init__(self) -> None:
+        self.nodes = 0
+
+    def value(self, node: yaml.Node, *, only_text: bool) -> Any:
+        self.nodes += 1
+        if self.nodes > MOST_NODES:
+            raise _Unreadable(f"it has more than {MOST_NODES:,} values")
+        if not (node.tag or TAGS).startswith(TAGS):
+            raise _Unreadable(f"{node.tag} in line {node.start_mark.line + 1} is no type that a card has")
+        if isinstance(node, yaml.MappingNode):
+            return {key: self.value(value, only_text=only_text) for key, value in self.items(node)}
+        if isinstance(node, yaml.SequenceNode):
+            return [self.value(item, only_text=only_text) for item in node.value]
+        return _scalar(node, only_text) if isinstance(node, yaml.ScalarNode) else None
+
+    def items(self, node: yaml.MappingNode) -> list[tuple[str, yaml.Node]]:
+        """Keys and nodes of a mapping, with what `<<` merges into it; no key may stand twice."""
+        own: dict[str, yaml.Node] = {}
+        merged: dict[str, yaml.Node] = {}
+        for key, value in node.value:
+            self.nodes += 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise _Unreadable(f"the key in line {key.start_mark.line + 1} is no word")
+            if key.value in own:
+                raise _Unreadable(f"the key {key.value!r} twice, again in line {key.start_mark.line + 1}")
+            if key.value == "<<" and key.style is None:
+                merged |= self._merged(value)
+            else:
+                own[key.value] = value
+        return list({**merged, **own}.items())
+
+    def _merged(self, node: yaml.Node) -> dict[str, yaml.Node]:
+        if self.nodes > MOST_NODES:
+            raise _Unreadable(f"it has more than {MOST_NODES:,} values")
+        mappings = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        if not all(isinstance(mapping, yaml.MappingNode) for mapping in mappings):
+            raise _Unreadable(f"what << merges in line {node.start_mark.line + 1} is no mapping")
+        merged: dict[str, yaml.Node] = {}
+        for mapping in reversed(mappings):
+            merged |= dict(self.items(mapping))
+        return merged
+
+
+def _scalar(node: yaml.ScalarNode, only_text: bool) -> Any:
+    text = str(node.value)
+    match = PLAIN.fullmatch(text) if node.style is None and node.tag != TEXT_TAG else None
+    kind = match.lastgroup if match else None
+    if kind == "null":
         return None
-    if len(lines) > 1 and not re.match(r"^\s*$|^#", lines[-2]):
-        return None
-    return 1 if mark.group(1)[0] == "=" else 2
-
-
-def _demoted(line: str, by: int) -> str:
-    line = HEADING.sub(lambda match: match.group(1) + "#" * min(DEEPEST, len(match.group(2)) + by), line)
-    return HTML_HEADING.sub(lambda match: f"{match.group(1)}{min(DEEPEST, int(match.group(2)) + by)}", line)
-
-
-def _outside_code(line: str, change: Callable[[str], str]) -> str:
-    parts = re.split(r"(`+[^`]*`+)", line)
-    return "".join(part if part.startswith("`") else change(part) for part in parts)
-
-
-def _absolute(text: str, base: str) -> str:
-    def image(match: re.Match[str]) -> str:
-        return match["before"] + _joined(match["target"], base, "resolve")
-
-    def link(match: re.Match[str]) -> str:
-        return match["before"] + _joined(match["target"], base, "blob")
-
-    def html(match: re.Match[str]) -> str:
-        return image(match) if match["name"].lower() == "src" else link(match)
-
-    return HTML_TARGET.sub(html, DEFINITION.sub(link, LINK.sub(link, IMAGE.sub(image, text))))
-
-
-def _joined(target: str, base: str, kind: str) -> str:
-    if ABSOLUTE.match(target):
-        return target
-    if PurePosixPath(target.lower()).suffix in IMAGE_SUFFIXES:
-        kind = "resolve"
-    return f"{base.format(kind=kind)}/{target.removeprefix('./').lstrip('/')}"
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    if only_text or kind is None:
+        return text
+    return (
+        {"true": True, "false": False}[kind] if kind in ("true", "false") else float(text) if "." in text else int(text)
+    )

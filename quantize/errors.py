@@ -53,6 +53,15 @@ class QuantizeError(Exception):
         super().__init__("\n".join(map(printable, lines)))
 
 
+def described(error: BaseException, message: str | None = None) -> str:
+    """The message of an error, or another one, and in its last line the notes that it got on its way."""
+    return "; ".join([str(error) if message is None else message, *map(printable, _notes(error))])
+
+
+def _notes(error: BaseException | None) -> list[str]:
+    return [] if error is None else [*getattr(error, "__notes__", ()), *_notes(error.__cause__)]
+
+
 class SourceError(QuantizeError):
     pass
 

@@ -12,7 +12,7 @@ FORMAT_VERSION = 2
 
 @dataclass(frozen=True)
 class Estimate:
-    """A measured value with its 95 % interval."""
+    """A measured value with its interval, of the level that the plan of looks leaves: 95 % for a single attempt."""
 
     value: float
     low: float
@@ -31,7 +31,11 @@ class DatasetRecord:
 
 @dataclass(frozen=True)
 class CorpusRecord:
-    """The text that was scored: `windows` whole windows of `window` tokens, `scored` of them read."""
+    """The text that was scored: `windows` whole windows of `window` tokens, `scored` of them read.
+
+    `repeated` windows were passed over while drawing, because they repeat what others say. Of each window the `prefix`
+    is not scored, which the tokenizer puts before every text, or else the first token.
+    """
 
     name: str
     dataset: DatasetRecord | None
@@ -41,6 +45,12 @@ class CorpusRecord:
     window: int
     windows: int
     scored: int
+    repeated: int = 0
+    prefix: int = 0
+
+    @property
+    def scored_tokens(self) -> int:
+        return self.scored * (self.window - max(1, self.prefix))
 
 
 @dataclass(frozen=True)
@@ -62,10 +72,20 @@ class Histogram:
 
 
 @dataclass(frozen=True)
+class WindowFigures:
+    """Each scored window in the order of reading: its mean nll difference (candidate - reference) and KLD, in nats."""
+
+    nll_difference: tuple[float, ...] = ()
+    kld: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class Scores:
     """Reference against candidate on the same tokens; nats throughout.
 
-    `kld_by_position` holds mean divergences of equal stretches of the window, from its start to its end.
+    The verdict is judged from `window_figures`: the intervals of `perplexity_ratio` and `kld.mean` are those of the
+    last look. All other intervals are those of this sample, not adjusted for having stopped early. `kld_by_position`
+    holds mean divergences of equal stretches of the window, from its start to its end.
     """
 
     reference_perplexity: Estimate
@@ -77,11 +97,24 @@ class Scores:
     delta_p_rms: Estimate
     kld_histogram: Histogram
     kld_by_position: tuple[float, ...]
+    window_figures: WindowFigures = WindowFigures()
+
+
+@dataclass(frozen=True)
+class LookPlan:
+    """When scoring may stop: at looks at up to `windows` windows, the only one at all of them when `full`.
+
+    `error` is this attempt's share of the 5 % that intervals may miss; see quantize/parity/sequential.py.
+    """
+
+    windows: int
+    full: bool
+    error: float
 
 
 @dataclass(frozen=True)
 class Look:
-    """One look at the windows scored so far: intervals that may err with `error`, all looks' errors adding to 5 %."""
+    """One look at the windows scored so far, and the error of its plain intervals."""
 
     windows: int
     error: float
@@ -92,24 +125,28 @@ class Look:
 
 @dataclass(frozen=True)
 class Control:
-    """Another version of the source, scored on the same windows: what noise and the alternatives would give."""
+    """Another version of the source, scored on the same windows: what noise and the alternatives would give.
+
+    Where it gave no figures, they are None and `problem` says why.
+    """
 
     name: str
     weight_bytes: int
-    perplexity_ratio: Estimate
-    kld: Estimate
-    same_top: Estimate
+    perplexity_ratio: Estimate | None
+    kld: Estimate | None
+    same_top: Estimate | None
     grade: str
+    problem: str = ""
 
 
 @dataclass(frozen=True)
 class StandardPerplexity:
-    """One figure of a published way to state a perplexity, for both models on the whole text."""
+    """One figure of a published way to state a perplexity, for both models on the whole text; None for no number."""
 
     name: str
     method: str
-    reference: float
-    candidate: float
+    reference: float | None
+    candidate: float | None
 
 
 @dataclass(frozen=True)
@@ -218,7 +255,9 @@ class Evidence:
 
     The two types are those of the arithmetic; on a CPU the candidate's stored half-precision values are summed
     in float32 after a check that this makes no difference. `reference_devices` are the devices that held the
-    reference's weights. `unused_tensors` lie in the source's files, and its model has no place for them.
+    reference's weights. `unused_tensors` lie in the source's files, and its model has no place for them. A `chat` model
+    has a chat template, through which prompts went. Modules that are `misread_on_cpu`, by those with AVX-512, were
+    measured at their real values.
     """
 
     reference_dtype: str
@@ -239,4 +278,30 @@ class Evidence:
     seconds: float
     attempts: tuple[Attempt, ...] = ()
     unused_tensors: tuple[str, ...] = ()
+    look_plan: LookPlan | None = None
+    chat: bool = False
+    misread_on_cpu: tuple[str, ...] = ()
     format_version: int = FORMAT_VERSION
+
+    @property
+    def confidence(self) -> float:
+        """The level of all intervals."""
+        return 1.0 - (self.look_plan.error if self.look_plan else 0.05)
+
+    @property
+    def missed_share(self) -> float:
+        """The share of windows, all of one kind, of which those scored hold none with a probability of 5 %."""
+        return 1.0 - 0.05 ** (1.0 / self.corpus.scored) if self.corpus and self.corpus.scored else 1.0
+
+    @property
+    def optional_stopping(self) -> bool:
+        """Whether scoring could have ended at another look than it did."""
+        return len(self.looks) > 1 or self.stopped_early
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether windows were left, because those scored were enough for the verdict."""
+        if not self.looks or self.corpus is None:
+            return False
+        drawn = self.look_plan.windows if self.look_plan else self.corpus.windows
+        return self.looks[-1].certain and self.looks[-1].windows < drawn

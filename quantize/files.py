@@ -15,6 +15,8 @@ from quantize.folders import require_no_link, require_own
 from quantize.records import FileRecord, Stamp
 
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 CARD = "README.md"
 PROVENANCE = "provenance.json"
 PARITY = "parity.json"

@@ -317,6 +317,7 @@ REQUEST = (
         "Make the package again, though a finished one is here or on the Hub, or it was refused before.",
         commands=(RUN, SYNC),
     ),
+    Option("--clean", "clean", Flag(), "Begin anew where a run was stopped, and leave no finished parts either."),
     Option(
         "--unverified",
         "unverified",

@@ -14,7 +14,14 @@ from typing import Any
 import model_card
 from model_card import CardFacts
 from quantize import __version__, devices, files, methods, package, search, source
-from quantize.errors import ConfigError, CorpusError, PackageError, UnsupportedModel, storage_errors
+from quantize.errors import (
+    ConfigError,
+    CorpusError,
+    PackageError,
+    QuantizeError,
+    UnsupportedModel,
+    storage_errors,
+)
 from quantize.evidence import Evidence
 from quantize.folders import write_text
 from quantize.formats import source_model
@@ -28,6 +35,7 @@ from quantize.records import (
     Checkout,
     Demand,
     EvaluationSettings,
+    FileRecord,
     Provenance,
     Publisher,
     Quantized,
@@ -45,7 +53,8 @@ class RunRequest:
     """What one `quantize run` was asked for; `output` None means a folder named after the model.
 
     `name` is what the card calls the package, where not its folder's name. `replace_outdated` replaces a finished
-    package of an earlier commit of the same model, as `force` replaces any. `unverified` measures nothing.
+    package of an earlier commit of the same model, as `force` replaces any. `unverified` measures nothing. With
+    `clean`, finished parts of a run that was stopped are neither taken up nor left.
     """
 
     model: str
@@ -62,6 +71,7 @@ class RunRequest:
     allow_no_derivatives: bool = False
     name: str = ""
     replace_outdated: bool = False
+    clean: bool = False
     unverified: bool = False
 
 
@@ -108,29 +118,25 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
     Raises QuantizeError, and leaves nothing half done.
     """
     request = dataclasses.replace(request, recipe=methods.normalized(request.recipe))
-    output = request.output or default_output(request.model, request.recipe)
+    output = _output(request)
     package.require_replaceable(output)
     device = devices.choose(request.device)
     demand = package.demanded(request.recipe, request.settings)
-    with package.staging_folder(output) as staging:
+    with package.staging_folder(output) as staging, package.finished_parts(output, clean=request.clean):
         checkout = _fetch(request, progress)
         finished = _finished(request, demand, checkout, output)
         if finished is not None:
             return RunResult(finished, created=False)
         template = _read_template(request.card_template)
+        kept = _undocumented(request, demand, checkout, output)
         with source.watched(checkout):
-            _check(request, checkout, staging, progress)
-            resume, corpus = output.with_name(f"{output.name}{package.UNFINISHED}"), corpus_text(request.settings)
-            job = methods.Job(checkout, staging, request.recipe, device, progress, corpus, resume)
-            candidate = _without_paths(search.build(job, request.settings, _measurement(request, job)))
-            _require_same_texts(request, demand)
-            progress.stage("write card and provenance")
-            provenance = _provenance(request, demand, checkout, candidate, output.name)
-            sealed = _document(candidate, _with_template(provenance, template), template, request.card_template)
-        verdict = candidate.evidence.verdict
-        sound = verdict.passed or verdict.grade == UNMEASURED
-        final = package.move_into_place(staging, output, passed=sound)
-    return RunResult(Package(final, sealed, candidate.evidence), created=True)
+            measured, hashes = (kept, ()) if kept else _measured(request, demand, checkout, staging, device, progress)
+        progress.stage("write card and provenance")
+        with _kept_undocumented(measured, output, progress):
+            with source.watched(checkout):
+                text = source.card_text(checkout)
+                sealed = _document(measured, hashes, text, template, request.card_template)
+            return RunResult(_in_place(sealed, output), created=True)
 
 
 def verify(request: VerifyRequest, progress: Progress) -> Evidence:
@@ -166,14 +172,22 @@ def write_page(opened: Package, path: Path) -> None:
 
 
 def rewrite_card(request: CardRequest) -> Package:
-    """Render the card of a package again from its evidence; nothing is measured."""
+    """Render the card of a package again from its evidence; nothing is measured.
+
+    What a run could not document is documented, and gets the name that the run would have given it.
+    """
     opened = _opened(request)
     package.require_unchanged(opened, but=files.CARD)
-    card_of_now = rendered_card(opened, request.against, request.template)
+    name = request.folder.resolve().name
     with storage_errors(request.folder):
-        package.write_card(request.folder, card_of_now.text)
-        sealed = package.seal(request.folder, card_of_now.provenance)
-        return Package(request.folder, sealed, opened.evidence)
+        if name.endswith(package.UNDOCUMENTED):
+            figures.draw(opened.evidence, request.folder / files.FIGURES)
+        rendered = rendered_card(opened, request.against, request.template)
+        package.write_card(request.folder, rendered.text)
+        sealed = dataclasses.replace(opened, provenance=package.seal(request.folder, rendered.provenance))
+        if name.endswith(package.UNDOCUMENTED):
+            return _in_place(sealed, request.folder.resolve().with_name(name.removesuffix(package.UNDOCUMENTED)))
+    return sealed
 
 
 @dataclass(frozen=True)
@@ -199,6 +213,10 @@ def default_output(model: str, recipe: Recipe) -> Path:
     return Path(f"{source.name_of(model)}-bnb-{recipe.bits}bit")
 
 
+def _output(request: RunRequest) -> Path:
+    return request.output or default_output(request.model, request.recipe)
+
+
 def _fetch(request: RunRequest, progress: Progress) -> Checkout:
     progress.stage(f"source {request.model}")
     return source.fetch(
@@ -219,9 +237,36 @@ def _finished(request: RunRequest, demand: Demand, checkout: Checkout, output: P
     return None
 
 
+def _undocumented(request: RunRequest, demand: Demand, checkout: Checkout, output: Path) -> Package | None:
+    """What an earlier run made and measured for this request, but could not document."""
+    folder = package.undocumented_folder(output)
+    measured = package.undocumented(folder, checkout.source, demand)
+    if measured is None or request.force:
+        return None
+    name, provenance = request.name or output.name, measured.provenance
+    return dataclasses.replace(
+        measured, provenance=dataclasses.replace(provenance, name=name, publisher=request.publisher)
+    )
+
+
+def _measured(
+    request: RunRequest, demand: Demand, checkout: Checkout, staging: Path, device: str, progress: Progress
+) -> tuple[Package, tuple[FileRecord, ...]]:
+    """What is made and measured in `staging`, to be documented, and its files as they were before measuring."""
+    _check(request, checkout, staging, progress)
+    output = _output(request)
+    resume, corpus = output.with_name(f"{output.name}{package.UNFINISHED}"), corpus_text(request.settings)
+    job = methods.Job(checkout, staging, request.recipe, device, progress, corpus, resume)
+    candidate = _without_paths(search.build(job, request.settings, _measurement(request, job)))
+    _require_same_texts(request, demand)
+    package.write_evidence(staging, candidate.evidence)
+    provenance = _provenance(request, demand, checkout, candidate, output.name)
+    return Package(staging, provenance, candidate.evidence), candidate.files
+
+
 def _check(request: RunRequest, checkout: Checkout, staging: Path, progress: Progress) -> None:
     """Raise now what would otherwise end the run after hours: license, tensors, corpus, recipe, disk."""
-    _require_derivable(checkout, request.allow_no_derivatives)
+    _check_metadata(checkout, request.allow_no_derivatives, progress)
     unused = source_model.grouped(source_model.check_tensors(checkout))
     if unused:
         progress.note(f"the model has no place for these tensors in its files: {', '.join(unused)}")
@@ -233,7 +278,9 @@ def _check(request: RunRequest, checkout: Checkout, staging: Path, progress: Pro
 def _measurement(request: RunRequest, job: methods.Job) -> search.Measure:
     """How a run measures its candidates: beside the method that a recipe improves on, where that was asked for."""
 
-    def measurement(folder: Path, recipe: Recipe, quantized: Quantized, settings: EvaluationSettings) -> Evidence:
+    def measurement(
+        folder: Path, recipe: Recipe, quantized: Quantized, settings: EvaluationSettings, attempts: int
+    ) -> Evidence:
         checkout, expected = job.checkout, ExpectedConfig.of(recipe, quantized.half_precision_modules)
         if request.unverified:
             return unmeasured(checkout, folder, settings, job.device, expected)
@@ -243,10 +290,9 @@ def _measurement(request: RunRequest, job: methods.Job) -> search.Measure:
             for name, control in CONTROLS.items()
             if settings.controls or (control.name, control.bits) == (baseline, 4)
         }
-        with _controls(checkout, recipes, job.device, job.progress) as controls:
-            return measure(
-                checkout, folder, settings, job.device, job.progress, expected, controls, request.reference_cache
-            )
+        cache, progress = request.reference_cache, job.progress
+        with _controls(checkout, recipes, job.device, progress) as controls:
+            return measure(checkout, folder, settings, job.device, progress, expected, controls, cache, attempts)
 
     return measurement
 
@@ -321,15 +367,41 @@ def _provenance(
 
 
 def _document(
-    candidate: search.Candidate, provenance: Provenance, template: str | None, path: Path | None
-) -> Provenance:
-    """Write evidence, figures and card beside the weights, and seal all with hashes; `path` is the template's."""
-    staging, evidence = candidate.folder, candidate.evidence
-    package.write_evidence(staging, evidence)
-    figures.draw(evidence, staging / files.FIGURES)
-    facts = card.facts(provenance, evidence, provenance.source_card, card.figure_names(staging))
-    package.write_card(staging, _rendered(facts, template, path))
-    return package.seal(staging, provenance, candidate.files)
+    measured: Package, hashes: tuple[FileRecord, ...], source_card: str | None, template: str | None, path: Path | None
+) -> Package:
+    """Write figures and card beside weights and evidence, and seal all with hashes; `path` is the template's."""
+    folder = measured.folder
+    provenance = dataclasses.replace(_with_template(measured.provenance, template), source_card=source_card)
+    figures.draw(measured.evidence, folder / files.FIGURES)
+    facts = card.facts(provenance, measured.evidence, source_card, card.figure_names(folder))
+    package.write_card(folder, _rendered(facts, template, path))
+    return dataclasses.replace(measured, provenance=package.seal(folder, provenance, hashes))
+
+
+@contextmanager
+def _kept_undocumented(measured: Package, output: Path, progress: Progress) -> Iterator[None]:
+    """Keep what was made and measured when documenting it fails, and say where."""
+    try:
+        with storage_errors(measured.folder):
+            yield
+    except Exception as error:
+        try:
+            package.seal_undocumented(measured.folder, measured.provenance)
+            kept = package.keep_undocumented(measured.folder, output)
+        except (OSError, QuantizeError):
+            raise error from None
+        line = f"the measured package is kept in {kept}: run the same command again, or `quantize card {kept}`"
+        if isinstance(error, QuantizeError):
+            raise type(error)(f"{error}; {line}") from error
+        progress.note(line)
+        raise
+
+
+def _in_place(sealed: Package, output: Path) -> Package:
+    """A sealed package under its final name."""
+    verdict = sealed.evidence.verdict
+    sound = verdict.passed or verdict.grade == UNMEASURED
+    return dataclasses.replace(sealed, folder=package.move_into_place(sealed.folder, output, passed=sound))
 
 
 def _opened(request: CardRequest) -> Package:
@@ -361,24 +433,31 @@ def _with_template(provenance: Provenance, template: str | None) -> Provenance:
     return dataclasses.replace(provenance, card_template=digest)
 
 
-def _require_derivable(checkout: Checkout, allowed: bool) -> None:
-    """Raise UnsupportedModel where the source's license lets nobody publish changed copies."""
-    metadata = model_card.split(source.card_text(checkout) or "").metadata
-    license_name = model_card.forbids_derivatives(metadata)
+def _check_metadata(checkout: Checkout, allowed: bool, progress: Progress) -> None:
+    """Say what the card will not inherit as it stands; raises UnsupportedModel for a license against changed copies."""
+    original = model_card.split(source.card_text(checkout) or "")
+    license_name = model_card.forbids_derivatives(original)
     if license_name and not allowed:
         raise UnsupportedModel(
             f"{checkout.source.name} has the license {license_name}, which allows no changed copies: ask its authors, "
             f"and then say --allow-no-derivatives"
         )
+    for note in model_card.inherited(original)[1]:
+        progress.note(note)
 
 
 def _read_template(path: Path | None) -> str | None:
+    """The text of a template that can be parsed; what it names is known only when there are facts."""
     if path is None:
         return None
     try:
-        return path.read_text("utf-8")
+        template = path.read_text("utf-8")
+        model_card.parse(template)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--card-template {path} cannot be read: {error}") from error
+    except model_card.TemplateProblem as problem:
+        raise ConfigError(f"--card-template {path}: {problem}") from None
+    return template
 
 
 def _rendered(facts: CardFacts, template: str | None, path: Path | None) -> str:

@@ -14,12 +14,12 @@ from quantize.evidence import Attempt, Evidence
 from quantize.files import records_of
 from quantize.grades import GRADES, UNMEASURED, grade_at_least
 from quantize.methods import Job
-from quantize.parity import gate
+from quantize.parity import judged
 from quantize.records import EvaluationSettings, FileRecord, Quantized, Recipe
 
 ATTEMPTS = "attempts"
-Measure = Callable[[Path, Recipe, Quantized, EvaluationSettings], Evidence]
-"""Compares a folder that was written by a recipe with the original."""
+Measure = Callable[[Path, Recipe, Quantized, EvaluationSettings, int], Evidence]
+"""Compares a folder that was written by a recipe with the original, as one of so many attempts."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ def build(job: Job, settings: EvaluationSettings, measure: Measure) -> Candidate
     searching = job.recipe.name == methods.AUTO
     required = _stricter(job.recipe.target_grade, settings.require) if searching else settings.require
     candidates: list[Candidate] = []
-    for number, recipe in enumerate(attempts(job.recipe)):
+    planned = attempts(job.recipe)
+    for number, recipe in enumerate(planned):
         attempt = dataclasses.replace(
             job,
             output=job.output / ATTEMPTS / str(number),
@@ -59,13 +60,14 @@ def build(job: Job, settings: EvaluationSettings, measure: Measure) -> Candidate
         )
         quantized = _quantize(attempt, job.resume_folder)
         job.progress.stage("verify against the original")
-        measured = records_of(attempt.output)
-        evidence = measure(attempt.output, recipe, quantized, dataclasses.replace(settings, require=required))
-        candidates.append(Candidate(attempt.output, recipe, quantized, evidence, measured))
+        stricter = dataclasses.replace(settings, require=required)
+        before = records_of(attempt.output)
+        evidence = measure(attempt.output, recipe, quantized, stricter, len(planned))
+        candidates.append(Candidate(attempt.output, recipe, quantized, evidence, before))
         if grade_at_least(evidence.verdict.grade, required) or evidence.verdict.grade == UNMEASURED:
             break
     best = min(candidates, key=_distance)
-    evidence = _final_evidence(best, settings, measure)
+    evidence = _final_evidence(best, settings, measure, len(planned))
     if searching:
         listed = tuple(_attempt(candidate, chosen=candidate is best) for candidate in candidates)
         evidence = dataclasses.replace(evidence, attempts=listed)
@@ -87,16 +89,15 @@ def _quantize(attempt: Job, resume: Path) -> Quantized:
     return quantized
 
 
-def _final_evidence(best: Candidate, settings: EvaluationSettings, measure: Measure) -> Evidence:
+def _final_evidence(best: Candidate, settings: EvaluationSettings, measure: Measure, planned: int) -> Evidence:
     """The best candidate's evidence under the grade that is required, measured further where that stopped too early."""
-    evidence = best.evidence
-    if evidence.verdict.grade == UNMEASURED:
-        return evidence
-    verdict = gate(evidence.checks, evidence.scores, settings.require)
-    stopped_early = evidence.corpus is not None and evidence.corpus.scored < evidence.corpus.windows
-    if evidence.verdict.required != settings.require and not verdict.passed and stopped_early:
-        return measure(best.folder, best.recipe, best.quantized, settings)
-    return dataclasses.replace(evidence, verdict=verdict)
+    if best.evidence.verdict.required == settings.require or best.evidence.verdict.grade == UNMEASURED:
+        return best.evidence
+    evidence = judged(best.evidence, settings.require)
+    plan = evidence.look_plan
+    if plan is not None and not evidence.looks[-1].certain and evidence.looks[-1].windows < plan.windows:
+        return measure(best.folder, best.recipe, best.quantized, settings, planned)
+    return evidence
 
 
 def _keep(folder: Path, staging: Path) -> None:

@@ -114,8 +114,9 @@ def finished(device: str) -> float:
 
 def windows_of(job: Job, tokenizer: Any) -> Any:
     from quantize.parity import corpus
+    from quantize.parity.windows import draw
 
-    return corpus.windows_of(corpus.load(job.corpus), tokenizer, job.window, job.windows, seed=0)[0]
+    return draw(corpus.load(job.corpus), tokenizer, job.window, job.windows, seed=0)[0]
 
 
 def ours(job: Job) -> Outcome:
@@ -188,7 +189,7 @@ def verdict(job: Job) -> Outcome:
         "windows": evidence.corpus.scored,
         "seconds with generation": whole,
     }
-    return Outcome(done - begun, begun - started, evidence.corpus.scored * (evidence.corpus.window - 1), used, figures)
+    return Outcome(done - begun, begun - started, evidence.corpus.scored_tokens, used, figures)
 
 
 OURS, VERDICT = "ours, all statistics", "ours, to the verdict"

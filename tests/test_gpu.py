@@ -149,6 +149,7 @@ def test_the_calibrated_recipe(tmp_path: Path) -> None:
         require_pipeline_and_lora(made[budget].folder, "cuda")
     plain, larger = (one.evidence for one in made.values())
     assert all(check.passed for check in (*plain.checks, *larger.checks)) and plain.scores and larger.scores
+    assert plain.controls[0].kld is not None
     assert plain.scores.kld.mean.value < 0.7 * plain.controls[0].kld.value
     assert larger.scores.kld.mean.value < plain.scores.kld.mean.value
     on_cpu = pipeline.verify(pipeline.VerifyRequest(str(made[1.0].folder), str(POCKET), SETTINGS, "cpu"), Silent())

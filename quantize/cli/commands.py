@@ -14,7 +14,7 @@ import click
 from quantize import __version__, publishing
 from quantize.cli.decorators import FILE, FOLDER, former_flags, options_of
 from quantize.cli.display import Display
-from quantize.errors import ParityRefused, QuantizeError
+from quantize.errors import ParityRefused, QuantizeError, described, printable
 from quantize.files import CARD
 from quantize.grades import UNMEASURED
 from quantize.options import DEFAULT_MODEL
@@ -147,12 +147,13 @@ def card(
     quantize card distilgpt2-bnb-4bit --preview
     quantize card distilgpt2-bnb-4bit --card-template my-card.md.j2 --html card.html
     """
+    from model_card import visible_json
     from quantize import pipeline
     from quantize.cli import console
 
     request = pipeline.CardRequest(folder, against, publisher, card_template)
     if facts:
-        click.echo(to_json(pipeline.card_names(request)), nl=False)
+        click.echo(visible_json(to_json(pipeline.card_names(request))), nl=False)
         return
     package = pipeline.rewrite_card(request)
     if html is not None:
@@ -221,7 +222,7 @@ def sync(context: click.Context, /, catalogue: Path, display: Display, **request
     display.show(report, lambda terminal: console.show_report(terminal, report))
     for outcome in report.outcomes if display.quiet else ():
         if not outcome.ok:
-            click.echo(f"{outcome.state}: {outcome.repo}: {outcome.detail}", err=True)
+            click.echo(printable(f"{outcome.state}: {outcome.repo}: {outcome.detail}"), err=True)
     context.exit(report.exit_code)
 
 
@@ -251,10 +252,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted: no partial result was left behind; run the same command again to continue", err=True)
+    except (click.Abort, KeyboardInterrupt) as error:
+        click.echo(described(error, "interrupted: run the same command again to continue"), err=True)
         sys.exit(INTERRUPTED)
+    except SystemExit as error:  # SIGTERM
+        click.echo(described(error, "stopped"), err=True)
+        raise
     except QuantizeError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {described(error)}", err=True)
         sys.exit(error.exit_code)
     sys.exit(code)

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from model_card import nats, split
+from quantize.cli.visible_console import VisibleConsole
 from quantize.diagnostics import Diagnostics
 from quantize.errors import printable
 from quantize.evidence import Estimate, Evidence
@@ -31,7 +32,7 @@ class Terminal:
 
     def __init__(self) -> None:
         self.interactive = sys.stderr.isatty()
-        self.console = Console(
+        self.console: Console = VisibleConsole(
             stderr=True, highlight=False, markup=False, width=None if self.interactive else PLAIN_WIDTH
         )
 
@@ -70,6 +71,12 @@ def show_evidence(console: Console, evidence: Evidence) -> None:
     if evidence.scores is not None:
         console.print(_scores_table(evidence))
     verdict = evidence.verdict
+    if count := len(evidence.misread_on_cpu):
+        console.print(
+            f"not for CPUs with AVX-512: bitsandbytes dequantizes {count} of its layers wrongly there",
+            style="yellow",
+            soft_wrap=True,
+        )
     if verdict.grade == UNMEASURED:
         console.print("not measured: only the files were checked", style="yellow", soft_wrap=True)
         return
@@ -170,14 +177,15 @@ def _scores_table(evidence: Evidence) -> Table:
     required = evidence.verdict.required
     ratio_limit, kld_limit = LIMITS[required]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=_caption(evidence), caption_justify="left")
-    for name in ("metric", "original", "this model", "95 % interval", f"limit for {required}", "pass"):
+    level, own = f"{100 * evidence.confidence:.4g} % interval", " *" if evidence.optional_stopping else ""
+    for name in ("metric", "original", "this model", level, f"limit for {required}", "pass"):
         table.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
     ratio, kld, top = scores.perplexity_ratio, scores.kld.mean, scores.same_top
     table.add_row(
         "perplexity",
         f"{scores.reference_perplexity.value:.3f}",
         f"{scores.candidate_perplexity.value:.3f}",
-        _range(scores.candidate_perplexity, 3),
+        _range(scores.candidate_perplexity, 3) + own,
     )
     table.add_row(
         "perplexity ratio",
@@ -188,15 +196,17 @@ def _scores_table(evidence: Evidence) -> Table:
         _mark(ratio, ratio_limit),
     )
     table.add_row("mean KLD (nats)", "0", nats(kld.value), _range(kld), f"{kld_limit}", _mark(kld, kld_limit))
-    table.add_row("same most likely token", "1", f"{top.value:.4f}", _range(top))
-    table.add_row("RMS change of p(token)", "0", f"{scores.delta_p_rms.value:.4f}", _range(scores.delta_p_rms))
+    table.add_row("same most likely token", "1", f"{top.value:.4f}", _range(top) + own)
+    table.add_row("RMS change of p(token)", "0", f"{scores.delta_p_rms.value:.4f}", _range(scores.delta_p_rms) + own)
     for control in evidence.controls:
-        table.add_row(
-            f"  {control.name}: ratio", "1", f"{control.perplexity_ratio.value:.4f}", _range(control.perplexity_ratio)
-        )
-        table.add_row(f"  {control.name}: KLD", "0", nats(control.kld.value), _range(control.kld), control.grade)
+        if control.perplexity_ratio is None or control.kld is None:
+            table.add_row(f"  {control.name}", "", "no number", control.problem)
+            continue
+        ratio, kld = control.perplexity_ratio, control.kld
+        table.add_row(f"  {control.name}: ratio", "1", f"{ratio.value:.4f}", _range(ratio))
+        table.add_row(f"  {control.name}: KLD", "0", nats(kld.value), _range(kld), control.grade)
     for figure in evidence.standard_perplexities:
-        table.add_row(figure.name, f"{figure.reference:.4f}", f"{figure.candidate:.4f}")
+        table.add_row(figure.name, _number(figure.reference), _number(figure.candidate))
     if evidence.reference_cache is not None:
         table.add_row("  reference cache: KLD", "0", nats(evidence.reference_cache.mean_kld))
     if generation is not None:
@@ -208,9 +218,16 @@ def _scores_table(evidence: Evidence) -> Table:
 def _caption(evidence: Evidence) -> str:
     corpus = evidence.corpus
     assert corpus is not None
-    enough = corpus.scored < corpus.windows and evidence.looks[-1].certain
     scored = f"scored {corpus.scored} of {corpus.windows} windows of {corpus.window} tokens of {corpus.name}"
-    return f"{scored}, enough for the verdict" if enough else scored
+    lines = [f"{scored}, enough for the verdict" if evidence.stopped_early else scored]
+    lines.append(f"text that fills less than {100 * evidence.missed_share:.2g} % of windows can have been missed")
+    if evidence.optional_stopping:
+        lines.append("* of these windows alone, not adjusted for the choice of when to stop")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "no number" if value is None else f"{value:.4f}"
 
 
 def _range(estimate: Estimate, digits: int = 4) -> str:

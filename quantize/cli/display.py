@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quantize.errors import ParityRefused, QuantizeError
+from quantize.errors import ParityRefused, QuantizeError, described
 from quantize.serialization import to_json
 
 if TYPE_CHECKING:
@@ -40,7 +40,9 @@ class Display:
     def show(self, record: object, *tables: Callable[[Any], None]) -> None:
         """Print a record as JSON, or as the tables that were made of it."""
         if self.as_json:
-            click.echo(to_json(record), nl=False)
+            from model_card import visible_json
+
+            click.echo(visible_json(to_json(record)), nl=False)
         elif not self.quiet:
             from quantize.cli.console import Terminal
 
@@ -55,5 +57,5 @@ class Display:
             yield
         except QuantizeError as error:
             if self.as_json and not isinstance(error, ParityRefused):
-                click.echo(json.dumps({"error": str(error), "kind": type(error).__name__}))
+                click.echo(json.dumps({"error": described(error), "kind": type(error).__name__}))
             raise

@@ -64,12 +64,12 @@ def describe(recipe: Recipe, quantized: Quantized) -> str:
     if text.source == SELF:
         origin = "that the original wrote itself"
     else:
-        origin = f"of `{text.source}`" + (f" (data set {text.repo_id} at commit {text.commit})" if text.repo_id else "")
+        origin = f"of {text.source}" + (f" (data set {text.repo_id} at commit {text.commit})" if text.repo_id else "")
     epochs = CalibratedOptions.of(recipe).epochs
     learned = f", and rounding was then learned in {epochs} epochs on that text" if epochs else ""
     return (
         f"Codes, scales and biases were not rounded to nearest but chosen so that the model's outputs change least, on "
-        f"{text.windows} windows of {text.length} tokens {origin} (seed {text.seed}, sha256 `{text.sha256[:12]}`)"
+        f"{text.windows} windows of {text.length} tokens {origin} (seed {text.seed}, sha256 {text.sha256[:12]})"
         f"{learned}; the corpus above was kept out of it. The file format is stock, and so are the kernels."
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -26,6 +27,9 @@ from quantize.formats.source_model import grouped
 from quantize.grades import LIMITS, UNMEASURED
 from quantize.options import Option
 from quantize.records import CalibrationText, EvaluationSettings, Provenance, Recipe, Source
+
+MANY_LAYERS = 4
+"""From so many on, modules of equal place in the layers are named together."""
 
 
 def facts(
@@ -62,7 +66,7 @@ def facts(
         quantized_modules=len(quantized.modules),
         block_32_modules=len(quantized.block_32_modules),
         half_precision_modules=len(quantized.half_precision_modules),
-        kept_modules=quantized.kept_modules,
+        kept_modules=_summarized(quantized.kept_modules),
         unused_tensors=tuple(grouped(evidence.unused_tensors).items()),
         source_bytes=evidence.sizes.source_bytes,
         package_bytes=evidence.sizes.package_bytes,
@@ -74,10 +78,14 @@ def facts(
         corpus=text.name if text else None,
         corpus_dataset=CardDataset(**dataclasses.asdict(dataset)) if dataset else None,
         corpus_sha256=text.sha256 if text else None,
-        scored_tokens=text.scored * (text.window - 1) if text else 0,
+        scored_tokens=text.scored_tokens if text else 0,
         window=text.window if text else 0,
         windows=text.scored if text else 0,
         corpus_windows=text.windows if text else 0,
+        confidence=evidence.confidence,
+        missed_share=evidence.missed_share,
+        optional_stopping=evidence.optional_stopping,
+        stopped_early=evidence.stopped_early,
         reference_dtype=evidence.reference_dtype,
         reference_perplexity=_interval(scores.reference_perplexity) if scores else None,
         candidate_perplexity=_interval(scores.candidate_perplexity) if scores else None,
@@ -95,6 +103,7 @@ def facts(
                 _interval(control.kld),
                 _interval(control.same_top),
                 control.grade,
+                control.problem,
             )
             for control in evidence.controls
         ),
@@ -108,6 +117,8 @@ def facts(
         identical_at_32=generated.identical_at_32 if generated else None,
         prefill_agreement=generated.prefill_agreement if generated else None,
         cached_agreement=generated.cached_agreement if generated else None,
+        chat=evidence.chat,
+        misread_on_cpu=len(evidence.misread_on_cpu),
         new_tokens=generated.new_tokens if generated else 0,
         seed=provenance.settings.seed,
         greedy_samples=tuple(
@@ -156,11 +167,22 @@ def _attempt(attempt: Attempt) -> CardAttempt:
     return CardAttempt(
         name=name,
         size=attempt.weight_bytes,
-        perplexity_ratio=_interval(attempt.perplexity_ratio) if attempt.perplexity_ratio else None,
-        kld=_interval(attempt.kld) if attempt.kld else None,
-        same_top=_interval(attempt.same_top) if attempt.same_top else None,
+        perplexity_ratio=_interval(attempt.perplexity_ratio),
+        kld=_interval(attempt.kld),
+        same_top=_interval(attempt.same_top),
         grade=attempt.grade,
         chosen=attempt.chosen,
+    )
+
+
+def _summarized(modules: tuple[str, ...]) -> tuple[str, ...]:
+    """Modules of equal place in many layers once, with a star for the number of the layer."""
+    patterns = [re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in modules]
+    return tuple(
+        dict.fromkeys(
+            pattern if patterns.count(pattern) >= MANY_LAYERS else name
+            for name, pattern in zip(modules, patterns, strict=True)
+        )
     )
 
 
@@ -169,5 +191,5 @@ def figure_names(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(path.relative_to(folder).as_posix() for path in folder.glob(f"{FIGURES}/*.png")))
 
 
-def _interval(estimate: Estimate) -> Interval:
-    return Interval(estimate.value, estimate.low, estimate.high)
+def _interval(estimate: Estimate | None) -> Interval | None:
+    return Interval(estimate.value, estimate.low, estimate.high) if estimate else None

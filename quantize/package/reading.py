@@ -41,6 +41,18 @@ def require_unchanged(package: Package, *, but: str = "") -> None:
             )
 
 
+def undocumented(folder: Path, source: Source, demand: Demand) -> Package | None:
+    """The measured package without documents in `folder`, when it was made from this source as it is asked for now."""
+    if not (folder / PROVENANCE).is_file():
+        return None
+    package = open_package(folder)
+    made_from = package.provenance
+    if made_from.source.fingerprint() != source.fingerprint() or made_from.demand != demand:
+        return None
+    require_unchanged(package)
+    return package
+
+
 def finished(output: Path, source: Source, demand: Demand, *, outdated: bool = False) -> Package | None:
     """The package that already stands at `output`, when it was made from this source as it is asked for now.
 

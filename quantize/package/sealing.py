@@ -8,7 +8,17 @@ from pathlib import Path
 
 from quantize.errors import PackageError
 from quantize.evidence import Evidence
-from quantize.files import CARD, CONFIG, PARITY, PROVENANCE, RECEIPT, blob_ids, hash_file, records_of
+from quantize.files import (
+    CARD,
+    CONFIG,
+    FIGURES,
+    PARITY,
+    PROVENANCE,
+    RECEIPT,
+    blob_ids,
+    hash_file,
+    records_of,
+)
 from quantize.folders import write_text
 from quantize.formats.safetensors import weight_files
 from quantize.records import Checkout, FileRecord, Provenance
@@ -24,6 +34,13 @@ def copy_carried(checkout: Checkout, names: tuple[str, ...], staging: Path) -> N
         target = staging / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkout.folder / name, target)
+
+
+def seal_undocumented(staging: Path, provenance: Provenance) -> Provenance:
+    """Seal weights and evidence alone, without what was written of figures and card."""
+    shutil.rmtree(staging / FIGURES, ignore_errors=True)
+    (staging / CARD).unlink(missing_ok=True)
+    return seal(staging, provenance)
 
 
 def write_evidence(staging: Path, evidence: Evidence) -> None:

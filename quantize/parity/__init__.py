@@ -7,7 +7,7 @@ from quantize.parity.corpus import corpus_text
 from quantize.parity.measure import check_inputs, measure, unmeasured
 from quantize.parity.remeasure import differs, figures_again
 from quantize.parity.sample import sample_loss
-from quantize.parity.verdict import gate
+from quantize.parity.verdict import gate, judged
 
 __all__ = [
     "check_inputs",
@@ -15,6 +15,7 @@ __all__ = [
     "differs",
     "figures_again",
     "gate",
+    "judged",
     "measure",
     "sample_loss",
     "unmeasured",

@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from quantize.evidence import CacheRecord, Check, Control, CorpusRecord, Generation, Look, Scores, StandardPerplexity
+from quantize.evidence import (
+    CacheRecord,
+    Check,
+    Control,
+    CorpusRecord,
+    Generation,
+    LookPlan,
+    Scores,
+    StandardPerplexity,
+    WindowFigures,
+)
 from quantize.formats import source_model
+from quantize.formats.bitsandbytes import cpu_reading
 from quantize.formats.safetensors import weight_bytes
-from quantize.grades import grade_of
-from quantize.parity import corpus, generation, scoring, sequential, standard_perplexity, statistics, structure
+from quantize.grades import GRADES, grade_of
+from quantize.parity import (
+    corpus,
+    decoding,
+    generation,
+    scoring,
+    sequential,
+    standard_perplexity,
+    statistics,
+    structure,
+)
 from quantize.parity.models import Pair
 from quantize.parity.reference_cache import ReferenceCache, contents_of
+from quantize.parity.windows import draw
 from quantize.progress import Progress
 from quantize.records import EvaluationSettings
 
@@ -23,6 +45,7 @@ if TYPE_CHECKING:
 
 ARITHMETIC_WINDOWS, ARITHMETIC_TOKENS, CACHED_TOKENS = 2, 256, 48
 FLOAT16 = "original in float16"
+OVERFLOW = "its outputs overflow to NaN or infinity"
 
 
 @dataclass(frozen=True)
@@ -32,7 +55,7 @@ class Measurements:
     checks: tuple[Check, ...] = ()
     corpus: CorpusRecord | None = None
     scores: Scores | None = None
-    looks: tuple[Look, ...] = ()
+    look_plan: LookPlan | None = None
     reference_cache: CacheRecord | None = None
     controls: tuple[Control, ...] = ()
     standard_perplexities: tuple[StandardPerplexity, ...] = ()
@@ -64,42 +87,60 @@ def compare(
     progress: Progress,
     controls: Mapping[str, Path],
     reference_cache: Path | None,
+    attempts: int,
 ) -> Measurements:
-    """Score the pair on windows of `text`, generate, and measure whatever else the settings ask for."""
+    """Score the pair on windows of `text`, generate, and measure whatever else the settings ask for.
+
+    `attempts` are all that are judged on the same windows, and share the error of their verdicts.
+    """
     window = min(settings.window, pair.context)
-    windows, record = corpus.windows_of(text, pair.tokenizer, window, settings.max_windows, settings.seed)
+    windows, record = draw(text, pair.tokenizer, window, settings.max_windows, settings.seed)
     source_model.require_known_tokens(windows, pair.vocabulary, pair.checkout.source.name)
     checks = [_arithmetic_check(pair, windows)] if pair.device == "cpu" else []
     cache = _open_cache(reference_cache, pair, record, settings, progress) if reference_cache else None
     comparison = _Comparison(pair, settings, progress, cache)
-    scores, looks = _score(comparison, windows)
+    plan = sequential.plan(len(windows), full=settings.full, attempts=attempts)
+    scores = _score(comparison, windows, record.prefix, plan)
     checks.append(_outputs_check(scores))
     if scores is None:
         return Measurements(tuple(checks), record)
-    scored = windows[: looks[-1].windows]
+    scored = windows[: len(scores.window_figures.kld)]
+    generated = _generate(comparison)
     return Measurements(
-        tuple(checks),
+        (*checks, *generated.checks),
         dataclasses.replace(record, scored=len(scored)),
         scores,
-        looks,
+        plan,
         reference_cache=cache.record(len(scored)) if cache else None,
-        generation=_generate(comparison),
+        generation=generated.record,
         standard_perplexities=_standard_perplexities(comparison, text) if settings.standard_perplexities else (),
-        controls=_controls(comparison, controls, scored),
+        controls=_controls(comparison, controls, scored, record.prefix),
     )
 
 
 def _arithmetic_check(pair: Pair, windows: torch.Tensor) -> Check:
     """Upcast the candidate to float32 sums, and check that its logits stay those of its own type and kernels."""
-    batch, sequence = windows[:ARITHMETIC_WINDOWS, :ARITHMETIC_TOKENS], windows[:1, :CACHED_TOKENS]
+    if misread := len(cpu_reading.misread_in(pair.candidate)):
+        pair.upcast()
+        return structure.misread_check(misread)
+    batch, sequence = windows[:ARITHMETIC_WINDOWS, :ARITHMETIC_TOKENS], windows[:1, :CACHED_TOKENS].to(pair.device)
     at_once = scoring.KeptLogits.of(pair.candidate, batch, pair.device)
-    one_by_one = scoring.KeptLogits.one_by_one(pair.candidate, sequence, pair.device)
+    one_by_one = _read_one_by_one(pair.candidate, sequence)
     pair.upcast()
-    shifts = [
-        scoring.score(before, pair.candidate, tokens, pair.device, lambda amount: None).kld.mean()
-        for before, tokens in ((at_once, batch), (one_by_one, sequence))
-    ]
-    return structure.arithmetic_check(*map(float, shifts))
+    shift = scoring.score(at_once, pair.candidate, batch, pair.device, lambda amount: None).kld.mean()
+    again = _read_one_by_one(pair.candidate, sequence)
+    if one_by_one is None or again is None:
+        return structure.arithmetic_check(float(shift), None)
+    return structure.arithmetic_check(float(shift), scoring.mean_kld(one_by_one, again))
+
+
+def _read_one_by_one(model: Any, sequence: torch.Tensor) -> torch.Tensor | None:
+    """Logits [tokens, vocabulary] of `sequence` [1, length] after its first tokens, as `generate` reads, if it can."""
+    first = sequence[:, : decoding.PROBE_TOKENS]
+    try:
+        return next(decoding.Decoder().read(model, [first], [sequence[0, first.shape[1] :].tolist()]))
+    except decoding.CannotGenerate:
+        return None
 
 
 def _outputs_check(scores: Scores | None) -> Check:
@@ -115,28 +156,30 @@ def _open_cache(
     return ReferenceCache(path, contents, lambda: pair.placed_reference.dtype, progress.note)
 
 
-def _score(comparison: _Comparison, windows: torch.Tensor) -> tuple[Scores | None, tuple[Look, ...]]:
+def _score(comparison: _Comparison, windows: torch.Tensor, prefix: int, plan: LookPlan) -> Scores | None:
     """Score windows until the verdict is certain, or all of them; no scores where a model's logits hold NaN."""
     pair, settings = comparison.pair, comparison.settings
     count, window = windows.shape
-    looks: list[Look] = []
     tokens: scoring.TokenScores | None = None
+    figures, start = WindowFigures(), 0
     with comparison.progress.task(f"scoring up to {count} windows of {window} tokens", count, "windows") as advance:
-        for stop in sequential.plan(count, full=settings.full):
-            start = looks[-1].windows if looks else 0
+        for stop in sequential.stops(plan):
             reference = comparison.reference_logits(windows[: stop.windows])
             more = scoring.score(reference, pair.candidate, windows[start : stop.windows], pair.device, advance, start)
             if not more.finite:
-                return None, ()
+                return None
+            more = more.without_prefix(prefix)
             tokens = tokens + more if tokens else more
-            looks.append(sequential.look(tokens, stop, settings.require))
-            if looks[-1].certain:
+            figures, start = sequential.figures_of(tokens), stop.windows
+            if sequential.looks(figures, plan, settings.require)[-1].certain:
                 break
     assert tokens is not None
-    return statistics.summarize(tokens, settings.seed, None if settings.full else looks[-1]), tuple(looks)
+    return dataclasses.replace(statistics.summarize(tokens, settings.seed, plan.error), window_figures=figures)
 
 
-def _controls(comparison: _Comparison, versions: Mapping[str, Path], windows: torch.Tensor) -> tuple[Control, ...]:
+def _controls(
+    comparison: _Comparison, versions: Mapping[str, Path], windows: torch.Tensor, prefix: int
+) -> tuple[Control, ...]:
     """Score other versions of the source on the same windows; only float16 is computed in its own type on a CPU."""
     pair, settings = comparison.pair, comparison.settings
     half = {FLOAT16: pair.checkout.folder} if settings.controls else {}
@@ -146,11 +189,17 @@ def _controls(comparison: _Comparison, versions: Mapping[str, Path], windows: to
         model = pair.another(folder, dtype="float16" if name == FLOAT16 else None)
         with comparison.progress.task(f"control {name}", len(windows), "windows") as advance:
             tokens = scoring.score(reference, model, windows, pair.device, advance)
-        scores = statistics.summarize(tokens, settings.seed)
-        ratio, kld = scores.perplexity_ratio, scores.kld.mean
-        grade = grade_of(ratio.low, ratio.high, kld.high)
-        controls.append(Control(name, weight_bytes(folder), ratio, kld, scores.same_top, grade))
+        controls.append(_control(name, folder, tokens.without_prefix(prefix), settings.seed))
     return tuple(controls)
+
+
+def _control(name: str, folder: Path, tokens: scoring.TokenScores, seed: int) -> Control:
+    if not tokens.finite:
+        return Control(name, weight_bytes(folder), None, None, None, GRADES[-1], OVERFLOW)
+    scores = statistics.summarize(tokens, seed)
+    ratio, kld = scores.perplexity_ratio, scores.kld.mean
+    grade = grade_of(ratio.low, ratio.high, kld.high)
+    return Control(name, weight_bytes(folder), ratio, kld, scores.same_top, grade)
 
 
 def _standard_perplexities(comparison: _Comparison, text: corpus.Corpus) -> tuple[StandardPerplexity, ...]:
@@ -162,12 +211,13 @@ def _standard_perplexities(comparison: _Comparison, text: corpus.Corpus) -> tupl
         candidate = standard_perplexity.figures(pair.candidate, readings, pair.device, advance)
     names = ((name, reading.method) for reading in readings for name in reading.names)
     return tuple(
-        StandardPerplexity(name, method, *values)
+        StandardPerplexity(name, method, *(value if math.isfinite(value) else None for value in values))
         for (name, method), *values in zip(names, reference, candidate, strict=True)
     )
 
 
-def _generate(comparison: _Comparison) -> Generation:
-    settings = comparison.settings
-    with comparison.progress.task("generating side by side", 2 * len(generation.prompts()), "prompts") as advance:
-        return generation.compare(comparison.pair, settings.new_tokens, settings.seed, advance)
+def _generate(comparison: _Comparison) -> generation.Generated:
+    pair, settings = comparison.pair, comparison.settings
+    count = len(generation.prompts(pair.chat))
+    with comparison.progress.task("generating side by side", 2 * count, "prompts") as advance:
+        return generation.compare(pair, settings.new_tokens, settings.seed, advance)

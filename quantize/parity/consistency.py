@@ -115,6 +115,8 @@ def _controls(evidence: Evidence, settings: EvaluationSettings) -> Iterator[str]
 
 def _has_its_grade(control: Control) -> bool:
     ratio, kld = control.perplexity_ratio, control.kld
+    if ratio is None or kld is None:  # one whose figures are no numbers
+        return True
     return control.grade == grade_of(ratio.low, ratio.high, kld.high)
 
 

@@ -1,20 +1,16 @@
-"""The text that both models read, cut into windows of tokens in a seeded order."""
+"""The text that both models read."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from quantize import hub
 from quantize.errors import CorpusError
-from quantize.evidence import CorpusRecord, DatasetRecord
+from quantize.evidence import DatasetRecord
 from quantize.options import CORPORA, CORPUS_TEXT
 from quantize.records import EvaluationSettings
-
-if TYPE_CHECKING:
-    import torch
 
 BUILTIN, WIKITEXT = CORPORA
 WIKITEXT_REPO, WIKITEXT_CONFIG = "Salesforce/wikitext", "wikitext-2-raw-v1"
@@ -37,8 +33,6 @@ SPELLING = (
     (r" N ", " 1 "),
     (r" 's", "'s"),
 )
-FEWEST_WINDOWS = 8
-"""With fewer windows an interval over them says nothing."""
 
 
 @dataclass(frozen=True)
@@ -147,40 +141,3 @@ def detokenized(page: str) -> str:
 
 def is_reserved(topic: str) -> bool:
     return hashlib.sha256(topic.encode()).digest()[0] % 2 == 1
-
-
-def _leading_token(tokenizer: Any) -> list[int]:
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("x").input_ids[:1] == [bos] else []
-
-
-def windows_of(corpus: Corpus, tokenizer: Any, window: int, most: int, seed: int) -> tuple[torch.Tensor, CorpusRecord]:
-    """Whole windows [count, window] of token ids in a seeded random order, at most `most`, and their record.
-
-    Each begins with the token that the tokenizer puts before a text, where it does: some models need it.
-    """
-    import torch
-
-    encoded = tokenizer(corpus.text, add_special_tokens=False, verbose=False, return_attention_mask=False)
-    ids = torch.tensor(encoded["input_ids"], dtype=torch.long)
-    first = _leading_token(tokenizer)
-    text_window = window - len(first)
-    count = len(ids) // text_window
-    if count < FEWEST_WINDOWS:
-        raise CorpusError(
-            f"corpus {corpus.name} has {len(ids)} tokens, which makes {count} windows of {window}: "
-            f"at least {FEWEST_WINDOWS} are needed; use a longer text or a smaller --window"
-        )
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most]
-    record = CorpusRecord(
-        name=corpus.name,
-        dataset=corpus.dataset,
-        sha256=corpus.sha256,
-        characters=len(corpus.text),
-        tokens=len(ids),
-        window=window,
-        windows=count,
-        scored=len(order),
-    )
-    texts = ids[: count * text_window].view(count, text_window)[order]
-    return torch.cat([torch.tensor(first, dtype=torch.long).expand(len(texts), -1), texts], dim=1), record

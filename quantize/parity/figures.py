@@ -24,18 +24,19 @@ def draw(evidence: Evidence, folder: Path) -> tuple[str, ...]:
         return ()
     folder.mkdir(parents=True, exist_ok=True)
     drawings = {
-        "perplexity-ratio.png": _ratio(evidence.scores),
+        "perplexity-ratio.png": _ratio(evidence.scores, evidence.confidence),
         "kld-distribution.png": _kld_distribution(evidence.scores),
         "kld-by-position.png": _kld_by_position(evidence),
-        "weight-errors.png": _weight_errors(evidence.weight_errors),
     }
+    if evidence.weight_errors:
+        drawings["weight-errors.png"] = _weight_errors(evidence.weight_errors)
     for name, figure in drawings.items():
         (folder / name).unlink(missing_ok=True)  # a link of that name is replaced, not followed
         figure.savefig(folder / name, dpi=DPI, metadata={"Software": None})
     return tuple(drawings)
 
 
-def _ratio(scores: Scores) -> Figure:
+def _ratio(scores: Scores, confidence: float) -> Figure:
     """The perplexity ratio with its interval over the bands of the grades."""
     figure, axes = _canvas("Perplexity: this model / original")
     ratio = scores.perplexity_ratio
@@ -57,7 +58,12 @@ def _ratio(scores: Scores) -> Figure:
     )
     axes.text(ratio.value, 0.52, f"{ratio.value:.4f}", ha="center", fontsize=12, color=INK)
     axes.axvline(1.0, color=INK, lw=1, ls=":")
-    axes.set(xlim=(left, right), ylim=(0, 1.3), yticks=[], xlabel="ratio with its 95 % confidence interval")
+    axes.set(
+        xlim=(left, right),
+        ylim=(0, 1.3),
+        yticks=[],
+        xlabel=f"ratio with its {100 * confidence:.4g} % confidence interval",
+    )
     return figure
 
 
@@ -88,7 +94,10 @@ def _kld_by_position(evidence: Evidence) -> Figure:
     axes.axhline(evidence.scores.kld.mean.value, color=INK, lw=1.4, label=f"mean {evidence.scores.kld.mean.value:.2g}")
     axes.legend(loc="upper right", frameon=False)
     axes.set(
-        xlim=(1, window), ylim=(0, max(values) * 1.35), xlabel="tokens of context", ylabel="mean KL divergence (nats)"
+        xlim=(1, window),
+        ylim=(0, max(values) * 1.35 or 1.0),
+        xlabel="tokens of context",
+        ylabel="mean KL divergence (nats)",
     )
     return figure
 
@@ -102,7 +111,7 @@ def _weight_errors(errors: dict[str, float]) -> Figure:
         axes.plot(*zip(*points, strict=True), marker, ms=6, label=kind)
     axes.legend(loc="lower right", frameon=False, ncols=4, fontsize=9)
     top = 100 * max(errors.values())
-    axes.set(ylim=(0, top * 1.25), xlabel="layer, first to last", ylabel="relative error (%)")
+    axes.set(ylim=(0, top * 1.25 or 1.0), xlabel="layer, first to last", ylabel="relative error (%)")
     return figure
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,10 +16,10 @@ from quantize.errors import CorruptModel, DeviceError
 from quantize.evidence import Check, Evidence, Sizes
 from quantize.formats import source_model, ties
 from quantize.formats.bitsandbytes import checks as format_checks
-from quantize.formats.bitsandbytes import loading
+from quantize.formats.bitsandbytes import cpu_reading, loading
 from quantize.formats.bitsandbytes.config import ExpectedConfig
 from quantize.formats.safetensors import recorded_weight_bytes, weight_bytes
-from quantize.parity import comparison, corpus, generation, structure, verdict
+from quantize.parity import companions, comparison, corpus, framing, generation, structure, verdict
 from quantize.parity.comparison import Measurements
 from quantize.parity.models import Pair, load_tokenizer, text_config
 from quantize.progress import Progress
@@ -38,10 +40,14 @@ class _Structure:
 
 def check_inputs(checkout: Checkout, settings: EvaluationSettings) -> None:
     """Raise CorpusError or CorruptModel now, rather than after hours, when nothing could be measured with these."""
+    import torch
+
     text, tokenizer = corpus.load(settings.corpus).text, source_tokenizer(checkout)
     vocabulary = int(text_config(checkout).vocab_size)
-    for sample in (text[:SAMPLE], *generation.prompts()):
-        ids = tokenizer(sample, return_tensors="pt", verbose=False).input_ids
+    chat = framing.has_template(tokenizer)
+    samples = [tokenizer(text[:SAMPLE], verbose=False).input_ids]
+    samples += [framing.prompt(tokenizer, prompt, chat) for prompt in generation.prompts(chat)]
+    for ids in map(torch.tensor, samples):
         source_model.require_known_tokens(ids, vocabulary, checkout.source.name)
 
 
@@ -62,12 +68,14 @@ def measure(
     expected: ExpectedConfig | None = None,
     controls: Mapping[str, Path] = MappingProxyType({}),
     reference_cache: Path | None = None,
+    attempts: int = 1,
 ) -> Evidence:
     """Compare the checkpoint in `candidate` with its source, both loaded from disk onto `device`.
 
     `expected` is what the recipe should have made; without it, the checkpoint's own config says what to expect.
     `controls` are folders of other quantized versions, which are scored on the same windows as well; with
     `settings.controls` the source in float16 is one of them.
+    `attempts` candidates on the same windows share the error of their verdicts.
     With a `reference_cache` the models are loaded one at a time, and the reference's logits are kept in that file.
     Raises CorruptModel (the source), CorpusError or DeviceError; a bad candidate is no error but a verdict.
     """
@@ -82,7 +90,7 @@ def measure(
         examined = _examine(pair, expected)
         measured = Measurements()
         if all(check.passed for check in examined.checks):
-            measured = comparison.compare(pair, text, settings, progress, controls, reference_cache)
+            measured = comparison.compare(pair, text, settings, progress, controls, reference_cache, attempts)
     return replace(_evidence(pair, examined, measured, settings, started), unused_tensors=unused)
 
 
@@ -93,7 +101,8 @@ def unmeasured(
     started = time.monotonic()
     checks = format_checks.check_files(candidate, expected)
     trust = checkout.source.remote_code and structure.same_code(checkout.folder, candidate)
-    checks.append(structure.tokenizer_check(source_tokenizer(checkout), candidate, trust))
+    tokenizer = source_tokenizer(checkout)
+    checks += companions.checks(checkout.folder, tokenizer, candidate, trust)
     return Evidence(
         reference_dtype="none",
         reference_devices=(),
@@ -112,6 +121,8 @@ def unmeasured(
         environment=devices.describe(device),
         seconds=round(time.monotonic() - started, 3),
         unused_tensors=source_model.check_tensors(checkout),
+        chat=framing.has_template(tokenizer),
+        misread_on_cpu=cpu_reading.misread_in_files(candidate),
     )
 
 
@@ -119,7 +130,7 @@ def _evidence(
     pair: Pair, examined: _Structure, measured: Measurements, settings: EvaluationSettings, started: float
 ) -> Evidence:
     checks = (*examined.checks, *measured.checks)
-    return Evidence(
+    evidence = Evidence(
         reference_dtype=pair.reference_dtype,
         reference_devices=pair.reference_devices,
         candidate_dtype=pair.candidate_dtype,
@@ -127,7 +138,7 @@ def _evidence(
         checks=checks,
         weight_errors=examined.weight_errors,
         scores=measured.scores,
-        looks=measured.looks,
+        looks=(),
         reference_cache=measured.reference_cache,
         controls=measured.controls,
         standard_perplexities=measured.standard_perplexities,
@@ -136,7 +147,39 @@ def _evidence(
         sizes=_sizes(pair.checkout, pair.folder, examined.parameters),
         environment=devices.describe(pair.device),
         seconds=round(time.monotonic() - started, 3),
+        look_plan=measured.look_plan,
+        chat=pair.chat,
+        misread_on_cpu=cpu_reading.misread_in_files(pair.folder),
     )
+    return verdict.judged(_finite(evidence), settings.require)
+
+
+def _finite(evidence: Evidence) -> Evidence:
+    """The evidence without the parts that hold a value that is no number, each named by a check that failed.
+
+    A model can make NaN or infinity of anything, JSON cannot say them, and neither may be taken for a good figure.
+    """
+    parts = ("scores", "reference_cache", "generation")
+    bad: dict[str, str] = {part: where for part in parts if (where := _not_finite(getattr(evidence, part), part))}
+    errors = {name: error for name, error in evidence.weight_errors.items() if math.isfinite(error)}
+    failed = tuple(Check(part, False, f"{where} is no finite number") for part, where in bad.items())
+    left_out: dict[str, Any] = dict.fromkeys(bad)
+    return dataclasses.replace(evidence, checks=(*evidence.checks, *failed), weight_errors=errors, **left_out)
+
+
+def _not_finite(value: object, where: str) -> str:
+    """The place of a number in a record that is NaN or infinite, or nothing."""
+    if isinstance(value, float):
+        return "" if math.isfinite(value) else where
+    if dataclasses.is_dataclass(value):
+        inner = ((f"{where}.{item.name}", getattr(value, item.name)) for item in dataclasses.fields(value))
+    elif isinstance(value, dict):
+        inner = ((f"{where}.{name}", item) for name, item in value.items())
+    elif isinstance(value, tuple):
+        inner = ((f"{where}[{number}]", item) for number, item in enumerate(value))
+    else:
+        return ""
+    return next((found for name, item in inner if (found := _not_finite(item, name))), "")
 
 
 def _examine(pair: Pair, expected: ExpectedConfig | None) -> _Structure:
@@ -148,7 +191,7 @@ def _examine(pair: Pair, expected: ExpectedConfig | None) -> _Structure:
         return _Structure(tuple(checks), {}, pair.checkout.source.parameters)
     with pair.weights_beside_candidate() as (reference, candidate):
         checks += structure.check_models(reference, candidate, pair.folder, expected)
-        checks.append(structure.tokenizer_check(pair.tokenizer, pair.folder, pair.trust))
+        checks += companions.checks(pair.checkout.folder, pair.tokenizer, pair.folder, pair.trust)
         errors = loading.weight_errors(reference, candidate)
         checks.append(format_checks.weight_check(errors, expected.bits))
         return _Structure(tuple(checks), errors, ties.distinct_count(reference))

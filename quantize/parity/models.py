@@ -16,6 +16,7 @@ from quantize.errors import DeviceError
 from quantize.formats import source_model
 from quantize.formats.bitsandbytes import loading
 from quantize.formats.safetensors import weight_bytes
+from quantize.parity import framing, generation_settings
 from quantize.records import Checkout
 
 CHECKPOINT = "the checkpoint"
@@ -84,6 +85,19 @@ class Pair:
     def vocabulary(self) -> int:
         """Logits that the reference gives for each position."""
         return int(self._config.vocab_size)
+
+    @functools.cached_property
+    def chat(self) -> bool:
+        """Whether prompts go through the source's chat template."""
+        return framing.has_template(self.tokenizer)
+
+    @functools.cached_property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end a text, as the source's generation settings list them, its config or its tokenizer."""
+        settings = generation_settings.read(self.checkout.folder, self.checkout.source.remote_code)
+        ends = generation_settings.ends_in(settings) or generation_settings.ends_in(self._config.to_dict())
+        own = self.tokenizer.eos_token_id
+        return tuple(token for token in ends or ([] if own is None else [own]) if token < self.vocabulary)
 
     @contextmanager
     def weights_beside_candidate(self) -> Iterator[tuple[Any, Any]]:

@@ -58,19 +58,6 @@ class KeptLogits:
         with torch.inference_mode():
             return cls(torch.cat([model(window[None].to(device)).logits.float().cpu() for window in windows]))
 
-    @classmethod
-    def one_by_one(cls, model: Any, windows: torch.Tensor, device: str) -> KeptLogits:
-        """The same, read one token at a time with the cache."""
-        import torch
-
-        logits, cache = [], None
-        with torch.inference_mode():
-            for token in torch.split(windows.to(device), 1, dim=1):
-                output = model(token, past_key_values=cache, use_cache=True)
-                cache = output.past_key_values
-                logits.append(output.logits.float().cpu())
-        return cls(torch.cat(logits, dim=1))
-
     @property
     def vocabulary(self) -> int:
         return self.kept.shape[-1]
@@ -96,6 +83,10 @@ class TokenScores:
     def finite(self) -> bool:
         """Whether every figure is a number: half-precision overflow makes NaN of them."""
         return all(bool(np.isfinite(getattr(self, item.name)).all()) for item in fields(self))
+
+    def without_prefix(self, length: int) -> TokenScores:
+        """The scores of a text alone, where windows begin with `length` tokens that belong to none."""
+        return TokenScores(*(getattr(self, item.name)[:, max(0, length - 1) :] for item in fields(self)))
 
     def __add__(self, later: TokenScores) -> TokenScores:
         """These windows and the `later` ones."""
@@ -196,3 +187,13 @@ def compare_logits(
     same_top = reference.argmax(-1) == candidate.argmax(-1)
     kld = (log_p.exp() * (log_p - log_q)).sum(-1)
     return -log_p_target, -log_q_target, kld, same_top, log_q_target.exp() - log_p_target.exp()
+
+
+def mean_kld(reference: torch.Tensor, candidate: torch.Tensor) -> float:
+    """Mean divergence of `candidate` from `reference`, both logits [positions, vocabulary], in nats."""
+    import torch
+
+    rows = slice_of(reference.shape[-1], reference.device)
+    parts = zip(torch.split(reference, rows), torch.split(candidate, rows), strict=True)
+    klds = [compare_logits(left, right, left.argmax(-1))[2] for left, right in parts]
+    return float(torch.cat(klds).mean().clamp_min(0.0))

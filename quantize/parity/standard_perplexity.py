@@ -14,6 +14,7 @@ from typing import Any
 
 from quantize.parity import scoring
 from quantize.parity.corpus import Corpus
+from quantize.parity.windows import Encoder
 
 STRIDE = 512
 SLIDING = ("sliding window perplexity",)
@@ -47,45 +48,55 @@ def sliding_window(corpus: Corpus, tokenizer: Any, context: int, stride: int) ->
     """Overlapping windows, each scored on what the ones before it did not score.
 
     As the Hugging Face guide to the perplexity of fixed-length models does it: exp of the windows' mean nll, weighted
-    with one less than the tokens that each counts as its own.
+    with one less than the tokens that each counts as its own. What the tokenizer puts before a text, which the guide
+    shows to the model in the first window only, stands before each.
     """
-    ids = tokenizer(corpus.text, verbose=False).input_ids
-    ends = [*itertools.takewhile(lambda end: end < len(ids), range(context, len(ids), stride)), len(ids)]
-    own = [end - earlier for earlier, end in zip([0, *ends], ends, strict=False)]
+    encoder = Encoder.of(tokenizer)
+    ids, prefix = encoder.ids(corpus.text), encoder.prefix
+    room = context - len(prefix)
+    ends = [*itertools.takewhile(lambda end: end < len(ids), range(room, len(ids), stride)), len(ids)]
+    own = [end - earlier for earlier, end in zip([-min(1, len(prefix)), *ends], ends, strict=False)]
     begins = [index * stride for index in range(len(ends))]
     segments = [
-        Segment(ids[begin:end], min(count, end - begin - 1))
+        Segment([*prefix, *ids[begin:end]], min(count, end - begin - (0 if prefix else 1)))
         for begin, end, count in zip(begins, ends, own, strict=True)
     ]
 
     def figures(sums: Sequence[float]) -> tuple[float, ...]:
         means = [total / max(1, segment.scored) for total, segment in zip(sums, segments, strict=True)]
         weighted = sum(mean * (count - 1) for mean, count in zip(means, own, strict=True))
-        return (math.exp(weighted / sum(count - 1 for count in own)),)
+        return (_exponential(weighted / max(1, sum(count - 1 for count in own))),)
 
-    return Reading(f"sliding window of {context} tokens, stride {stride}", tuple(segments), SLIDING, figures)
+    return Reading(
+        f"sliding window of {context} tokens, stride {stride}{_behind(prefix)}", tuple(segments), SLIDING, figures
+    )
 
 
 def harness(corpus: Corpus, tokenizer: Any, context: int) -> Reading:
     """Every document on its own in disjoint windows, and its nll spread over the words and bytes of the raw text.
 
     As lm-evaluation-harness does it for its task wikitext, version 2: the first window follows a start token, each
-    further one the last token of the window before, and a shorter last window is filled with context.
+    further one the last token of the window before, and a shorter last window is filled with context. What the
+    tokenizer puts before a text takes the place of the start token, and stands before each window.
     """
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    encoder = Encoder.of(tokenizer)
+    starts = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
+    first = encoder.prefix or tuple(starts[:1])
     documents = corpus.documents()
     segments = tuple(
         segment
         for document in documents
-        for segment in _disjoint([start, *tokenizer(document.text, verbose=False).input_ids], context)
+        for segment in _disjoint(encoder.ids(document.text), first, encoder.prefix, context)
     )
     words, size = sum(document.words for document in documents), sum(document.bytes for document in documents)
 
     def figures(sums: Sequence[float]) -> tuple[float, ...]:
         total = math.fsum(sums)
-        return math.exp(total / words), math.exp(total / size), total / size / math.log(2)
+        return _exponential(total / words), _exponential(total / size), total / size / math.log(2)
 
-    return Reading(f"lm-evaluation-harness, windows of {context} tokens", segments, HARNESS, figures)
+    return Reading(
+        f"lm-evaluation-harness, windows of {context} tokens{_behind(encoder.prefix)}", segments, HARNESS, figures
+    )
 
 
 def figures(
@@ -112,11 +123,30 @@ def nll_sums(model: Any, segments: Sequence[Segment], device: str, advance: Call
     return sums
 
 
-def _disjoint(tokens: list[int], context: int) -> Iterator[Segment]:
-    """Segments that score each of `tokens` but the first once, `context` at a time."""
-    for begin in range(0, len(tokens) - 1, context):
-        end = min(begin + context, len(tokens) - 1)
-        yield Segment(tokens[max(0, end - context) : end + 1], end - begin)
+def _disjoint(tokens: list[int], first: tuple[int, ...], further: tuple[int, ...], context: int) -> Iterator[Segment]:
+    """Segments that score each of `tokens` once, as many at a time as the model reads with `context` tokens.
+
+    The `first` segment and each of the `further` ones begin with tokens that are not scored; without any, the first
+    of `tokens` is not.
+    """
+    begin, lead, known = (0, first, 0) if first else (1, first, 1)
+    while begin < len(tokens):
+        room = context + 1 - len(lead)
+        end = min(begin + room - known, len(tokens))
+        yield Segment([*lead, *tokens[max(0, end - room) : end]], end - begin)
+        begin, lead, known = end, further, 1
+
+
+def _exponential(nats: float) -> float:
+    """exp, and infinity where no number is as large: a text without spaces is one word of many tokens."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
+
+
+def _behind(prefix: tuple[int, ...]) -> str:
+    return f", each after the tokenizer's {len(prefix)} leading tokens" if prefix else ""
 
 
 def _batches(segments: list[Segment], size: int) -> Iterator[list[Segment]]:

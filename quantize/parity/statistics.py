@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from quantize.evidence import Distribution, Estimate, Histogram, Look, Scores
+from quantize.evidence import Distribution, Estimate, Histogram, Scores
 from quantize.parity.scoring import TokenScores
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 RESAMPLES = 9999
-LEVEL = 0.95
+ERROR = 0.05
 BATCH_VALUES = 4_000_000
 """Resampled values that are held at a time: 32 MB."""
 KLD_PERCENTILES = {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0, "p99.9": 99.9}
@@ -24,12 +24,8 @@ LARGEST_LOG = 50.0
 HISTOGRAM_EDGES = tuple(float(edge) for edge in np.round(np.logspace(-7, 1, 49), 12))
 
 
-def summarize(tokens: TokenScores, seed: int, look: Look | None = None) -> Scores:
-    """All the protocol's statistics of `tokens`.
-
-    Where scoring could have stopped earlier, the verdict's two figures take the intervals of the last `look`,
-    which hold under repeated looks.
-    """
+def summarize(tokens: TokenScores, seed: int, error: float = ERROR) -> Scores:
+    """All the protocol's statistics of `tokens`, with intervals of level 1 - `error` for this very sample."""
     kld = np.maximum(tokens.kld, 0.0)
     reference, candidate, difference, divergence, same_top, delta_p, squared = mean_estimates(
         [
@@ -42,12 +38,13 @@ def summarize(tokens: TokenScores, seed: int, look: Look | None = None) -> Score
             tokens.delta_p**2,
         ],
         seed,
+        error,
     )
     return Scores(
         reference_perplexity=exponential(reference),
         candidate_perplexity=exponential(candidate),
-        perplexity_ratio=look.perplexity_ratio if look else exponential(difference),
-        kld=_distribution(kld, KLD_PERCENTILES, look.kld if look else divergence),
+        perplexity_ratio=exponential(difference),
+        kld=_distribution(kld, KLD_PERCENTILES, divergence),
         same_top=same_top,
         delta_p=_distribution(tokens.delta_p, DELTA_P_PERCENTILES, delta_p),
         delta_p_rms=_root(squared),
@@ -56,8 +53,8 @@ def summarize(tokens: TokenScores, seed: int, look: Look | None = None) -> Score
     )
 
 
-def mean_estimates(columns: Sequence[NDArray[np.generic]], seed: int) -> list[Estimate]:
-    """Means of `columns`, each [windows, tokens], with 95 % intervals by a bias-corrected bootstrap over windows.
+def mean_estimates(columns: Sequence[NDArray[np.generic]], seed: int, error: float = ERROR) -> list[Estimate]:
+    """Means of `columns`, each [windows, tokens], with intervals by a bias-corrected bootstrap over windows.
 
     Every window has equally many tokens, so the mean of window means is the mean of tokens. Resampling windows of
     token-wise differences is what makes the comparison paired, and all columns are resampled alike. BCa interval
@@ -75,7 +72,7 @@ def mean_estimates(columns: Sequence[NDArray[np.generic]], seed: int) -> list[Es
             np.mean,
             n_resamples=RESAMPLES,
             batch=max(1, BATCH_VALUES // means[varies].size),
-            confidence_level=LEVEL,
+            confidence_level=1 - error,
             method="BCa",
             axis=-1,
             rng=np.random.default_rng(seed),

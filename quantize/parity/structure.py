@@ -1,4 +1,4 @@
-"""Is the package what its recipe says? What is no matter of the format: code, ties, tokenizer, arithmetic."""
+"""Is the package what its recipe says? What is no matter of the format: code, ties, arithmetic."""
 
 from __future__ import annotations
 
@@ -9,14 +9,9 @@ from quantize.evidence import Check
 from quantize.formats.bitsandbytes import checks
 from quantize.formats.bitsandbytes.config import ExpectedConfig
 from quantize.formats.ties import is_tied
-from quantize.parity.models import load_tokenizer
 
 ARITHMETIC_LIMIT = 0.001
 """Mean KLD in nats, a sixth of what the grade lossless allows."""
-TOKENIZER_SAMPLE = (
-    "Plain words, numbers 3.14159 and 1,000,000; CamelCase, snake_case.\n\tdef f(x): return x**2  # code\n"
-    "Ünïcödé, 中文字, 日本語, العربية, emoji 🙂👩‍👩‍👧, a  b   c, <|endoftext|> <s> </s>"
-)
 
 
 def same_code(source: Path, candidate: Path) -> bool:
@@ -44,27 +39,26 @@ def tie_check(reference: Any, candidate: Any) -> Check:
     return Check("ties", tied[0] == tied[1], f"head and embeddings: {words[0]} in the source, {words[1]} here")
 
 
-def arithmetic_check(at_once: float, one_by_one: float) -> Check:
+def arithmetic_check(at_once: float, one_by_one: float | None) -> Check:
     """Whether float32 sums of the stored weights say what the package's own type and kernels say.
 
-    Both are mean KLDs in nats: of windows that are read at once, and of one that is read token by token with the
-    cache, for which the package may have another kernel.
+    Both are mean KLDs in nats: of windows that are read at once, and of a text that is read token by token as
+    `generate` reads, for which the package may have another kernel; None where it cannot be read so.
     """
+    shifts = [f"{at_once:.6f} (read at once)"]
+    if one_by_one is not None:
+        shifts.append(f"{one_by_one:.6f} (one token at a time)")
     detail = (
-        f"mean KLD {at_once:.6f} (read at once) and {one_by_one:.6f} (one token at a time) between the package's own "
-        f"arithmetic on this CPU and float32 sums, which are used from here on (limit {ARITHMETIC_LIMIT})"
+        f"mean KLD {' and '.join(shifts)} between the package's own arithmetic on this CPU and float32 sums, which are "
+        f"used from here on (limit {ARITHMETIC_LIMIT})"
     )
-    return Check("arithmetic", max(at_once, one_by_one) <= ARITHMETIC_LIMIT, detail)
+    return Check("arithmetic", all(shift <= ARITHMETIC_LIMIT for shift in (at_once, one_by_one or 0.0)), detail)
 
 
-def tokenizer_check(source: Any, folder: Path, trust_remote_code: bool) -> Check:
-    """Whether the folder's tokenizer is the `source`'s."""
-    try:
-        own = load_tokenizer(folder, trust_remote_code)
-    except Exception as error:  # noqa: BLE001 - tokenizers raises bare ones
-        return Check("tokenizer", False, f"does not load: {(str(error) or type(error).__name__).splitlines()[0]}")
-    if own.get_vocab() != source.get_vocab():
-        return Check("tokenizer", False, "another vocabulary than the source's")
-    same = own(TOKENIZER_SAMPLE).input_ids == source(TOKENIZER_SAMPLE).input_ids
-    detail = "same vocabulary, same ids for a mixed sample" if same else "other ids than the source's"
-    return Check("tokenizer", same, detail)
+def misread_check(modules: int) -> Check:
+    """In place of `arithmetic_check` where bitsandbytes' kernels cannot be the measure."""
+    detail = (
+        f"not compared: bitsandbytes misreads {modules} modules on this CPU, as their rows are no whole blocks; "
+        f"all 4-bit matrices were dequantized to their real values"
+    )
+    return Check("arithmetic", True, detail)

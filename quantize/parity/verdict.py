@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
-from quantize.evidence import Check, Scores, Verdict
+from quantize.errors import PackageError
+from quantize.evidence import Check, Evidence, Scores, Verdict
 from quantize.grades import CHANGED, GRADES, IMPLAUSIBLE_RATIO, LIMITS, UNMEASURED, grade_at_least, grade_of
+from quantize.parity import sequential
 
 
 def unmeasured(checks: Sequence[Check], required: str) -> Verdict:
     """The verdict on a candidate that was not to be measured: it never passes."""
     reasons = [f"{check.name}: {check.detail}" for check in checks if not check.passed]
     return Verdict(GRADES[-1] if reasons else UNMEASURED, required, False, (*reasons, "it was not measured"))
+
+
+def judged(evidence: Evidence, required: str) -> Evidence:
+    """The evidence with everything that follows from its recorded figures and the grade `required`.
+
+    These are the looks, the two intervals that decide, and the verdict. Evidence from before windows' figures were
+    recorded keeps its looks and intervals. Raises PackageError where too few figures are recorded for a single look.
+    """
+    scores, looks = evidence.scores, evidence.looks
+    if scores is not None and evidence.look_plan is not None:
+        looks = sequential.looks(scores.window_figures, evidence.look_plan, required)
+        if not looks:
+            raise PackageError("the evidence has too few figures of windows for a verdict: measure the package again")
+        kld = dataclasses.replace(scores.kld, mean=looks[-1].kld)
+        scores = dataclasses.replace(scores, perplexity_ratio=looks[-1].perplexity_ratio, kld=kld)
+    verdict = gate(evidence.checks, scores, required)
+    return dataclasses.replace(evidence, scores=scores, looks=looks, verdict=verdict)
 
 
 def gate(checks: Sequence[Check], scores: Scores | None, required: str) -> Verdict:

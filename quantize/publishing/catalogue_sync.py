@@ -17,6 +17,7 @@ from quantize.errors import (
     ParityRefused,
     QuantizeError,
     StorageError,
+    described,
     storage_errors,
 )
 from quantize.files import PROVENANCE, locked
@@ -93,9 +94,9 @@ def _attempt(entry: Entry, request: SyncRequest, progress: Progress, *, enough: 
         state = "postponed" if enough and delivery.state in PENDING else delivery.state
         detail = delivery.receipt.url if delivery.receipt else ""
     except ParityRefused as error:
-        state, detail = "refused", str(error)
+        state, detail = "refused", described(error)
     except QuantizeError as error:
-        state, detail = "failed", str(error)
+        state, detail = "failed", described(error)
     except Exception as error:  # noqa: BLE001 - a bug met in one model must not stop the others; its traceback is shown
         traceback.print_exc()
         state, detail = "failed", f"a bug: {type(error).__name__}: {error}"

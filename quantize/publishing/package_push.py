@@ -7,8 +7,8 @@ import tempfile
 from pathlib import Path
 
 from quantize import package, pipeline
-from quantize.errors import storage_errors
-from quantize.files import PROVENANCE, RECEIPT, hash_file
+from quantize.errors import PackageError, storage_errors
+from quantize.files import CARD, PROVENANCE, RECEIPT, hash_file
 from quantize.folders import write_text
 from quantize.package import Package
 from quantize.progress import Progress
@@ -72,6 +72,8 @@ def published_files(sealed: Package, record_folder: Path) -> tuple[FileRecord, .
 
 def _sound(folder: Path) -> Package:
     sealed = package.open_package(folder)
+    if not (folder / CARD).is_file():
+        raise PackageError(f"{folder} has no card yet: `quantize card {folder}` writes it")
     require_sound(sealed)
     return sealed
 

@@ -11,12 +11,13 @@ from typing import Any
 from quantize import hub
 from quantize.documents import read_json
 from quantize.errors import CorruptModel, PackageError, SourceChanged, SourceNotFound, UnsupportedModel, printable
-from quantize.files import CONFIG, hash_file, require_space, stamp
+from quantize.files import CARD, CONFIG, hash_file, require_space, stamp
 from quantize.folders import expanded, listing, require_own
 from quantize.formats import safetensors
 from quantize.formats.safetensors import INDEX, is_weights
 from quantize.progress import Progress, ignore
 from quantize.records import Checkout, FileRecord, Source, Stamp
+from quantize.source.legal import linked_license
 from quantize.source.selection import choose_files, is_settings, require_config, require_no_adapter
 from quantize.source.support import check_config, needs_remote_code, runs_remote_code
 
@@ -115,7 +116,8 @@ def _from_folder(folder: Path, trust_remote_code: bool, progress: Progress) -> C
     config = _read_own(folder, CONFIG)
     check_config(config, name, trust_remote_code)
     index = _read_own(folder, INDEX) if INDEX in paths else None
-    chosen = choose_files(paths, index, name, needs_remote_code(config))
+    require_own(folder, {CARD} & set(paths), CorruptModel)
+    chosen = choose_files(paths, index, name, needs_remote_code(config), linked_license(folder / CARD, None))
     require_own(folder, chosen, CorruptModel)
     with progress.task("hashing the original", sum((folder / path).stat().st_size for path in chosen), "B") as advance:
         files, stamps = _hashed(folder, chosen, advance)
@@ -129,7 +131,7 @@ def _from_hub(repo_id: str, revision: str | None, trust_remote_code: bool, progr
     config = hub.read_json(repo_id, commit, remote[CONFIG])
     check_config(config, repo_id, trust_remote_code)
     index = hub.read_json(repo_id, commit, remote[INDEX]) if INDEX in remote else None
-    chosen = choose_files(remote, index, repo_id, needs_remote_code(config))
+    chosen = choose_files(remote, index, repo_id, needs_remote_code(config), _linked_license(repo_id, commit, remote))
     missing = sum(remote[path].size for path in chosen if not hub.is_cached(repo_id, commit, path))
     require_space(hub.cache_folder(), missing, f"downloading {repo_id}")
     folder = _downloaded(repo_id, commit, [remote[path] for path in chosen], progress)
@@ -144,6 +146,13 @@ def _hashed(
     """Records of the files, and their stamps, which are older than their hashes."""
     stamps = {path: stamp(folder / path) for path in paths}
     return tuple(FileRecord(path, *hash_file(folder / path, advance)) for path in paths), stamps
+
+
+def _linked_license(repo_id: str, commit: str, remote: Mapping[str, hub.RemoteFile]) -> str | None:
+    """The license's path as the card has it, for which the card is fetched before all else."""
+    if CARD not in remote:
+        return None
+    return linked_license(hub.fetch(repo_id, commit, [remote[CARD]]) / CARD, repo_id)
 
 
 def _downloaded(repo_id: str, commit: str, files: list[hub.RemoteFile], progress: Progress) -> Path:

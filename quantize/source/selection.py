@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from quantize.errors import CorruptModel, UnsupportedModel, printable
-from quantize.files import CARD, CONFIG
+from quantize.files import CARD, CONFIG, GENERATION_CONFIG, PROCESSOR_FILES
 from quantize.formats.safetensors import INDEX, SINGLE_FILE, is_weights
 from quantize.records import Source
+from quantize.source.legal import is_legal
 
 PICKLE_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 ADAPTER = "adapter_config.json"
@@ -70,20 +71,25 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
-LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
-CARRIED_FILES = (*TOKENIZER_FILES, *LEGAL_FILES, "generation_config.json")
+CARRIED_FILES = (*TOKENIZER_FILES, *PROCESSOR_FILES, GENERATION_CONFIG)
 """Copied into the package byte for byte: saving them anew would rewrite them."""
 OTHER_FILES = (CONFIG, CARD)
 
 
-def choose_files(paths: Iterable[str], index: Mapping[str, Any] | None, name: str, remote_code: bool) -> list[str]:
-    """The files that a run needs out of all that a model has; raises UnsupportedModel when some are absent."""
+def choose_files(
+    paths: Iterable[str], index: Mapping[str, Any] | None, name: str, remote_code: bool, license_path: str | None = None
+) -> list[str]:
+    """The files that a run needs out of all that a model has; raises UnsupportedModel when some are absent.
+
+    `license_path` is the file that the model's card links as its license.
+    """
     available = set(paths)
     require_no_adapter(available, name)
     weights = _choose_weights(available, index, name)
     _require_tokenizer(available, name)
     patterns = (*OTHER_FILES, *CARRIED_FILES, "*.py") if remote_code else (*OTHER_FILES, *CARRIED_FILES)
-    chosen = sorted({*weights, *(path for path in available if _matches(path, patterns))})
+    legal = {path for path in available if is_legal(path) or path == license_path}
+    chosen = sorted({*weights, *legal, *(path for path in available if _matches(path, patterns))})
     _require_plain_names(chosen, name)
     return chosen
 
@@ -99,8 +105,9 @@ def require_config(paths: Iterable[str], name: str) -> None:
 
 def carried_files(source: Source) -> tuple[str, ...]:
     """Names of the files that a package copies from its source unchanged."""
-    patterns = (*CARRIED_FILES, "*.py") if source.remote_code else CARRIED_FILES
-    return tuple(file.path for file in source.files if _matches(file.path, patterns))
+    return tuple(
+        file.path for file in source.files if file.path not in (*OTHER_FILES, INDEX) and not is_weights(file.path)
+    )
 
 
 def is_settings(path: str) -> bool:

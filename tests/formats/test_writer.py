@@ -41,6 +41,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "stablelm": {"num_key_value_heads": 2},
     "olmo2": {"num_key_value_heads": 2},
+    "gemma3n_text": {
+        **{"num_key_value_heads": 2, "head_dim": 16, "num_kv_shared_layers": 0, "laurel_rank": 16},
+        **{"layer_types": ["sliding_attention", "full_attention"], "activation_sparsity_pattern": [0.0, 0.0]},
+        **{"intermediate_size": [160, 160], "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 512},
+    },
 }
 EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},

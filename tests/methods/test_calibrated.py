@@ -61,6 +61,7 @@ def test_it_diverges_much_less_than_stock_and_says_so(package: Package) -> None:
     evidence = package.evidence
     (control,) = evidence.controls
     assert evidence.scores and evidence.verdict.passed and all(check.passed for check in evidence.checks)
+    assert control.kld is not None
     assert evidence.scores.kld.mean.value < 0.7 * control.kld.value and control.name == "NF4 rounded to nearest"
     assert package.provenance.quantized.calibration_text == CalibrationText(
         "self",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from quantize import package
-from quantize.errors import PackageError, StorageError
+from quantize.errors import PackageError, StorageError, described, storage_errors
 from tests.conftest import Outcome
 
 
@@ -147,6 +147,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, pocket: Path) -> None:
     assert outcome.stderr.splitlines()[-1].startswith("error: no space left while writing")
     assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("*.part"))
     assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
+    assert f"kept in {tmp_path}/out.unfinished" in outcome.stderr.splitlines()[-1]
 
 
 def test_no_write_permission_is_one_line(tmp_path: Path, command: Callable[..., Outcome], pocket: Path) -> None:
@@ -194,3 +195,26 @@ def test_no_package_is_built_through_a_link(tmp_path: Path, ending: str) -> None
 def test_what_no_folder_may_be_called(name: str) -> None:
     with pytest.raises(PackageError, match="is no name for a new folder"):
         package.require_replaceable(Path(name))
+
+
+def test_finished_parts_are_named_with_their_size_or_removed(tmp_path: Path) -> None:
+    output, parts = tmp_path / "out", tmp_path / "out.unfinished"
+
+    def stop(*, clean: bool) -> str:
+        with pytest.raises(PackageError) as raised, package.finished_parts(output, clean=clean) as folder:
+            assert clean is False or not folder.exists()
+            folder.mkdir(exist_ok=True)
+            (folder / "part").write_bytes(bytes(2_500_000))
+            raise PackageError("stopped")
+        return described(raised.value)
+
+    assert stop(clean=False).startswith(f"stopped; finished parts are kept in {parts} (2.5 MB): ")
+    assert stop(clean=True) == "stopped" and not parts.exists()
+
+
+def test_notes_of_a_cause_are_not_lost() -> None:
+    with pytest.raises(StorageError) as raised, storage_errors("here"):
+        error = OSError(28, "No space left on device")
+        error.add_note("kept in a folder")
+        raise error
+    assert described(raised.value).endswith("; kept in a folder")

@@ -80,7 +80,11 @@ def test_nothing_is_converted_to_fit(finished: Path, kind: type, name: str, data
     document = json.loads((finished / name).read_text("utf-8"))
     places = [(place, value) for place, value in leaves(document) if "format_version" not in place]
     place, value = data.draw(st.sampled_from(places))
-    wrong: list[Any] = [[value], {}, *([] if value is None or isinstance(value, str) else [json.dumps(value)])]
+    wrong: list[Any] = [
+        [value],
+        *([] if value is None else [{}]),
+        *([] if value is None or isinstance(value, str) else [json.dumps(value)]),
+    ]
     wrong += [float("nan"), float("inf")] if isinstance(value, float) else []
     wrong += [1, "x"] if isinstance(value, bool) else [True] if value is not None else []
     with pytest.raises(PackageError, match=f"{name} is not readable") as raised:

@@ -68,6 +68,7 @@ def test_controls_show_the_noise_floor_and_the_alternatives(finished: Path) -> N
     half, int8, stock = evidence.controls
     assert [half.name, int8.name, stock.name] == ["original in float16", "int8", "NF4 rounded to nearest"]
     assert (half.grade, int8.grade) == ("lossless", "lossless") and stock.grade in ("good", "degraded")
+    assert half.kld is not None and int8.kld is not None and stock.kld is not None
     assert 0 < half.kld.value < int8.kld.value < stock.kld.value
     assert evidence.scores is not None and stock.kld.value == pytest.approx(evidence.scores.kld.mean.value)
     assert stock.weight_bytes < int8.weight_bytes < half.weight_bytes

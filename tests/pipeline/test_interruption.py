@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from pathlib import Path
 
@@ -37,6 +38,8 @@ def test_ctrl_c_leaves_finished_parts_only_and_says_so(place: Place, stage: str,
     assert ended.code == 130, ended.err
     assert ended.err.splitlines()[-1].startswith("interrupted: ") and "Traceback" not in ended.err
     require_finished_parts_only(tmp_path)
+    if (tmp_path / f"out{package.UNFINISHED}").exists():
+        assert re.search(rf"kept in {tmp_path}/out\.unfinished \(\d+\.\d MB\)", ended.err.splitlines()[-1]), ended.err
 
 
 def require_finished_parts_only(folder: Path) -> None:

@@ -69,7 +69,8 @@ def test_conv1d_becomes_4bit_ties_stay_and_the_head_stays(finished: Path) -> Non
     assert all(check.passed for check in made.evidence.checks)
     assert {check.name for check in made.evidence.checks} == {
         *("config", "quant_state", "finite", "loads", "modules", "ties", "size", "tokenizer", "weights"),
-        *("arithmetic", "outputs"),
+        *("special tokens", "added tokens", "chat template", "eos tokens", "generation settings", "processor files"),
+        *("arithmetic", "outputs", "generation", "cached decoding", "repetition", "end of text"),
     }
 
 

@@ -66,6 +66,17 @@ def cases() -> Iterator[Case]:
             yield Case(f"503 for good: {name}", for_good)
         else:
             yield Case(f"503 for good: {name}", for_good, 1, 0, "the Hub answered 503")
+    yield Case("429 with RateLimit once: commit", (Fault(*commit, status=429, rate_limit=20),))
+    hour = Fault(*commit, status=429, retry_after=3600, times=None)
+    yield Case("429 that asks for an hour: commit", (hour,), 1, 0, "more than --hub-wait 600 leaves")
+    for status in (501, 507):
+        final = Fault(*commit, status=status, times=None)
+        yield Case(f"{status}: commit", (final,), 1, 0, "another attempt will not help")
+    limit = "Private repository storage limit reached"
+    no_room = Fault(*STEPS["announce large files"], status=403, times=None, message=limit)
+    yield Case("403: storage is full", (no_room,), 1, 0, "free some of the account's storage")
+    no_question = Fault(*STEPS["right to write"], status=404, times=None)
+    yield Case("a Hub without auth-check: right to write", (no_question,))
     for options, steps in ASKED_FOR.items():
         to_main = "--tag" in options
         for name, step in steps.items():

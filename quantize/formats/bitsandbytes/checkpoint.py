@@ -52,7 +52,7 @@ def write(
 
     model = source_model.skeleton(checkout, dtype)
     names = modules.to_quantize(model, recipe, checkout.source.name)
-    modules.require_quantized(names, checkout.source.name)
+    modules.require_quantized(names, model, checkout.source.name)
     modules.require_mostly_linear(model, checkout.source.name)
     try:
         plans = tensor_plan.plan(checkout, model, names, getattr(torch, dtype), precomputed)
@@ -68,7 +68,7 @@ def write(
         model.config.save_pretrained(output)
         if model.can_generate():
             _generation_config(model, checkout).save_pretrained(output)
-    return Written(names, tuple(name for name in modules.linear_names(model) if name not in names))
+    return Written(names, _kept(model, names))
 
 
 def _rounded_whole(
@@ -99,7 +99,14 @@ def _load_and_save(
     model = load_quantized(checkout, recipe, dtype, device)
     for name, parts in precomputed.items():
         _replace_contents(model.get_submodule(name), parts, device)
-    return Written(save(model, checkout, output), modules.linear_names(model))
+    names = save(model, checkout, output)
+    return Written(names, _kept(model, names))
+
+
+def _kept(model: Any, quantized: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of the linear modules that are not quantized, those that transformers passes over last."""
+    linear = (*modules.linear_names(model), *modules.passed_over(model))
+    return tuple(name for name in linear if name not in quantized)
 
 
 def _replace_contents(module: Any, parts: Mapping[str, Any], device: str) -> None:
@@ -148,7 +155,7 @@ def save(model: Any, checkout: Checkout, output: Path) -> tuple[str, ...]:
     Raises UnsupportedModel where there are none, or where most weights are not in linear layers.
     """
     names = modules.quantized_names(model)
-    modules.require_quantized(names, checkout.source.name)
+    modules.require_quantized(names, model, checkout.source.name)
     modules.require_mostly_linear(model, checkout.source.name)
     model.generation_config = _generation_config(model, checkout)
     with storage_errors(output):

@@ -11,7 +11,14 @@ from quantize.errors import CorruptModel
 from quantize.evidence import Check
 from quantize.formats import safetensors
 from quantize.formats.bitsandbytes.config import QUANTIZATION_KEY, ExpectedConfig
-from quantize.formats.bitsandbytes.modules import block_size, is_listed, linear_names, matrix, names_holding_codes
+from quantize.formats.bitsandbytes.modules import (
+    block_size,
+    is_listed,
+    kept_by_default,
+    linear_names,
+    matrix,
+    names_holding_codes,
+)
 from quantize.formats.bitsandbytes.sizes import ROW_SCALES, MatrixFormat
 from quantize.formats.ties import distinct_parameters
 
@@ -42,7 +49,7 @@ def _check_files(folder: Path, expected: ExpectedConfig | None) -> list[Check]:
     checks = [_config_check(configured.matrices, expected.matrices, names)]
     if expected.bits == 4:
         checks.append(_state_check(expected.matrices, names))
-    checks.append(_finite_check(folder))
+    checks.append(_finite_check(folder, names))
     return checks
 
 
@@ -63,22 +70,22 @@ def _state_check(expected: MatrixFormat, names: set[str]) -> Check:
     return Check("quant_state", not missing, detail)
 
 
-def _finite_check(folder: Path) -> Check:
+def _finite_check(folder: Path, names: set[str]) -> Check:
+    """Codes are no numbers, whatever type they are stored as."""
     import torch
 
+    codes = _weights_with(names, SCALES.values())
     for file in safetensors.weight_files(folder):
         for name, part in safetensors.parts(file):
-            if part.is_floating_point() and not bool(torch.isfinite(part).all()):
+            if name not in codes and part.is_floating_point() and not bool(torch.isfinite(part).all()):
                 return Check("finite", False, f"{name} holds NaN or infinity")
-    return Check("finite", True, f"no NaN or infinity in {len(_tensor_names(folder))} tensors")
+    return Check("finite", True, f"no NaN or infinity in {len(names)} tensors")
 
 
 def module_check(reference: Any, candidate: Any, expected: ExpectedConfig) -> Check:
     """Whether the modules of the loaded `candidate` are quantized that should be, and no others."""
-    from transformers.quantizers.base import get_keys_to_not_convert
-
     linear = set(linear_names(reference))
-    skip_list = get_keys_to_not_convert(reference) if expected.skips_head else []
+    skip_list = kept_by_default(reference) if expected.skips_head else []
     skip_list += reference._keep_in_fp32_modules or []
     due = {name for name in linear if not (expected.skips(name) or is_listed(name, skip_list))}
     quantized = names_holding_codes(candidate, expected.bits)

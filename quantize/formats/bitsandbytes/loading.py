@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from quantize import devices
+from quantize.formats.bitsandbytes import cpu_reading
 from quantize.formats.bitsandbytes.modules import (
     QUANTIZED_CLASSES,
     holds_codes,
@@ -23,10 +24,11 @@ def upcast(model: Any) -> None:
 
     Kernels of bitsandbytes for CPUs unpack a matrix anew for every call, and some round activations and scales to
     bfloat16. Here 4-bit matrices are unpacked once by transformers, where memory allows, and only products and sums
-    are done in more digits: every value stays the stored one.
+    are done in more digits: every value stays the stored one. What they misread is unpacked here.
     """
     import torch
 
+    cpu_reading.replace_misread(model)
     if getattr(model, "is_loaded_in_4bit", False) and 4 * model.num_parameters() <= devices.usable_memory("cpu"):
         model.dequantize(dtype=torch.float32)
     for module in model.modules():
@@ -41,6 +43,8 @@ def dequantized(module: Any) -> torch.Tensor:
     """The float32 matrix [outputs, inputs] that a quantized module holds."""
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
+    if cpu_reading.is_misread(module):
+        return cpu_reading.values(module).float()
     weight: torch.Tensor = dequantize_bnb_weight(module.weight, state=getattr(module, "state", None))
     return weight.float()
 

@@ -11,8 +11,6 @@ from quantize.records import Recipe
 if TYPE_CHECKING:
     import torch
 
-LINEAR_CLASSES = ("Linear", "Conv1D")
-TRANSPOSED_CLASS = "Conv1D"
 QUANTIZED_CLASSES = {4: "Linear4bit", 8: "Linear8bitLt"}
 """By the number of bits."""
 MOST_STACKED = 0.1
@@ -20,8 +18,28 @@ MOST_STACKED = 0.1
 
 
 def linear_names(model: Any) -> tuple[str, ...]:
-    """Names of the linear modules that are not quantized, in the order of the model."""
-    return _names(model, LINEAR_CLASSES)
+    """Names of the linear modules that transformers can quantize and that are not, in the order of the model."""
+    return tuple(name for name, module in model.named_modules() if _is_plainly_linear(module))
+
+
+def passed_over(model: Any) -> dict[str, str]:
+    """The classes of linear modules that transformers does not quantize, which stay as they are, by their names."""
+    import torch
+
+    return {
+        name: type(module).__name__
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and not _is_plainly_linear(module)
+        and type(module).__name__ not in QUANTIZED_CLASSES.values()
+    }
+
+
+def _is_plainly_linear(module: Any) -> bool:
+    """What transformers asks before it replaces a module: subclasses of Linear may compute something else."""
+    import torch
+
+    return type(module) is torch.nn.Linear or is_transposed(module)
 
 
 def quantized_names(model: Any) -> tuple[str, ...]:
@@ -62,13 +80,23 @@ def to_skip(model: Any, recipe: Recipe, model_name: str) -> list[str]:
 
     Raises UnsupportedModel where the recipe skips what is not there.
     """
-    from transformers.quantizers.base import get_keys_to_not_convert
-
     linear = linear_names(model)
     for name in recipe.skip_modules:
         if not any(map(Recipe(skip_modules=(name,)).skips, linear)):
             raise UnsupportedModel(f"--skip-modules {name}: {model_name} has no linear module of that name")
-    return sorted({*get_keys_to_not_convert(model), *filter(recipe.skips, linear)})
+    return sorted({*kept_by_default(model), *filter(recipe.skips, linear)})
+
+
+def kept_by_default(model: Any) -> list[str]:
+    """What transformers leaves alone where no skip list says otherwise: the head, ties, and what comes last.
+
+    It decides when it loads a checkpoint (`get_keys_to_not_convert`), before weights are tied. A tied head is the last
+    module then, though a tied model lists another.
+    """
+    ties, head = model.all_tied_weights_keys, model.get_output_embeddings()
+    last = list(dict(model.named_parameters(remove_duplicate=False)))[-1]
+    heads = (name for name, module in model.named_modules() if head is not None and module is head)
+    return sorted({name.removesuffix(".weight") for name in (*ties, *ties.values(), last, *heads)})
 
 
 def is_listed(name: str, skip_list: list[str]) -> bool:
@@ -78,10 +106,16 @@ def is_listed(name: str, skip_list: list[str]) -> bool:
     return not should_convert_module(name, skip_list)
 
 
-def require_quantized(names: tuple[str, ...], model_name: str) -> None:
-    """Raise UnsupportedModel where no module is quantized."""
-    if not names:
-        raise UnsupportedModel(f"{model_name} has no linear layer left to quantize: skip fewer modules")
+def require_quantized(names: tuple[str, ...], model: Any, model_name: str) -> None:
+    """Raise UnsupportedModel where no module is quantized, with the classes that are passed over."""
+    if names:
+        return
+    if classes := sorted(set(passed_over(model).values())):
+        raise UnsupportedModel(
+            f"{model_name} keeps its matrices in layers of the class {', '.join(classes)}, which bitsandbytes leaves "
+            f"in half precision: it cannot be quantized here"
+        )
+    raise UnsupportedModel(f"{model_name} has no linear layer left to quantize besides its head and what is skipped")
 
 
 def require_mostly_linear(model: Any, model_name: str) -> None:
@@ -108,4 +142,6 @@ def laid_out(module: Any, values: torch.Tensor) -> torch.Tensor:
 
 def is_transposed(module: Any) -> bool:
     """Whether a linear module keeps its weight as [inputs, outputs], as those of GPT-2 do."""
-    return type(module).__name__ == TRANSPOSED_CLASS
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
