@@ -14,14 +14,19 @@ from quantize.grades import grade_of
 from quantize.parity import sequential
 from quantize.parity.corpus import BUILTIN, WIKITEXT, WIKITEXT_REPO, load
 from quantize.parity.generation import share_identical
+from quantize.parity.generation_checks import DECODING, ENDS, GENERATION, REPETITION
 from quantize.parity.verdict import judged
 from quantize.records import EvaluationSettings, Recipe
 
 TOLERANCE = 1e-6
 """Relative; figures of windows are recorded with nine digits."""
-ALWAYS = ("config", "finite", "loads", "modules", "ties", "size", "tokenizer", "weights", "outputs")
-FOUR_BIT, ON_CPU = ("quant_state",), ("arithmetic",)
-"""Names of the checks that a measured package has, and of those that it has at 4 bits or on a CPU."""
+ALWAYS = (
+    *("config", "finite", "loads", "modules", "ties", "size", "weights", "outputs"),
+    *("tokenizer", "special tokens", "added tokens", "chat template", "eos tokens"),
+    *("generation settings", "processor files", GENERATION),
+)
+FOUR_BIT, ON_CPU, OF_TEXTS = ("quant_state",), ("arithmetic",), (DECODING, REPETITION, ENDS)
+"""Names of the checks that a measured package has, and of those that it has at 4 bits, on a CPU, or with texts."""
 
 
 def contradictions(evidence: Evidence, recipe: Recipe, settings: EvaluationSettings) -> Iterator[str]:
@@ -45,6 +50,7 @@ def _checks(evidence: Evidence, recipe: Recipe) -> Iterator[str]:
         *ALWAYS,
         *(FOUR_BIT if recipe.bits == 4 else ()),
         *(ON_CPU if evidence.environment.device == "cpu" else ()),
+        *(OF_TEXTS if evidence.generation is not None else ()),
     ]
     for name in needed:
         if name not in names:

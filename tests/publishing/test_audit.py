@@ -189,7 +189,7 @@ def grade_on_the_card(forged: Forged) -> None:
 
 
 def results_in_the_metadata(forged: Forged) -> None:
-    forged.card(r"(perplexity of this model\n +value: )[\d.]+", r"\g<1>1.0")
+    forged.card(r"value: [\d.]+(\n +name: perplexity of this model)", r"value: 1.0\g<1>")
 
 
 def results_under_a_template(forged: Forged) -> None:
