@@ -44,13 +44,11 @@ def markdown(value: object) -> Markdown:
 
 
 def code(value: object) -> Markdown:
-    """A value as a code span, which no run of backticks in it can end."""
+    """A value as a code span, or as text where it looks like markup rather than a name."""
     text = _one_line(value).strip()
-    if not text:
-        return Markdown("")
-    marks = "`" * (_longest_run(text) + 1)
-    space = " " if text.startswith("`") or text.endswith("`") else ""
-    return Markdown(f"{marks}{space}{text}{space}{marks}")
+    if not text or set(text) & set("`<>"):
+        return markdown(text)
+    return Markdown(f"`{text}`")
 
 
 def codes(values: Iterable[object]) -> Markdown:

@@ -58,7 +58,10 @@ class CardCalibration:
 
 @dataclass(frozen=True)
 class CardAttempt:
-    """One attempt of the recipe search; size in bytes, measured values None where it failed a structural check."""
+    """One attempt of the recipe search; size in bytes, measured values None where it failed a structural check.
+
+    `failure` says why it could not be made, and is empty where it was.
+    """
 
     name: str
     size: int
@@ -67,6 +70,7 @@ class CardAttempt:
     same_top: Interval | None
     grade: str
     chosen: bool
+    failure: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,8 @@ class CardFacts:
     missed (5 %). `method_description` says how codes were chosen. Of the quantized modules `block_32_modules` have
     blocks of 32 weights; `half_precision_modules` of the kept ones are kept for the sake of accuracy. `unused_tensors`
     are layers of the source's files that its model has no place for, each with its number of tensors. A `chat` model
-    has a chat template, which its prompts went through; CPUs with AVX-512 misread as many layers as `misread_on_cpu`.
+    has a chat template, which its prompts went through; `chat_ratio` and `chat_kld` are those of `chat_windows` in it.
+    CPUs with AVX-512 misread as many layers as `misread_on_cpu`.
     """
 
     publisher: CardPublisher | None
@@ -163,6 +168,9 @@ class CardFacts:
     prefill_agreement: float | None
     cached_agreement: float | None
     chat: bool
+    chat_windows: int
+    chat_ratio: Interval | None
+    chat_kld: Interval | None
     misread_on_cpu: int
     new_tokens: int
     seed: int
@@ -171,7 +179,9 @@ class CardFacts:
     figures: tuple[str, ...]
     device_name: str
     versions: dict[str, str]
+    least_versions: dict[str, str]
     remote_code: bool
+    code_left_out: bool
     tool_version: str
     created: str
     command: str

@@ -160,6 +160,36 @@ def storage_errors(where: object = None) -> Iterator[None]:
         raise StorageError(said) from error
 
 
+OUT_OF_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "alloc_failed",
+    "bad_alloc",
+)
+"""How torch's allocators, CUDA's libraries, the operating system and C++ say that memory ran out."""
+
+
+@contextmanager
+def memory_errors(work: str, advice: str) -> Iterator[None]:
+    """Turn memory that runs out during some `work` into a DeviceError that gives `advice`."""
+    try:
+        yield
+    except QuantizeError:
+        raise
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise DeviceError(f"out of memory while {work}: {advice}") from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or (
+        isinstance(error, (RuntimeError, OSError)) and any(words in str(error).lower() for words in OUT_OF_MEMORY)
+    )
+
+
 def _said_by_disk(error: Exception, where: object) -> str | None:
     """The line about an error of a disk, None for any other, such as one of the network."""
     number, place = _number(error), getattr(error, "filename", None)

@@ -104,10 +104,12 @@ class Scores:
 class LookPlan:
     """When scoring may stop: at looks at up to `windows` windows, the only one at all of them when `full`.
 
-    `error` is this attempt's share of the 5 % that intervals may miss; see quantize/parity/sequential.py.
+    `required` is the grade that looks are to settle, and `error` this attempt's share of the 5 % that intervals may
+    miss; see quantize/parity/sequential.py.
     """
 
     windows: int
+    required: str
     full: bool
     error: float
 
@@ -121,6 +123,19 @@ class Look:
     perplexity_ratio: Estimate
     kld: Estimate
     certain: bool
+
+
+@dataclass(frozen=True)
+class Framing:
+    """The corpus scored once more, each window as an answer: `corpus.prefix` tokens of a chat template stand before it.
+
+    Judged like the plain windows.
+    """
+
+    corpus: CorpusRecord
+    scores: Scores
+    look_plan: LookPlan
+    looks: tuple[Look, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -237,7 +252,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One recipe that `auto` tried, and what it gave; measured values are None where structure refused it."""
+    """One recipe that `auto` tried, and what it gave; measured values are None where structure refused it.
+
+    `failure` says why it could not be made or measured, and is empty where it was.
+    """
 
     recipe: Recipe
     grade: str
@@ -247,6 +265,7 @@ class Attempt:
     weight_bytes: int
     seconds: float
     chosen: bool
+    failure: str = ""
 
 
 @dataclass(frozen=True)
@@ -256,8 +275,8 @@ class Evidence:
     The two types are those of the arithmetic; on a CPU the candidate's stored half-precision values are summed
     in float32 after a check that this makes no difference. `reference_devices` are the devices that held the
     reference's weights. `unused_tensors` lie in the source's files, and its model has no place for them. A `chat` model
-    has a chat template, through which prompts went. Modules that are `misread_on_cpu`, by those with AVX-512, were
-    measured at their real values.
+    has a chat template, through which prompts went, and windows as well (`chat_framing`). Modules that are
+    `misread_on_cpu`, by those with AVX-512, were measured at their real values.
     """
 
     reference_dtype: str
@@ -280,6 +299,7 @@ class Evidence:
     unused_tensors: tuple[str, ...] = ()
     look_plan: LookPlan | None = None
     chat: bool = False
+    chat_framing: Framing | None = None
     misread_on_cpu: tuple[str, ...] = ()
     format_version: int = FORMAT_VERSION
 
@@ -297,6 +317,14 @@ class Evidence:
     def optional_stopping(self) -> bool:
         """Whether scoring could have ended at another look than it did."""
         return len(self.looks) > 1 or self.stopped_early
+
+    @property
+    def undecided(self) -> bool:
+        """Whether more windows could settle a verdict that is not certain yet, in either framing."""
+        scored = [(self.looks, self.look_plan)]
+        if self.chat_framing is not None:
+            scored.append((self.chat_framing.looks, self.chat_framing.look_plan))
+        return any(plan and not looks[-1].certain and looks[-1].windows < plan.windows for looks, plan in scored)
 
     @property
     def stopped_early(self) -> bool:

@@ -290,6 +290,13 @@ RECIPE = (
         Recipe,
         repeated=True,
     ),
+    Option(
+        "--quantize-towers",
+        "quantize_towers",
+        Flag(),
+        "Quantize vision and audio towers and projectors too, which otherwise stay in half precision.",
+        Recipe,
+    ),
 )
 """Of Recipe, besides its name and what belongs to one method; see `methods.recipe_options`."""
 

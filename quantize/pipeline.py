@@ -115,7 +115,8 @@ class CardRequest:
 def run(request: RunRequest, progress: Progress) -> RunResult:
     """Fetch, quantize, measure, document and seal; a refused package is kept under a name that shows it.
 
-    Raises QuantizeError, and leaves nothing half done.
+    Raises QuantizeError, and leaves nothing half done. An unforeseen error of a later attempt is raised after the
+    package of the attempts before it is in place.
     """
     request = dataclasses.replace(request, recipe=methods.normalized(request.recipe))
     output = _output(request)
@@ -130,20 +131,32 @@ def run(request: RunRequest, progress: Progress) -> RunResult:
         template = _read_template(request.card_template)
         kept = _undocumented(request, demand, checkout, output)
         with source.watched(checkout):
-            measured, hashes = (kept, ()) if kept else _measured(request, demand, checkout, staging, device, progress)
+            bug: Exception | None = None
+            if kept is None:
+                measured, hashes, bug = _measured(request, demand, checkout, staging, device, progress)
+            else:
+                measured, hashes = kept, kept.provenance.files
         progress.stage("write card and provenance")
-        with _kept_undocumented(measured, output, progress):
+        with _kept_undocumented(measured, hashes, output, progress):
             with source.watched(checkout):
                 text = source.card_text(checkout)
                 sealed = _document(measured, hashes, text, template, request.card_template)
-            return RunResult(_in_place(sealed, output), created=True)
+            result = RunResult(_in_place(sealed, output), created=True)
+    if bug is not None:
+        raise bug
+    return result
 
 
 def verify(request: VerifyRequest, progress: Progress) -> Evidence:
     """Measure a package against its pinned source, or any bitsandbytes checkpoint against the source named."""
     device = devices.choose(request.device)
     progress.stage(f"checkpoint {request.checkpoint}")
-    folder = source.fetch_checkpoint(request.checkpoint, (files.PROVENANCE, files.PARITY), progress)
+    folder = source.fetch_checkpoint(
+        request.checkpoint,
+        (files.PROVENANCE, files.PARITY),
+        progress,
+        trust_remote_code=request.trust_remote_code,
+    )
     checkout, expected = _original(request, folder, progress)
     progress.stage(f"verify on {device}")
     recipes = CONTROLS if request.settings.controls else {}
@@ -182,9 +195,10 @@ def rewrite_card(request: CardRequest) -> Package:
     with storage_errors(request.folder):
         if name.endswith(package.UNDOCUMENTED):
             figures.draw(opened.evidence, request.folder / files.FIGURES)
+        rest = tuple(file for file in opened.provenance.files if file.path != files.CARD)
         rendered = rendered_card(opened, request.against, request.template)
         package.write_card(request.folder, rendered.text)
-        sealed = dataclasses.replace(opened, provenance=package.seal(request.folder, rendered.provenance))
+        sealed = dataclasses.replace(opened, provenance=package.seal(request.folder, rendered.provenance, rest))
         if name.endswith(package.UNDOCUMENTED):
             return _in_place(sealed, request.folder.resolve().with_name(name.removesuffix(package.UNDOCUMENTED)))
     return sealed
@@ -251,8 +265,9 @@ def _undocumented(request: RunRequest, demand: Demand, checkout: Checkout, outpu
 
 def _measured(
     request: RunRequest, demand: Demand, checkout: Checkout, staging: Path, device: str, progress: Progress
-) -> tuple[Package, tuple[FileRecord, ...]]:
-    """What is made and measured in `staging`, to be documented, and its files as they were before measuring."""
+) -> tuple[Package, tuple[FileRecord, ...], Exception | None]:
+    """What is made and measured in `staging`, to be documented; its files as they were before measuring; and the
+    unforeseen error that ended the search after that."""
     _check(request, checkout, staging, progress)
     output = _output(request)
     resume, corpus = output.with_name(f"{output.name}{package.UNFINISHED}"), corpus_text(request.settings)
@@ -261,7 +276,7 @@ def _measured(
     _require_same_texts(request, demand)
     package.write_evidence(staging, candidate.evidence)
     provenance = _provenance(request, demand, checkout, candidate, output.name)
-    return Package(staging, provenance, candidate.evidence), candidate.files
+    return Package(staging, provenance, candidate.evidence), candidate.files, candidate.bug
 
 
 def _check(request: RunRequest, checkout: Checkout, staging: Path, progress: Progress) -> None:
@@ -379,14 +394,16 @@ def _document(
 
 
 @contextmanager
-def _kept_undocumented(measured: Package, output: Path, progress: Progress) -> Iterator[None]:
+def _kept_undocumented(
+    measured: Package, hashes: tuple[FileRecord, ...], output: Path, progress: Progress
+) -> Iterator[None]:
     """Keep what was made and measured when documenting it fails, and say where."""
     try:
         with storage_errors(measured.folder):
             yield
     except Exception as error:
         try:
-            package.seal_undocumented(measured.folder, measured.provenance)
+            package.seal_undocumented(measured.folder, measured.provenance, hashes)
             kept = package.keep_undocumented(measured.folder, output)
         except (OSError, QuantizeError):
             raise error from None

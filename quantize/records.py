@@ -31,7 +31,11 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Source:
-    """The original model, pinned: `commit` is None for a local folder, whose hashes pin it instead."""
+    """The original model, pinned: `commit` is None for a local folder, whose hashes pin it instead.
+
+    `remote_code` says that code of its own was allowed and is run, `code_left_out` that its configs name some which was
+    not allowed, and nothing here names it any more. `transformers_version` is the one that its config.json names.
+    """
 
     name: str
     repo_id: str | None
@@ -43,6 +47,8 @@ class Source:
     dtype: str
     parameters: int
     remote_code: bool
+    code_left_out: bool = False
+    transformers_version: str = ""
 
     def fingerprint(self) -> dict[str, str]:
         """What has to agree for two sources to be the same one."""
@@ -71,6 +77,8 @@ class Recipe:
     `name` is that of a method in quantize/methods, or `auto`, which tries them from the plainest on until
     `target_grade` is reached. `options` are the method's own that differ from their defaults, by name.
 
+    Towers, through which pictures and sounds enter a model, stay in half precision unless `quantize_towers`.
+
     A skipped name is a run of whole parts of a module's name: `h.0`, `attn` and `h.0.attn.c_attn` all skip
     `transformer.h.0.attn.c_attn`.
     """
@@ -82,6 +90,7 @@ class Recipe:
     double_quant: bool = True
     compute_dtype: str = "auto"
     skip_modules: tuple[str, ...] = ()
+    quantize_towers: bool = False
     options: Mapping[str, Scalar] = field(default_factory=dict)
 
     def skips(self, module: str) -> bool:

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -66,6 +66,14 @@ class ResumeFolder:
             self.hashes[name] = hash_file(file)[1]
             self._write_list()
         return file
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Delete parts that are needed no more."""
+        dropped = [name for name in names if self.hashes.pop(name, None)]
+        with storage_errors(self.folder):
+            self._write_list()
+            for name in dropped:
+                (self.folder / name).unlink(missing_ok=True)
 
     def _write_list(self) -> None:
         """In one rename: the list is whole, or the one before it is."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
-from collections.abc import Callable
+import time
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize import methods, package, source
-from quantize.errors import CorpusError, CorruptModel, UnsupportedModel
+from quantize import devices, methods, package, source
+from quantize.errors import CorpusError, CorruptModel, QuantizeError, UnsupportedModel, storage_errors
 from quantize.evidence import Attempt, Evidence
 from quantize.files import records_of
 from quantize.grades import GRADES, UNMEASURED, grade_at_least
@@ -18,19 +21,39 @@ from quantize.parity import judged
 from quantize.records import EvaluationSettings, FileRecord, Quantized, Recipe
 
 ATTEMPTS = "attempts"
+SAME_SIZE = 1.001
+"""Times the smallest one's bytes: so much larger weight files still count as equally large."""
+FOLDERS = re.compile(r"(?<![\w:/.])/(?:[^\s/'\"]+/)+")
+"""The folders of an absolute path, but not of an address."""
 Measure = Callable[[Path, Recipe, Quantized, EvaluationSettings, int], Evidence]
 """Compares a folder that was written by a recipe with the original, as one of so many attempts."""
+Measured = Callable[[Path, Recipe, Quantized, str], Evidence]
+"""The same for the grade that is required."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A quantized model in a folder: by which recipe, what was measured, and the files as they were before that."""
+    """A quantized model in a folder: by which recipe, what was measured, and the files as they were before that.
+
+    `bug` is an error that nobody foresaw, which ended the search after this candidate was finished.
+    """
 
     folder: Path
     recipe: Recipe
     quantized: Quantized
     evidence: Evidence
     files: tuple[FileRecord, ...]
+    bug: Exception | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A recipe of which nothing could be made or measured, and why; `bug` is an error that nobody foresaw."""
+
+    recipe: Recipe
+    seconds: float
+    reason: str
+    bug: Exception | None
 
 
 def attempts(recipe: Recipe) -> tuple[Recipe, ...]:
@@ -45,35 +68,102 @@ def build(job: Job, settings: EvaluationSettings, measure: Measure) -> Candidate
     """Fill the folder `job.output` with the best that the attempts of `job.recipe` give.
 
     For `auto` its evidence lists what each attempt gave. Finished parts of a killed run are taken up from the folder
-    `job.resume`. Raises what `methods.quantize` and `measure` raise.
+    `job.resume`. Raises what `methods.quantize` and `measure` raise at the first attempt; once there is a candidate, an
+    attempt that fails is listed with its reason, and an unforeseen error ends the search as the candidate's `bug`.
     """
     searching = job.recipe.name == methods.AUTO
     required = _stricter(job.recipe.target_grade, settings.require) if searching else settings.require
-    candidates: list[Candidate] = []
     planned = attempts(job.recipe)
+
+    def measured(folder: Path, recipe: Recipe, quantized: Quantized, grade: str) -> Evidence:
+        return measure(folder, recipe, quantized, dataclasses.replace(settings, require=grade), len(planned))
+
+    tried: list[Candidate | Failure] = []
     for number, recipe in enumerate(planned):
-        attempt = dataclasses.replace(
-            job,
-            output=job.output / ATTEMPTS / str(number),
-            recipe=recipe,
-            resume=job.resume_folder / str(number),
-        )
-        quantized = _quantize(attempt, job.resume_folder)
-        job.progress.stage("verify against the original")
-        stricter = dataclasses.replace(settings, require=required)
-        before = records_of(attempt.output)
-        evidence = measure(attempt.output, recipe, quantized, stricter, len(planned))
-        candidates.append(Candidate(attempt.output, recipe, quantized, evidence, before))
-        if grade_at_least(evidence.verdict.grade, required) or evidence.verdict.grade == UNMEASURED:
+        tried.append(_tried(job, number, recipe, required, measured))
+        if _ends_search(tried[-1], required):
             break
-    best = min(candidates, key=_distance)
-    evidence = _final_evidence(best, settings, measure, len(planned))
+    tried = _settled(tried, settings.require, measured, job)
+    best = preferred(_candidates(tried), settings.require)
+    evidence = _judged(best.evidence, settings.require)
     if searching:
-        listed = tuple(_attempt(candidate, chosen=candidate is best) for candidate in candidates)
-        evidence = dataclasses.replace(evidence, attempts=listed)
+        evidence = dataclasses.replace(evidence, attempts=tuple(_attempt(outcome, best) for outcome in tried))
     _keep(best.folder, job.output)
     shutil.rmtree(job.resume_folder, ignore_errors=True)
-    return dataclasses.replace(best, folder=job.output, evidence=evidence)
+    bugs = [outcome.bug for outcome in tried if outcome.bug is not None]
+    return dataclasses.replace(best, folder=job.output, evidence=evidence, bug=bugs[0] if bugs else None)
+
+
+def preferred(candidates: Sequence[Candidate], required: str) -> Candidate:
+    """The best candidate: one that passes under the grade `required`; then the better grade; then the smaller one; and
+    among equals the one that diverges least. Perplexity alone does not count."""
+    standing = min(_standing(candidate.evidence, required) for candidate in candidates)
+    equals = [candidate for candidate in candidates if _standing(candidate.evidence, required) == standing]
+    limit = SAME_SIZE * min(candidate.evidence.sizes.package_bytes for candidate in equals)
+    alike = [candidate for candidate in equals if candidate.evidence.sizes.package_bytes <= limit]
+    return min(alike, key=lambda candidate: _divergence(candidate.evidence))
+
+
+def _standing(evidence: Evidence, required: str) -> tuple[bool, int, bool]:
+    """Less is better: whether it fails, its place on the scale of grades, whether its structure is unsound."""
+    verdict = _judged(evidence, required).verdict
+    place = GRADES.index(verdict.grade) if verdict.grade in GRADES else len(GRADES)
+    return not verdict.passed, place, not _sound(evidence)
+
+
+def _sound(evidence: Evidence) -> bool:
+    return evidence.scores is not None and all(check.passed for check in evidence.checks)
+
+
+def _divergence(evidence: Evidence) -> float:
+    return evidence.scores.kld.mean.value if evidence.scores else float("inf")
+
+
+def _tried(job: Job, number: int, recipe: Recipe, required: str, measured: Measured) -> Candidate | Failure:
+    """One attempt in a folder of its own; all but the first may fail."""
+    started = time.monotonic()
+    attempt = dataclasses.replace(
+        job, output=job.output / ATTEMPTS / str(number), recipe=recipe, resume=job.resume_folder / str(number)
+    )
+    try:
+        with storage_errors(attempt.output):
+            quantized = _quantize(attempt, job.resume_folder)
+            job.progress.stage("verify against the original")
+            before = records_of(attempt.output)
+            evidence = measured(attempt.output, recipe, quantized, required)
+            return Candidate(attempt.output, recipe, quantized, evidence, before)
+    except Exception as error:
+        if number == 0:
+            raise
+        failure = Failure(recipe, round(time.monotonic() - started, 3), *_reason(error))
+    shutil.rmtree(attempt.output, ignore_errors=True)
+    devices.release(job.device)
+    job.progress.note(f"the recipe {recipe.name} is left out: {failure.reason}")
+    return failure
+
+
+def _reason(error: Exception) -> tuple[str, Exception | None]:
+    """The first line of a known failure; of any other with its name, and the error itself without its variables.
+
+    The line is published with the package, so it names no folder of this machine.
+    """
+    first_line = [FOLDERS.sub("", line) for line in str(error).strip().splitlines()[:1]]
+    if isinstance(error, QuantizeError):
+        return "".join(first_line), None
+    traceback.clear_frames(error.__traceback__)  # they hold whole models
+    return ": ".join([type(error).__name__, *first_line]), error
+
+
+def _candidates(tried: Sequence[Candidate | Failure]) -> list[Candidate]:
+    return [outcome for outcome in tried if isinstance(outcome, Candidate)]
+
+
+def _ends_search(outcome: Candidate | Failure, required: str) -> bool:
+    """Whether nothing more is tried: after an unforeseen error, or when the grade is reached or not asked for."""
+    if isinstance(outcome, Failure):
+        return outcome.bug is not None
+    grade = outcome.evidence.verdict.grade
+    return grade_at_least(grade, required) or grade == UNMEASURED
 
 
 def _quantize(attempt: Job, resume: Path) -> Quantized:
@@ -89,15 +179,33 @@ def _quantize(attempt: Job, resume: Path) -> Quantized:
     return quantized
 
 
-def _final_evidence(best: Candidate, settings: EvaluationSettings, measure: Measure, planned: int) -> Evidence:
-    """The best candidate's evidence under the grade that is required, measured further where that stopped too early."""
-    if best.evidence.verdict.required == settings.require or best.evidence.verdict.grade == UNMEASURED:
-        return best.evidence
-    evidence = judged(best.evidence, settings.require)
-    plan = evidence.look_plan
-    if plan is not None and not evidence.looks[-1].certain and evidence.looks[-1].windows < plan.windows:
-        return measure(best.folder, best.recipe, best.quantized, settings, planned)
-    return evidence
+def _settled(
+    tried: list[Candidate | Failure], required: str, measured: Measured, job: Job
+) -> list[Candidate | Failure]:
+    """What was tried, the preferred candidate measured further while its verdict under `required` is left open."""
+    while _left_open((best := preferred(_candidates(tried), required)).evidence, required):
+        try:
+            evidence = measured(best.folder, best.recipe, best.quantized, required)
+        except QuantizeError as error:
+            job.progress.note(f"the recipe {best.recipe.name} could not be measured further: {error}")
+            break
+        further = dataclasses.replace(best, evidence=evidence)
+        tried = [further if outcome is best else outcome for outcome in tried]
+    return tried
+
+
+def _left_open(evidence: Evidence, required: str) -> bool:
+    """Whether scoring stopped, certain of the verdict under another grade, before it was certain under `required`."""
+    if evidence.verdict.required == required or evidence.verdict.grade == UNMEASURED:
+        return False
+    return judged(evidence, required).undecided
+
+
+def _judged(evidence: Evidence, required: str) -> Evidence:
+    """The evidence with its verdict under the grade that is required."""
+    if evidence.verdict.required == required or evidence.verdict.grade == UNMEASURED:
+        return evidence
+    return judged(evidence, required)
 
 
 def _keep(folder: Path, staging: Path) -> None:
@@ -107,26 +215,21 @@ def _keep(folder: Path, staging: Path) -> None:
     shutil.rmtree(staging / ATTEMPTS)
 
 
-def _distance(candidate: Candidate) -> tuple[bool, float]:
-    """What is structurally sound comes first, then the smaller divergence; perplexity alone does not count."""
-    scores = candidate.evidence.scores
-    sound = scores is not None and all(check.passed for check in candidate.evidence.checks)
-    return not sound, scores.kld.mean.value if scores else float("inf")
-
-
 def _stricter(*grades: str) -> str:
     return min(grades, key=GRADES.index)
 
 
-def _attempt(candidate: Candidate, *, chosen: bool) -> Attempt:
-    scores = candidate.evidence.scores
+def _attempt(outcome: Candidate | Failure, best: Candidate) -> Attempt:
+    if isinstance(outcome, Failure):
+        return Attempt(outcome.recipe, UNMEASURED, None, None, None, 0, outcome.seconds, False, outcome.reason)
+    evidence, scores = outcome.evidence, outcome.evidence.scores
     return Attempt(
-        recipe=candidate.recipe,
-        grade=candidate.evidence.verdict.grade,
+        recipe=outcome.recipe,
+        grade=evidence.verdict.grade,
         perplexity_ratio=scores.perplexity_ratio if scores else None,
         kld=scores.kld.mean if scores else None,
         same_top=scores.same_top if scores else None,
-        weight_bytes=candidate.evidence.sizes.package_bytes,
-        seconds=candidate.quantized.seconds,
-        chosen=chosen,
+        weight_bytes=evidence.sizes.package_bytes,
+        seconds=outcome.quantized.seconds,
+        chosen=outcome is best,
     )

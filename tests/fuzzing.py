@@ -194,7 +194,7 @@ def _read_configs(data: bytes, folder: Path) -> None:
     if isinstance(config, dict):
         path.write_text(json.dumps(config))
         ExpectedConfig.read(folder)
-        source.check_config(config, "model", False)
+        source.check_config(config, config, "model", False)
     if isinstance(index, dict):
         source.choose_files([*shards, "model.safetensors.index.json", "tokenizer.json"], index, "model", False)
 

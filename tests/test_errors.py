@@ -7,8 +7,18 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from quantize.errors import OF_A_DEVICE, OF_A_PATH, CorruptModel, StorageError, printable, storage_errors
+from quantize.errors import (
+    OF_A_DEVICE,
+    OF_A_PATH,
+    CorruptModel,
+    DeviceError,
+    StorageError,
+    memory_errors,
+    printable,
+    storage_errors,
+)
 
 
 @pytest.mark.parametrize(
@@ -53,3 +63,29 @@ def test_what_is_written_is_named_and_what_is_read_as_well(tmp_path: Path) -> No
         raise OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(StorageError, match=r"absent\.txt: no such file or directory"), storage_errors("here"):
         (tmp_path / "absent.txt").read_bytes()
+
+
+OUT_OF_MEMORY = [
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+    ),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+    OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)
+def test_memory_that_runs_out_is_one_line_with_advice(error: Exception) -> None:
+    with (
+        pytest.raises(DeviceError, match=r"^out of memory while loading a model: end other programs$"),
+        memory_errors("loading a model", "end other programs"),
+    ):
+        raise error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), CorruptModel("out of memory"), KeyError("bad_alloc")])
+def test_what_is_not_about_memory_stays_what_it_is(error: Exception) -> None:
+    with pytest.raises(type(error)), memory_errors("loading a model", "end other programs"):
+        raise error

@@ -87,6 +87,9 @@ def show_evidence(console: Console, evidence: Evidence) -> None:
     )
     for reason in verdict.reasons:
         console.print(f"    {reason}", soft_wrap=True)
+    for attempt in evidence.attempts:
+        if attempt.failure:
+            console.print(f"    not made: {attempt.recipe.name}: {attempt.failure}", soft_wrap=True)
 
 
 def show_package(console: Console, package: Package) -> None:
@@ -196,6 +199,13 @@ def _scores_table(evidence: Evidence) -> Table:
         _mark(ratio, ratio_limit),
     )
     table.add_row("mean KLD (nats)", "0", nats(kld.value), _range(kld), f"{kld_limit}", _mark(kld, kld_limit))
+    if (framing := evidence.chat_framing) is not None:
+        ratio, kld = framing.scores.perplexity_ratio, framing.scores.kld.mean
+        values = ("1", f"{ratio.value:.4f}", _range(ratio), f"{ratio_limit}", _mark(ratio, ratio_limit))
+        table.add_row("  in the chat template: ratio", *values)
+        table.add_row(
+            "  in the chat template: KLD", "0", nats(kld.value), _range(kld), f"{kld_limit}", _mark(kld, kld_limit)
+        )
     table.add_row("same most likely token", "1", f"{top.value:.4f}", _range(top) + own)
     table.add_row("RMS change of p(token)", "0", f"{scores.delta_p_rms.value:.4f}", _range(scores.delta_p_rms) + own)
     for control in evidence.controls:
@@ -220,6 +230,8 @@ def _caption(evidence: Evidence) -> str:
     assert corpus is not None
     scored = f"scored {corpus.scored} of {corpus.windows} windows of {corpus.window} tokens of {corpus.name}"
     lines = [f"{scored}, enough for the verdict" if evidence.stopped_early else scored]
+    if corpus.repeated:
+        lines.append(f"{corpus.repeated} windows were passed over because they repeat others")
     lines.append(f"text that fills less than {100 * evidence.missed_share:.2g} % of windows can have been missed")
     if evidence.optional_stopping:
         lines.append("* of these windows alone, not adjusted for the choice of when to stop")

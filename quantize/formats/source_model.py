@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantize.documents import read_json
 from quantize.errors import CorruptModel, QuantizeError, UnsupportedModel
 from quantize.files import CONFIG
 from quantize.formats import safetensors
+from quantize.formats.model_class import auto_class, class_of
 from quantize.formats.safetensors import Entry
 from quantize.records import Checkout
 
@@ -29,6 +32,8 @@ ELEMENTS_EACH, PARAMETERS_EACH = 4, 16
 """How often a model may have an element, or a parameter, for each that lies in its files: ties are undone while it is
 built, and fused tensors are split."""
 SPARE_ELEMENTS, SPARE_PARAMETERS = 1 << 20, 1000
+MOST_LAYERS, MOST_PARAMETERS = 1000, 20_000
+"""Of a model whose files are not here yet; the largest has some hundred layers with ten parameters each."""
 FORMER_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"(^|\.)masked_bias$")
 """What older versions of transformers stored and computed anew: nobody misses it."""
 
@@ -52,18 +57,41 @@ def skeleton(checkout: Checkout, dtype: str = "float32") -> Any:
     UnsupportedModel where transformers builds nothing from it.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     name, trust = checkout.source.name, checkout.source.remote_code
     held = tensors(checkout)
-    _require_countable(checkout, max(MOST_COUNTED, len(held)))
-    try:
+    content = read_json(checkout.folder / CONFIG, f"the {CONFIG} of {name}", CorruptModel, finite=False)
+    _require_countable(content, name, max(MOST_COUNTED, len(held)))
+    with _built_by_transformers(name), torch.device("meta"), _no_larger_than(held.values(), name):
         config = AutoConfig.from_pretrained(checkout.folder, local_files_only=True, trust_remote_code=trust)
-        with torch.device("meta"), _no_larger_than(held.values(), name):
-            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust)
+        return class_of(content).from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust)
+
+
+def promised(content: Mapping[str, Any], name: str) -> Any:
+    """The model without weights that the `content` of a config.json describes, of a type that transformers knows.
+
+    Its files need not be here. Raises CorruptModel where there is no end of layers, UnsupportedModel as `skeleton`.
+    """
+    import torch
+    from transformers import CONFIG_MAPPING
+
+    _require_countable(content, name, MOST_LAYERS)
+    with _built_by_transformers(name), torch.device("meta"), _no_more_than(MOST_PARAMETERS, name):
+        config = CONFIG_MAPPING[content["model_type"]].from_dict(copy.deepcopy(dict(content)))
+        return class_of(content).from_config(config)
+
+
+@contextmanager
+def _built_by_transformers(name: str) -> Iterator[None]:
+    """Tell what goes wrong as the config's fault: it can be wrong in any way."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about fields that are out of date, which users cannot change
+            yield
     except QuantizeError:
         raise
-    except Exception as error:  # a config can be wrong in any way
+    except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UnsupportedModel(f"transformers cannot build {name} from its {CONFIG}: {reason}") from error
 
@@ -107,9 +135,7 @@ def load(folder: Path, name: str, **options: Any) -> Any:
 
     Raises CorruptModel where a tensor is absent, which transformers would fill with random values.
     """
-    from transformers import AutoModelForCausalLM
-
-    model, report = AutoModelForCausalLM.from_pretrained(
+    model, report = auto_class(folder).from_pretrained(
         folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
     )
     require_complete(report["missing_keys"], name)
@@ -120,9 +146,9 @@ def require_complete(absent: Iterable[str], name: str) -> None:
     """Raise CorruptModel where tensors are `absent` from the files of the model called `name`."""
     listed = sorted(absent, key=natural)
     if listed:
-        more = f", and {len(listed) - 1} more" if len(listed) > 1 else ""
+        more = f", and so are {len(listed) - 1} more" if len(listed) > 1 else ""
         raise CorruptModel(
-            f"the weights of {name} lack {listed[0]}{more}: fetch the model again, or ask its authors for whole files"
+            f"{listed[0]} is missing from the weights of {name}{more}: fetch the model again, or ask its authors for it"
         )
 
 
@@ -228,9 +254,9 @@ def _not_matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
     return [name for name in names if not any(re.search(pattern, name) for pattern in listed)]
 
 
-def _require_countable(checkout: Checkout, most: int) -> None:
-    """Raise CorruptModel where the config counts more layers than there can be for these files."""
-    waiting = [json.loads((checkout.folder / CONFIG).read_text("utf-8"))]
+def _require_countable(config: Mapping[str, Any], name: str, most: int) -> None:
+    """Raise CorruptModel where the config counts more layers than there can be."""
+    waiting: list[Any] = [dict(config)]
     while waiting:
         content = waiting.pop()
         if isinstance(content, list):
@@ -240,9 +266,27 @@ def _require_countable(checkout: Checkout, most: int) -> None:
             for field, value in content.items():
                 if COUNTS.search(field) and isinstance(value, int | float) and value > most:
                     raise CorruptModel(
-                        f"the {CONFIG} of {checkout.source.name} says {field} = {str(value)[:20]}, which its weights "
+                        f"the {CONFIG} of {name} says {field} = {str(value)[:20]}, which its weights "
                         f"cannot fill: it is another model's"
                     )
+
+
+@contextmanager
+def _no_more_than(parameters: int, name: str) -> Iterator[None]:
+    """Stop building a model, with CorruptModel, after so many parameters, of whatever size."""
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    def count(module: Any, key: str, parameter: Any) -> None:
+        nonlocal parameters
+        parameters -= 1
+        if parameters < 0:
+            raise CorruptModel(f"the {CONFIG} of {name} describes a model without end: correct it at the source")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -37,6 +37,15 @@ class RemoteFile:
 
 
 @dataclass(frozen=True)
+class Snapshot:
+    """A repo at a commit; `repo_id` is another one than was asked for where the repo was renamed."""
+
+    repo_id: str
+    commit: str
+    files: tuple[RemoteFile, ...]
+
+
+@dataclass(frozen=True)
 class Account:
     """Whose token it is, the namespaces under which it may create repos, and whether the token may only read."""
 
@@ -139,12 +148,18 @@ def access(repo_id: str) -> str:
     return PRIVATE if info.private else GATED if info.gated else PUBLIC
 
 
-@retried
 def resolve(repo_id: str, revision: str | None) -> tuple[str, tuple[RemoteFile, ...]]:
     """The commit that `revision` means now, and every file of it."""
+    held = snapshot(repo_id, revision)
+    return held.commit, held.files
+
+
+@retried
+def snapshot(repo_id: str, revision: str | None) -> Snapshot:
+    """What a repo holds at the commit that `revision` means now, under the name that the repo has now."""
     with translated(repo_id, revision):
         info = api().model_info(repo_id, revision=revision, files_metadata=True)
-    return str(info.sha), tuple(_remote_file(sibling) for sibling in info.siblings or ())
+    return Snapshot(info.id or repo_id, str(info.sha), tuple(_remote_file(sibling) for sibling in info.siblings or ()))
 
 
 @retried

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from quantize.errors import ConfigError
+from quantize.errors import ConfigError, memory_errors
 from quantize.methods.method import Job, Method, no_attempts
 from quantize.options import OTHERS, RECIPE, SOURCE, Choice, Option
 from quantize.records import Checkout, Quantized, Recipe, Scalar
@@ -37,6 +37,8 @@ __all__ = [
     "replace",
 ]
 
+ADVICE = "end other programs, try another --device, or --recipe rtn, which takes least memory"
+"""Where memory does not suffice."""
 AUTO = "auto"
 """The recipe that tries one method after the other; see quantize/search.py."""
 
@@ -160,9 +162,11 @@ def quantize(job: Job) -> Quantized:
     end. Raises CorruptModel (NaN, damage), UnsupportedModel (nothing to quantize), CorpusError (the calibration text),
     DeviceError or StorageError.
     """
-    if job.resume is not None:
-        return get(job.recipe.name).quantize(job)
-    temporary = job.output.with_name(f"{job.output.name}.unfinished")
-    quantized = get(job.recipe.name).quantize(dataclasses.replace(job, resume=temporary))
+    method = get(job.recipe.name)
+    with memory_errors(f"quantizing {job.checkout.source.name} by the recipe {method.name} on {job.device}", ADVICE):
+        if job.resume is not None:
+            return method.quantize(job)
+        temporary = job.output.with_name(f"{job.output.name}.unfinished")
+        quantized = method.quantize(dataclasses.replace(job, resume=temporary))
     shutil.rmtree(temporary, ignore_errors=True)
     return quantized

@@ -26,6 +26,7 @@ from quantize.files import FIGURES
 from quantize.formats.source_model import grouped
 from quantize.grades import LIMITS, UNMEASURED
 from quantize.options import Option
+from quantize.package.readers import least_versions
 from quantize.records import CalibrationText, EvaluationSettings, Provenance, Recipe, Source
 
 MANY_LAYERS = 4
@@ -42,6 +43,7 @@ def facts(
     source, quantized, recipe = provenance.source, provenance.quantized, provenance.recipe
     scores, generated, text = evidence.scores, evidence.generation, evidence.corpus
     ratio_limit, kld_limit = LIMITS[evidence.verdict.required]
+    framing = evidence.chat_framing
     samples = generated.samples if generated else ()
     publisher, dataset = provenance.publisher, text.dataset if text else None
     return CardFacts(
@@ -118,6 +120,9 @@ def facts(
         prefill_agreement=generated.prefill_agreement if generated else None,
         cached_agreement=generated.cached_agreement if generated else None,
         chat=evidence.chat,
+        chat_windows=framing.corpus.scored if framing else 0,
+        chat_ratio=_interval(framing.scores.perplexity_ratio) if framing else None,
+        chat_kld=_interval(framing.scores.kld.mean) if framing else None,
         misread_on_cpu=len(evidence.misread_on_cpu),
         new_tokens=generated.new_tokens if generated else 0,
         seed=provenance.settings.seed,
@@ -131,7 +136,9 @@ def facts(
         figures=figures,
         device_name=evidence.environment.device_name,
         versions=evidence.environment.versions,
+        least_versions=least_versions(source, quantized, evidence.environment.versions),
         remote_code=source.remote_code,
+        code_left_out=source.code_left_out,
         tool_version=provenance.tool_version,
         created=provenance.created,
         command=command(source, recipe, provenance.settings, measured=evidence.verdict.grade != UNMEASURED),
@@ -172,6 +179,7 @@ def _attempt(attempt: Attempt) -> CardAttempt:
         same_top=_interval(attempt.same_top),
         grade=attempt.grade,
         chosen=attempt.chosen,
+        failure=attempt.failure,
     )
 
 

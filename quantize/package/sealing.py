@@ -20,6 +20,7 @@ from quantize.files import (
     records_of,
 )
 from quantize.folders import write_text
+from quantize.formats import remote_code
 from quantize.formats.safetensors import weight_files
 from quantize.records import Checkout, FileRecord, Provenance
 from quantize.serialization import to_json
@@ -29,18 +30,23 @@ UNSEALED = (PROVENANCE, RECEIPT)
 
 
 def copy_carried(checkout: Checkout, names: tuple[str, ...], staging: Path) -> None:
-    """Copy tokenizer, template and legal files from the source byte for byte."""
+    """Copy tokenizer, template and legal files from the source byte for byte.
+
+    Only a config that names code which is not carried is written anew, without naming it.
+    """
     for name in names:
         target = staging / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkout.folder / name, target)
+        if checkout.source.code_left_out and target.match(remote_code.CONFIGS):
+            remote_code.leave_out(target)
 
 
-def seal_undocumented(staging: Path, provenance: Provenance) -> Provenance:
-    """Seal weights and evidence alone, without what was written of figures and card."""
+def seal_undocumented(staging: Path, provenance: Provenance, measured: tuple[FileRecord, ...] = ()) -> Provenance:
+    """Seal weights and evidence alone, without what was written of figures and card; raises what `seal` does."""
     shutil.rmtree(staging / FIGURES, ignore_errors=True)
     (staging / CARD).unlink(missing_ok=True)
-    return seal(staging, provenance)
+    return seal(staging, provenance, measured)
 
 
 def write_evidence(staging: Path, evidence: Evidence) -> None:

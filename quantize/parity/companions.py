@@ -11,6 +11,7 @@ from quantize.documents import read_json
 from quantize.errors import CorruptModel
 from quantize.evidence import Check
 from quantize.files import PROCESSOR_FILES
+from quantize.formats import remote_code
 from quantize.parity import generation_settings
 from quantize.parity.generation_settings import ends_in
 from quantize.parity.models import load_tokenizer
@@ -104,5 +105,5 @@ def _leaves(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in settings.items():
         if name in PROCESSOR_KINDS and isinstance(value, dict):
             yield from _leaves(value)
-        elif name != "transformers_version":
+        elif name not in ("transformers_version", *remote_code.KEYS):
             yield name, value

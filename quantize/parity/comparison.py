@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantize.errors import CorpusError
 from quantize.evidence import (
     CacheRecord,
     Check,
     Control,
     CorpusRecord,
+    Framing,
     Generation,
     LookPlan,
     Scores,
@@ -27,6 +29,7 @@ from quantize.grades import GRADES, grade_of
 from quantize.parity import (
     corpus,
     decoding,
+    framing,
     generation,
     scoring,
     sequential,
@@ -44,8 +47,9 @@ if TYPE_CHECKING:
     import torch
 
 ARITHMETIC_WINDOWS, ARITHMETIC_TOKENS, CACHED_TOKENS = 2, 256, 48
+CHAT_FRAMING = "chat framing"
 FLOAT16 = "original in float16"
-OVERFLOW = "its outputs overflow to NaN or infinity"
+OVERFLOW = "its outputs overflow and are no numbers"
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Measurements:
     controls: tuple[Control, ...] = ()
     standard_perplexities: tuple[StandardPerplexity, ...] = ()
     generation: Generation | None = None
+    chat_framing: Framing | None = None
 
 
 @dataclass(frozen=True)
@@ -99,11 +104,15 @@ def compare(
     checks = [_arithmetic_check(pair, windows)] if pair.device == "cpu" else []
     cache = _open_cache(reference_cache, pair, record, settings, progress) if reference_cache else None
     comparison = _Comparison(pair, settings, progress, cache)
-    plan = sequential.plan(len(windows), full=settings.full, attempts=attempts)
+    plan = sequential.plan(len(windows), settings.require, full=settings.full, attempts=attempts)
     scores = _score(comparison, windows, record.prefix, plan)
     checks.append(_outputs_check(scores))
     if scores is None:
         return Measurements(tuple(checks), record)
+    chat_framing = None
+    if pair.chat:
+        chat_framing, check = _chat_framing(pair, text, settings, progress, reference_cache, attempts)
+        checks.append(check)
     scored = windows[: len(scores.window_figures.kld)]
     generated = _generate(comparison)
     return Measurements(
@@ -113,6 +122,7 @@ def compare(
         plan,
         reference_cache=cache.record(len(scored)) if cache else None,
         generation=generated.record,
+        chat_framing=chat_framing,
         standard_perplexities=_standard_perplexities(comparison, text) if settings.standard_perplexities else (),
         controls=_controls(comparison, controls, scored, record.prefix),
     )
@@ -143,6 +153,32 @@ def _read_one_by_one(model: Any, sequence: torch.Tensor) -> torch.Tensor | None:
         return None
 
 
+def _chat_framing(
+    pair: Pair,
+    text: corpus.Corpus,
+    settings: EvaluationSettings,
+    progress: Progress,
+    reference_cache: Path | None,
+    attempts: int,
+) -> tuple[Framing | None, Check]:
+    """Score `text` once more as answers in the chat template; where it has no room there, the check says so."""
+    frame = tuple(framing.turn(pair.tokenizer, framing.REQUEST))
+    window = min(settings.window, pair.context)
+    try:
+        windows, record = draw(text, pair.tokenizer, window, settings.max_windows, settings.seed, frame)
+    except CorpusError as error:
+        return None, Check(CHAT_FRAMING, True, f"not scored: {error}")
+    file = reference_cache and reference_cache.with_name(f"{reference_cache.name}.chat")
+    cache = _open_cache(file, pair, record, settings, progress) if file else None
+    plan = sequential.plan(len(windows), settings.require, full=settings.full, attempts=attempts)
+    scores = _score(_Comparison(pair, settings, progress, cache), windows, record.prefix, plan)
+    if scores is None:
+        return None, Check(CHAT_FRAMING, False, "a model's outputs overflow to NaN or infinity in the chat template")
+    scored = dataclasses.replace(record, scored=len(scores.window_figures.kld))
+    detail = f"{scored.scored} windows scored as answers, behind {record.prefix} tokens of the chat template"
+    return Framing(scored, scores, plan), Check(CHAT_FRAMING, True, detail)
+
+
 def _outputs_check(scores: Scores | None) -> Check:
     if scores is None:
         return Check("outputs", False, "a model's outputs overflow to NaN or infinity: try another --compute-dtype")
@@ -171,7 +207,7 @@ def _score(comparison: _Comparison, windows: torch.Tensor, prefix: int, plan: Lo
             more = more.without_prefix(prefix)
             tokens = tokens + more if tokens else more
             figures, start = sequential.figures_of(tokens), stop.windows
-            if sequential.looks(figures, plan, settings.require)[-1].certain:
+            if sequential.looks(figures, plan)[-1].certain:
                 break
     assert tokens is not None
     return dataclasses.replace(statistics.summarize(tokens, settings.seed, plan.error), window_figures=figures)

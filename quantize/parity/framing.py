@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 GREETING = "Hello!"
+REQUEST = "Please continue with a text of your choice."
+"""The message that windows of a corpus answer."""
 
 
 def has_template(tokenizer: Any) -> bool:

@@ -92,7 +92,7 @@ def ends_check(stopping: Sequence[tuple[float, float]], going_on: Sequence[tuple
         f"{len(stopping)} of the original's {len(going_on)} texts end; there this model ends {_against(stopping)}, and "
         f"it does not end before {_against(going_on)}"
         if stopping
-        else f"none of the original's {len(going_on)} texts ends, nor do this model's {_against(going_on)}"
+        else f"none of the original's {len(going_on)} texts ends; this model goes on {_against(going_on)}"
     )
     return Check(ENDS, missed <= _limit(stopping) and early <= _limit(going_on), detail)
 

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from quantize import devices
-from quantize.errors import CorruptModel, DeviceError
+from quantize.errors import CorruptModel, DeviceError, memory_errors
 from quantize.evidence import Check, Evidence, Sizes
 from quantize.formats import source_model, ties
 from quantize.formats.bitsandbytes import checks as format_checks
@@ -21,7 +21,7 @@ from quantize.formats.bitsandbytes.config import ExpectedConfig
 from quantize.formats.safetensors import recorded_weight_bytes, weight_bytes
 from quantize.parity import companions, comparison, corpus, framing, generation, structure, verdict
 from quantize.parity.comparison import Measurements
-from quantize.parity.models import Pair, load_tokenizer, text_config
+from quantize.parity.models import ADVICE, Pair, load_tokenizer, text_config
 from quantize.progress import Progress
 from quantize.records import Checkout, EvaluationSettings
 
@@ -83,10 +83,13 @@ def measure(
     unused = source_model.check_tensors(checkout)
     text = corpus.load(settings.corpus)
     expected = expected or ExpectedConfig.read_if_possible(candidate)
-    trust = checkout.source.remote_code and structure.same_code(checkout.folder, candidate)
+    trust = checkout.source.remote_code and structure.same_code(checkout, candidate)
     tokenizer = source_tokenizer(checkout)
     alone = reference_cache is not None
-    with Pair(checkout, candidate, device, trust=trust, tokenizer=tokenizer, alone=alone) as pair:
+    with (
+        memory_errors(f"measuring against {checkout.source.name} on {device}", ADVICE),
+        Pair(checkout, candidate, device, trust=trust, tokenizer=tokenizer, alone=alone) as pair,
+    ):
         examined = _examine(pair, expected)
         measured = Measurements()
         if all(check.passed for check in examined.checks):
@@ -100,7 +103,7 @@ def unmeasured(
     """What can be said about the checkpoint in `candidate` without loading it or its source: files and tokenizer."""
     started = time.monotonic()
     checks = format_checks.check_files(candidate, expected)
-    trust = checkout.source.remote_code and structure.same_code(checkout.folder, candidate)
+    trust = checkout.source.remote_code and structure.same_code(checkout, candidate)
     tokenizer = source_tokenizer(checkout)
     checks += companions.checks(checkout.folder, tokenizer, candidate, trust)
     return Evidence(
@@ -143,12 +146,13 @@ def _evidence(
         controls=measured.controls,
         standard_perplexities=measured.standard_perplexities,
         generation=measured.generation,
-        verdict=verdict.gate(checks, measured.scores, settings.require),
+        verdict=verdict.gate(checks, None, settings.require),
         sizes=_sizes(pair.checkout, pair.folder, examined.parameters),
         environment=devices.describe(pair.device),
         seconds=round(time.monotonic() - started, 3),
         look_plan=measured.look_plan,
         chat=pair.chat,
+        chat_framing=measured.chat_framing,
         misread_on_cpu=cpu_reading.misread_in_files(pair.folder),
     )
     return verdict.judged(_finite(evidence), settings.require)
@@ -159,7 +163,7 @@ def _finite(evidence: Evidence) -> Evidence:
 
     A model can make NaN or infinity of anything, JSON cannot say them, and neither may be taken for a good figure.
     """
-    parts = ("scores", "reference_cache", "generation")
+    parts = ("scores", "reference_cache", "generation", "chat_framing")
     bad: dict[str, str] = {part: where for part in parts if (where := _not_finite(getattr(evidence, part), part))}
     errors = {name: error for name, error in evidence.weight_errors.items() if math.isfinite(error)}
     failed = tuple(Check(part, False, f"{where} is no finite number") for part, where in bad.items())
@@ -199,7 +203,8 @@ def _examine(pair: Pair, expected: ExpectedConfig | None) -> _Structure:
 
 def _loads_check(pair: Pair) -> Check:
     try:
-        _ = pair.candidate
+        with memory_errors("loading a model", ADVICE):
+            _ = pair.candidate
     except DeviceError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever a foreign checkpoint does to from_pretrained is its verdict

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from quantize import devices
-from quantize.errors import DeviceError
+from quantize.errors import DeviceError, memory_errors
 from quantize.formats import source_model
 from quantize.formats.bitsandbytes import loading
 from quantize.formats.safetensors import weight_bytes
@@ -23,6 +23,9 @@ CHECKPOINT = "the checkpoint"
 """What errors call a candidate: its folder's name says nothing during a run."""
 HALF = {"BF16": "bfloat16"}
 """The half precision of a source by the type it is stored in; float16 for all others."""
+
+ADVICE = "end other programs, try another --device, or --reference-cache FILE, which loads one model at a time"
+"""Where memory does not suffice."""
 
 
 @dataclass(frozen=True)
@@ -204,16 +207,10 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def _load(folder: Path, name: str, trust_remote_code: bool, device_map: Any, **options: Any) -> Placed:
-    import torch
     from transformers import GenerationConfig
 
-    try:
+    with memory_errors(f"loading {name}", ADVICE):
         model = source_model.load(folder, name, device_map=device_map, trust_remote_code=trust_remote_code, **options)
-    except torch.OutOfMemoryError as error:
-        raise DeviceError(
-            f"{folder.name} does not fit beside the other model: try --reference-cache FILE, which loads one model at "
-            f"a time, or --device cpu"
-        ) from error
     model.generation_config = GenerationConfig()  # its own may ask for sampling or penalties where none are wanted
     device_of = device_map if isinstance(device_map, dict) else model.hf_device_map
     used = tuple(dict.fromkeys(devices.name(device) for device in device_of.values()))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from quantize.evidence import Estimate, Look, LookPlan, WindowFigures
-from quantize.grades import IMPLAUSIBLE_RATIO, LIMITS
+from quantize.grades import IMPLAUSIBLE_RATIO, LIMITS, PASSING_GRADES
 from quantize.parity.betting import upper_bound
 from quantize.parity.scoring import TokenScores
 from quantize.parity.statistics import exponential
@@ -53,9 +53,9 @@ class Stop:
     early_error: float | None = None
 
 
-def plan(windows: int, *, full: bool = False, attempts: int = 1) -> LookPlan:
+def plan(windows: int, required: str, *, full: bool = False, attempts: int = 1) -> LookPlan:
     """Up to how many windows one of `attempts` attempts on the same windows is scored, and its share of the error."""
-    return LookPlan(windows, full, ERROR / attempts)
+    return LookPlan(windows, required, full, ERROR / attempts)
 
 
 def stops(planned: LookPlan) -> tuple[Stop, ...]:
@@ -77,30 +77,33 @@ def figures_of(tokens: TokenScores) -> WindowFigures:
     return WindowFigures(_rounded(difference), _rounded(np.maximum(tokens.kld, 0.0).mean(axis=1)))
 
 
-def looks(figures: WindowFigures, planned: LookPlan, required: str) -> tuple[Look, ...]:
-    """The looks of a plan at the figures of the windows scored so far, up to the first that is certain.
+def looks(figures: WindowFigures, planned: LookPlan) -> tuple[Look, ...]:
+    """The looks of a plan at the figures of the windows scored so far.
 
-    A pure function of what the evidence records: measuring stops by it, and whoever doubts a verdict can repeat it.
+    A pure function of what the evidence records: measuring stops when the last of them is certain, and whoever doubts
+    a verdict can repeat it.
     """
-    taken: list[Look] = []
-    for stop in stops(planned):
-        if stop.windows > len(figures.kld) or (taken and taken[-1].certain):
-            break
-        taken.append(look(figures, stop, required))
-    return tuple(taken)
+    count = len(figures.kld)
+    return tuple(look(figures, stop, planned.required) for stop in stops(planned) if stop.windows <= count)
 
 
 def look(figures: WindowFigures, stop: Stop, required: str) -> Look:
-    """The intervals of the first `stop.windows` windows, and whether they settle the verdict."""
+    """The intervals of the first `stop.windows` windows, and whether they settle the verdict.
+
+    Where they pass a model early, they are those of the best grade that they leave no doubt about.
+    """
     difference = np.array(figures.nll_difference[: stop.windows])
     divergence = np.array(figures.kld[: stop.windows])
     ratio, kld = interval(difference, stop.error), interval(divergence, stop.error)
     refused = is_refused(exponential(ratio), kld, required)
     if stop.early_error is not None and not refused:
-        ratio_limit, kld_limit = LIMITS[required]
         low = -_early_bound(-difference, -math.log(IMPLAUSIBLE_RATIO), stop.early_error)
-        ratio = Estimate(ratio.value, low, _early_bound(difference, math.log(ratio_limit), stop.early_error))
-        kld = Estimate(kld.value, kld.low, _early_bound(divergence, kld_limit, stop.early_error))
+        for grade in PASSING_GRADES[: PASSING_GRADES.index(required) + 1]:
+            ratio_limit, kld_limit = LIMITS[grade]
+            ratio = Estimate(ratio.value, low, _early_bound(difference, math.log(ratio_limit), stop.early_error))
+            kld = Estimate(kld.value, kld.low, _early_bound(divergence, kld_limit, stop.early_error))
+            if is_passed(exponential(ratio), kld, grade):
+                break
     kld = Estimate(kld.value, max(kld.low, 0.0), kld.high)
     certain = refused or is_passed(exponential(ratio), kld, required)
     return Look(stop.windows, stop.error, exponential(ratio), kld, certain)

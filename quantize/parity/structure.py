@@ -6,17 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from quantize.evidence import Check
+from quantize.formats import remote_code
 from quantize.formats.bitsandbytes import checks
 from quantize.formats.bitsandbytes.config import ExpectedConfig
 from quantize.formats.ties import is_tied
+from quantize.records import Checkout
 
 ARITHMETIC_LIMIT = 0.001
 """Mean KLD in nats, a sixth of what the grade lossless allows."""
 
 
-def same_code(source: Path, candidate: Path) -> bool:
-    """Whether the candidate brings no other code than the source's, which alone was trusted."""
-    return all(
+def same_code(checkout: Checkout, candidate: Path) -> bool:
+    """Whether the candidate brings and names no other code than the source's, which alone was trusted."""
+    source, own = checkout.folder, f"{checkout.source.repo_id}--"
+    named = {name.removeprefix(own) for name in remote_code.classes(candidate)}
+    return named <= remote_code.classes(source) and all(
         (source / path.relative_to(candidate)).is_file()
         and (source / path.relative_to(candidate)).read_bytes() == path.read_bytes()
         for path in candidate.rglob("*.py")

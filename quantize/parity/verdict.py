@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from quantize.errors import PackageError
-from quantize.evidence import Check, Evidence, Scores, Verdict
+from quantize.evidence import Check, Evidence, Look, LookPlan, Scores, Verdict
 from quantize.grades import CHANGED, GRADES, IMPLAUSIBLE_RATIO, LIMITS, UNMEASURED, grade_at_least, grade_of
 from quantize.parity import sequential
 
@@ -20,41 +20,70 @@ def unmeasured(checks: Sequence[Check], required: str) -> Verdict:
 def judged(evidence: Evidence, required: str) -> Evidence:
     """The evidence with everything that follows from its recorded figures and the grade `required`.
 
-    These are the looks, the two intervals that decide, and the verdict. Evidence from before windows' figures were
-    recorded keeps its looks and intervals. Raises PackageError where too few figures are recorded for a single look.
+    These are the looks, the two intervals that decide, and the verdict. Looks that were planned to settle another
+    grade count where they pass it, and are taken anew otherwise. Evidence from before windows' figures were recorded
+    keeps its looks and intervals. Raises PackageError where too few figures are recorded for a single look.
     """
-    scores, looks = evidence.scores, evidence.looks
-    if scores is not None and evidence.look_plan is not None:
-        looks = sequential.looks(scores.window_figures, evidence.look_plan, required)
-        if not looks:
-            raise PackageError("the evidence has too few figures of windows for a verdict: measure the package again")
-        kld = dataclasses.replace(scores.kld, mean=looks[-1].kld)
-        scores = dataclasses.replace(scores, perplexity_ratio=looks[-1].perplexity_ratio, kld=kld)
-    verdict = gate(evidence.checks, scores, required)
-    return dataclasses.replace(evidence, scores=scores, looks=looks, verdict=verdict)
+    scores, plan, looks, framing = evidence.scores, evidence.look_plan, evidence.looks, evidence.chat_framing
+    if scores is not None and plan is not None:
+        scores, plan, looks = _rejudged(scores, plan, required)
+    if framing is not None:
+        framed, framed_plan, framed_looks = _rejudged(framing.scores, framing.look_plan, required)
+        framing = dataclasses.replace(framing, scores=framed, look_plan=framed_plan, looks=framed_looks)
+    verdict = gate(evidence.checks, scores, required, framing.scores if framing else None)
+    return dataclasses.replace(
+        evidence, scores=scores, look_plan=plan, looks=looks, chat_framing=framing, verdict=verdict
+    )
 
 
-def gate(checks: Sequence[Check], scores: Scores | None, required: str) -> Verdict:
-    """The verdict on a candidate that has to reach the grade `required`."""
+def _rejudged(scores: Scores, plan: LookPlan, required: str) -> tuple[Scores, LookPlan, tuple[Look, ...]]:
+    """Scores with the intervals of the last look, the plan, and the looks that follow from it and recorded figures."""
+    looks = sequential.looks(scores.window_figures, plan)
+    if looks and not sequential.is_passed(looks[-1].perplexity_ratio, looks[-1].kld, plan.required):
+        plan = dataclasses.replace(plan, required=required)
+        looks = sequential.looks(scores.window_figures, plan)
+    if not looks:
+        raise PackageError("the evidence has too few figures of windows for a verdict: measure the package again")
+    kld = dataclasses.replace(scores.kld, mean=looks[-1].kld)
+    return dataclasses.replace(scores, perplexity_ratio=looks[-1].perplexity_ratio, kld=kld), plan, looks
+
+
+def gate(checks: Sequence[Check], scores: Scores | None, required: str, chat: Scores | None = None) -> Verdict:
+    """The verdict on a candidate that has to reach the grade `required`, in a `chat` as well where that is scored."""
     reasons = [f"{check.name}: {check.detail}" for check in checks if not check.passed]
     if scores is None:
         return Verdict(GRADES[-1], required, False, tuple(reasons))
-    ratio, kld = scores.perplexity_ratio, scores.kld.mean
-    grade = grade_of(ratio.low, ratio.high, kld.high)
-    if grade == CHANGED:
-        reasons.append(
-            f"perplexity ratio {ratio.value:.4f} may lie below {IMPLAUSIBLE_RATIO}: this is another model, not a "
-            f"quantized version of the original"
-        )
-    elif not grade_at_least(grade, required):
-        ratio_limit, kld_limit = LIMITS[required]
-        if ratio.high > ratio_limit:
-            reasons.append(f"perplexity ratio up to {ratio.high:.4f}, {required} allows {ratio_limit}")
-        if kld.high > kld_limit:
-            reasons.append(f"mean KLD up to {kld.high:.4f}, {required} allows {kld_limit}")
+    grades = [_grade(scores)]
+    reasons += _shortfalls(scores, required, "")
+    if chat is not None:
+        grades.append(_grade(chat))
+        reasons += _shortfalls(chat, required, " in the chat template")
+    grade = max(grades, key=(*GRADES, CHANGED).index)
     return Verdict(
         GRADES[-1] if any(not check.passed for check in checks) else grade,
         required,
         not reasons and grade_at_least(grade, required),
         tuple(reasons),
     )
+
+
+def _grade(scores: Scores) -> str:
+    ratio, kld = scores.perplexity_ratio, scores.kld.mean
+    return grade_of(ratio.low, ratio.high, kld.high)
+
+
+def _shortfalls(scores: Scores, required: str, where: str) -> list[str]:
+    """Why these scores do not reach the grade `required`."""
+    ratio, kld = scores.perplexity_ratio, scores.kld.mean
+    if _grade(scores) == CHANGED:
+        return [
+            f"perplexity ratio {ratio.value:.4f}{where} may lie below {IMPLAUSIBLE_RATIO}: this is another model, not "
+            f"a quantized version of the original"
+        ]
+    ratio_limit, kld_limit = LIMITS[required]
+    reasons = []
+    if ratio.high > ratio_limit:
+        reasons.append(f"perplexity ratio{where} up to {ratio.high:.4f}, {required} allows {ratio_limit}")
+    if kld.high > kld_limit:
+        reasons.append(f"mean KLD{where} up to {kld.high:.4f}, {required} allows {kld_limit}")
+    return reasons

@@ -49,21 +49,24 @@ class Encoder:
         return list(encoded.input_ids[self.inseparable :])
 
 
-def draw(corpus: Corpus, tokenizer: Any, window: int, most: int, seed: int) -> tuple[torch.Tensor, CorpusRecord]:
+def draw(
+    corpus: Corpus, tokenizer: Any, window: int, most: int, seed: int, frame: tuple[int, ...] | None = None
+) -> tuple[torch.Tensor, CorpusRecord]:
     """Whole windows [count, window] of token ids in a seeded random order, at most `most`, and their record.
 
-    Windows that repeat others count once. Each begins with all that the tokenizer puts before a text. Raises
-    CorpusError where fewer than `FEWEST_WINDOWS` are left.
+    Windows that repeat others count once. Each begins with all that the tokenizer puts before a text, or with the
+    tokens of a `frame` instead. Raises CorpusError where fewer than `FEWEST_WINDOWS` are left.
     """
     import torch
 
     encoder = Encoder.of(tokenizer)
     ids = torch.tensor(encoder.ids(corpus.text), dtype=torch.long)
-    text_window = window - len(encoder.prefix)
+    before = encoder.prefix if frame is None else frame
+    text_window = window - len(before)
     if text_window < 2:
         raise CorpusError(
-            f"a window of {window} tokens leaves no room behind the {len(encoder.prefix)} that the tokenizer puts "
-            f"before a text: use a larger --window"
+            f"a window of {window} tokens leaves no room behind the {len(before)} that the tokenizer puts before a "
+            f"text: use a larger --window"
         )
     count = len(ids) // text_window
     texts = ids[: count * text_window].view(count, text_window)
@@ -84,9 +87,9 @@ def draw(corpus: Corpus, tokenizer: Any, window: int, most: int, seed: int) -> t
         windows=count,
         scored=len(order),
         repeated=repeated,
-        prefix=len(encoder.prefix),
+        prefix=len(before),
     )
-    prefix = torch.tensor(encoder.prefix, dtype=torch.long).expand(len(order), -1)
+    prefix = torch.tensor(before, dtype=torch.long).expand(len(order), -1)
     return torch.cat([prefix, texts[order]], dim=1), record
 
 

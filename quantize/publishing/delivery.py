@@ -37,16 +37,16 @@ def deliver(request: PublishRequest, progress: Progress) -> Delivery:
     leaving the evidence, and what `pipeline.run` and `push` raise.
     """
     run, destination = request.run, request.destination
-    if run.model.lower() == destination.repo_id.lower():
-        raise PublishError(f"{destination.repo_id} is the source itself: publish to another repo")
+    _require_another_repo(run.model, destination.repo_id)
     progress.stage(f"compare {run.model} with {destination.repo_id}")
     state = remote_state(destination, require_access(destination, progress.note))
     require_wished(destination, state, None if source.is_local(run.model) else run.model)
     require_no_foreign_weights(destination, state)
     published = published_package(destination.repo_id, state)
-    commit, pinned = _pinned(run, request.largest_source, progress)
+    name, commit, pinned = _pinned(run, request.largest_source, progress)
+    _require_another_repo(name, destination.repo_id)
     demand = package.demanded(methods.normalized(run.recipe), run.settings)
-    key = demand.key(_source_name(run.model), pinned)
+    key = demand.key(name, pinned)
     delivery = Delivery(
         "would publish", run.model, commit, destination.repo_id, published.commit if published else None
     )
@@ -112,6 +112,11 @@ def _keep(request: PublishRequest, published: PublishedPackage, delivery: Delive
     return delivery
 
 
+def _require_another_repo(model: str, repo_id: str) -> None:
+    if model.lower() == repo_id.lower():
+        raise PublishError(f"{repo_id} is the source itself: publish to another repo")
+
+
 def _require_not_refused(request: PublishRequest, key: str, demand: Demand) -> None:
     """Raise ParityRefused where the very same was made and refused before, with the evidence still here."""
     folder, run = request.refused_before, request.run
@@ -130,21 +135,17 @@ def _verification(run: RunRequest) -> Verification:
     return Verification(run.device, run.settings.corpus, run.model if source.is_local(run.model) else None)
 
 
-def _source_name(model: str) -> str:
-    return source.name_of(model) if source.is_local(model) else model
-
-
-def _pinned(run: RunRequest, largest: float | None, progress: Progress) -> tuple[str | None, str]:
-    """The commit of a Hub model, and what pins the source: that commit, or a folder's digest."""
+def _pinned(run: RunRequest, largest: float | None, progress: Progress) -> tuple[str, str | None, str]:
+    """The source's present name, its commit on the Hub, and what pins it: that commit, or a folder's digest."""
     if source.is_local(run.model):
         checkout = source.fetch(
             run.model, revision=run.revision, trust_remote_code=run.trust_remote_code, progress=progress
         )
-        return None, checkout.source.pinned
-    commit, listing = hub.resolve(run.model, run.revision)
-    size = sum(file.size for file in listing if is_weights(file.path) and "/" not in file.path)
+        return checkout.source.name, None, checkout.source.pinned
+    held = hub.snapshot(run.model, run.revision)
+    size = sum(file.size for file in held.files if is_weights(file.path) and "/" not in file.path)
     if largest is not None and size > largest:
         raise UnsupportedModel(
             f"{run.model} has {size / 1e9:.2f} GB of weights, more than the limit of {largest / 1e9:.2f} GB"
         )
-    return commit, commit
+    return held.repo_id, held.commit, held.commit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from quantize.documents import read_json
 from quantize.errors import CorruptModel, PackageError, SourceChanged, SourceNotFound, UnsupportedModel, printable
 from quantize.files import CARD, CONFIG, hash_file, require_space, stamp
 from quantize.folders import expanded, listing, require_own
-from quantize.formats import safetensors
+from quantize.formats import remote_code, safetensors
 from quantize.formats.safetensors import INDEX, is_weights
 from quantize.progress import Progress, ignore
 from quantize.records import Checkout, FileRecord, Source, Stamp
 from quantize.source.legal import linked_license
 from quantize.source.selection import choose_files, is_settings, require_config, require_no_adapter
-from quantize.source.support import check_config, needs_remote_code, runs_remote_code
+from quantize.source.support import check_config, check_model, runs_remote_code
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def fetch(reference: str, *, revision: str | None, trust_remote_code: bool, progress: Progress) -> Checkout:
@@ -35,30 +38,49 @@ def fetch(reference: str, *, revision: str | None, trust_remote_code: bool, prog
 
 
 def refetch(source: Source, against: str | None, *, trust_remote_code: bool, progress: Progress) -> Checkout:
-    """The checkout that a record describes: the same commit, or the folder `against` with the same hashes."""
+    """The checkout that a record describes: the same commit, or the folder `against` with the same hashes.
+
+    The model's own code runs where it did, which has to be allowed again.
+    """
     reference = against or source.repo_id
     if reference is None:
         raise SourceNotFound(f"{source.name} came from a local folder: say where it is with --against FOLDER")
+    if source.remote_code and not trust_remote_code:
+        raise UnsupportedModel(
+            f"{source.name} was measured with code from its own repo: read that code, then allow it with "
+            f"--trust-remote-code"
+        )
     revision = None if is_local(reference) else source.commit
-    checkout = fetch(reference, revision=revision, trust_remote_code=trust_remote_code, progress=progress)
-    if checkout.source.fingerprint() != source.fingerprint():
+    checkout = fetch(reference, revision=revision, trust_remote_code=source.remote_code, progress=progress)
+    if not _same_files(source, checkout.source):
         raise PackageError(f"{reference} is not the source that this package was made from")
     return checkout
 
 
-def fetch_checkpoint(reference: str, records: tuple[str, ...], progress: Progress) -> Path:
+def _same_files(recorded: Source, present: Source) -> bool:
+    """Whether `present` has the recorded files; beside code of its own it may have more, since earlier versions took
+    fewer of them."""
+    recorded_files, present_files = recorded.fingerprint(), present.fingerprint()
+    shared = recorded_files.keys() if recorded.remote_code else recorded_files.keys() | present_files.keys()
+    return all(recorded_files.get(path) == present_files.get(path) for path in shared)
+
+
+def fetch_checkpoint(
+    reference: str, records: tuple[str, ...], progress: Progress, *, trust_remote_code: bool = False
+) -> Path:
     """The folder of somebody's checkpoint: a local one as it is, a Hub repo's at its present commit.
 
-    `records` are files to bring besides, where the repo has them. Nothing is said about what the checkpoint is.
+    `records` are files to bring besides, where the repo has them, and with `trust_remote_code` its code, which nothing
+    runs here. Nothing is said about what the checkpoint is.
     """
     if is_local(reference):
         return _local_checkpoint(expanded(reference))
     commit, files = hub.resolve(reference, None)
     remote = {file.path: file for file in files}
     index = hub.read_json(reference, commit, remote[INDEX]) if INDEX in remote else None
-    chosen = [*choose_files(remote, index, reference, remote_code=False), *(name for name in records if name in remote)]
+    chosen = {*choose_files(remote, index, reference, trust_remote_code), *(name for name in records if name in remote)}
     require_space(hub.cache_folder(), sum(remote[path].size for path in chosen), f"downloading {reference}")
-    return _downloaded(reference, commit, [remote[path] for path in chosen], progress)
+    return _downloaded(reference, commit, [remote[path] for path in sorted(chosen)], progress)
 
 
 @contextmanager
@@ -114,29 +136,35 @@ def _from_folder(folder: Path, trust_remote_code: bool, progress: Progress) -> C
     paths = listing(folder)
     require_config(paths, name)
     config = _read_own(folder, CONFIG)
-    check_config(config, name, trust_remote_code)
+    tokenizer_config = _read_own(folder, TOKENIZER_CONFIG) if TOKENIZER_CONFIG in paths else {}
+    check_config(config, tokenizer_config, name, trust_remote_code)
     index = _read_own(folder, INDEX) if INDEX in paths else None
+    code = _Code.of(config, tokenizer_config, trust_remote_code)
     require_own(folder, {CARD} & set(paths), CorruptModel)
-    chosen = choose_files(paths, index, name, needs_remote_code(config), linked_license(folder / CARD, None))
+    chosen = choose_files(paths, index, name, code.runs, linked_license(folder / CARD, None))
     require_own(folder, chosen, CorruptModel)
     with progress.task("hashing the original", sum((folder / path).stat().st_size for path in chosen), "B") as advance:
         files, stamps = _hashed(folder, chosen, advance)
-    return Checkout(_describe(folder, config, files, own_name), folder, stamps)
+    return Checkout(_describe(folder, config, files, own_name, code), folder, stamps)
 
 
 def _from_hub(repo_id: str, revision: str | None, trust_remote_code: bool, progress: Progress) -> Checkout:
-    commit, listed = hub.resolve(repo_id, revision)
-    remote = {file.path: file for file in listed}
+    held = hub.snapshot(repo_id, revision)
+    repo_id, commit = held.repo_id, held.commit
+    remote = {file.path: file for file in held.files}
     require_config(remote, repo_id)
     config = hub.read_json(repo_id, commit, remote[CONFIG])
-    check_config(config, repo_id, trust_remote_code)
+    tokenizer_config = hub.read_json(repo_id, commit, remote[TOKENIZER_CONFIG]) if TOKENIZER_CONFIG in remote else {}
+    check_config(config, tokenizer_config, repo_id, trust_remote_code)
+    check_model(config, repo_id)
     index = hub.read_json(repo_id, commit, remote[INDEX]) if INDEX in remote else None
-    chosen = choose_files(remote, index, repo_id, needs_remote_code(config), _linked_license(repo_id, commit, remote))
+    code = _Code.of(config, tokenizer_config, trust_remote_code)
+    chosen = choose_files(remote, index, repo_id, code.runs, _linked_license(repo_id, commit, remote))
     missing = sum(remote[path].size for path in chosen if not hub.is_cached(repo_id, commit, path))
     require_space(hub.cache_folder(), missing, f"downloading {repo_id}")
     folder = _downloaded(repo_id, commit, [remote[path] for path in chosen], progress)
     files, stamps = _hashed(folder, chosen, ignore)
-    source = _describe(folder, config, files, repo_id.rsplit("/", 1)[-1])
+    source = _describe(folder, config, files, repo_id.rsplit("/", 1)[-1], code)
     return Checkout(dataclasses.replace(source, repo_id=repo_id, revision=revision, commit=commit), folder, stamps)
 
 
@@ -162,7 +190,21 @@ def _downloaded(repo_id: str, commit: str, files: list[hub.RemoteFile], progress
         return hub.fetch(repo_id, commit, files, advance)
 
 
-def _describe(folder: Path, config: Mapping[str, Any], files: tuple[FileRecord, ...], name: str) -> Source:
+@dataclass(frozen=True)
+class _Code:
+    """Code of the model's own: whether it is run, and whether there is some that is not."""
+
+    runs: bool
+    left_out: bool
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], tokenizer_config: Mapping[str, Any], trusted: bool) -> _Code:
+        runs = trusted and runs_remote_code(config, tokenizer_config)
+        named = remote_code.names_code(config) or remote_code.names_code(tokenizer_config)
+        return cls(runs, left_out=named and not runs)
+
+
+def _describe(folder: Path, config: Mapping[str, Any], files: tuple[FileRecord, ...], name: str, code: _Code) -> Source:
     _require_readable(folder, [file.path for file in files])
     dtypes, parameters = _weights_summary(folder, [file.path for file in files])
     return Source(
@@ -175,7 +217,9 @@ def _describe(folder: Path, config: Mapping[str, Any], files: tuple[FileRecord, 
         model_type=config["model_type"],
         dtype=max(dtypes, key=lambda dtype: dtypes[dtype]),
         parameters=parameters,
-        remote_code=runs_remote_code(config),
+        remote_code=code.runs,
+        code_left_out=code.left_out,
+        transformers_version=str(config.get("transformers_version") or ""),
     )
 
 

@@ -72,8 +72,14 @@ TOKENIZER_FILES = (
     "additional_chat_templates/*.jinja",
 )
 CARRIED_FILES = (*TOKENIZER_FILES, *PROCESSOR_FILES, GENERATION_CONFIG)
-"""Copied into the package byte for byte: saving them anew would rewrite them."""
+"""Copied into the package as they are: saving them anew would rewrite them."""
 OTHER_FILES = (CONFIG, CARD)
+NOT_FOR_CODE = (
+    *(CONFIG, CARD, INDEX, ".*", "*.safetensors", "*.index.json"),
+    *(*PICKLE_WEIGHTS, "*.pkl", "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.tflite", "*.gguf", "*.npz"),
+    *("*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp", "*.mp4", "*.pdf", "*.zip", "*.tar*"),
+)
+"""What a model's own code is not given. All else at the top it may read: its vocabulary may have any name."""
 
 
 def choose_files(
@@ -86,10 +92,12 @@ def choose_files(
     available = set(paths)
     require_no_adapter(available, name)
     weights = _choose_weights(available, index, name)
-    _require_tokenizer(available, name)
-    patterns = (*OTHER_FILES, *CARRIED_FILES, "*.py") if remote_code else (*OTHER_FILES, *CARRIED_FILES)
+    if not remote_code:
+        _require_tokenizer(available, name)
     legal = {path for path in available if is_legal(path) or path == license_path}
-    chosen = sorted({*weights, *legal, *(path for path in available if _matches(path, patterns))})
+    others = {path for path in available if _matches(path, (*OTHER_FILES, *CARRIED_FILES))}
+    for_code = {path for path in available if remote_code and "/" not in path and not _matches(path, NOT_FOR_CODE)}
+    chosen = sorted({*weights, *legal, *others, *for_code})
     _require_plain_names(chosen, name)
     return chosen
 
@@ -166,7 +174,10 @@ def require_no_adapter(paths: Iterable[str], name: str) -> None:
 def _require_tokenizer(available: set[str], name: str) -> None:
     present = [path for path in available if _matches(path, TOKENIZER_MODELS)]
     if not present:
-        raise UnsupportedModel(f"{name} has no tokenizer: add its tokenizer.json beside {CONFIG}")
+        raise UnsupportedModel(
+            f"{name} has no tokenizer: add its tokenizer.json beside {CONFIG}; one that is code needs "
+            f"--trust-remote-code"
+        )
     libraries = {path: _absent_libraries(path) for path in sorted(present)}
     if all(libraries.values()):
         path, absent = next(iter(libraries.items()))

@@ -6,7 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from quantize.errors import CorruptModel, UnsupportedModel
+from quantize.formats import remote_code, source_model
 from quantize.formats.bitsandbytes.config import quantization_method
+from quantize.formats.bitsandbytes.modules import require_mostly_linear
+from quantize.formats.model_class import reads_pictures
 
 OWN_ATTENTION = ("eager", "sdpa", "flex_attention")
 OWN_EXPERTS = ("eager", "grouped_mm", "batched_mm")
@@ -27,13 +30,29 @@ OTHER_SENSES = ("vision_config", "audio_config", "vision_tower", "mm_vision_towe
 """Keys of models that see or hear."""
 
 
-def check_config(config: Mapping[str, Any], name: str, trust_remote_code: bool) -> None:
+def check_config(
+    config: Mapping[str, Any], tokenizer_config: Mapping[str, Any], name: str, trust_remote_code: bool
+) -> None:
     """Raise UnsupportedModel for a model that cannot be quantized, or CorruptModel, saying what to do about it."""
     architectures = _architectures(config, name)
     _require_unquantized(config, name)
     _require_trusted(config, name, trust_remote_code)
     if not needs_remote_code(config):
         _require_causal(config, architectures, name)
+    if not trust_remote_code and _tokenizer_needs_remote_code(config, tokenizer_config):
+        raise UnsupportedModel(
+            f"the tokenizer of {name} needs code from its own repo: read that code, then allow it with "
+            f"--trust-remote-code"
+        )
+
+
+def check_model(config: Mapping[str, Any], name: str) -> None:
+    """Raise UnsupportedModel or CorruptModel where transformers builds a model of the config that cannot be quantized.
+
+    Of a model with code of its own nothing is known before that is here.
+    """
+    if not needs_remote_code(config):
+        require_mostly_linear(source_model.promised(config, name), name)
 
 
 def needs_remote_code(config: Mapping[str, Any]) -> bool:
@@ -41,9 +60,12 @@ def needs_remote_code(config: Mapping[str, Any]) -> bool:
     return bool(_own_code(config))
 
 
-def runs_remote_code(config: Mapping[str, Any]) -> bool:
-    """Whether code that is not transformers' own runs when this model is loaded."""
-    return needs_remote_code(config) or any(_fetched_code(config))
+def runs_remote_code(config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -> bool:
+    """Whether code that is not transformers' own runs when this model is loaded by who trusts it.
+
+    Code of another repo, whose state nothing pins, is left alone where transformers can do without.
+    """
+    return any(remote_code.names_own_code(part) for part in (config, tokenizer_config)) or any(_fetched_code(config))
 
 
 def _own_code(config: Mapping[str, Any]) -> str | None:
@@ -54,6 +76,21 @@ def _own_code(config: Mapping[str, Any]) -> str | None:
     if not isinstance(brought, dict) or config.get("model_type") in CONFIG_MAPPING_NAMES:
         return None
     return str(brought["AutoModelForCausalLM"]) if "AutoModelForCausalLM" in brought else None
+
+
+def _tokenizer_needs_remote_code(config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -> bool:
+    """Whether transformers itself has no tokenizer for this model and the repo brings code of one."""
+    code = tokenizer_config.get("auto_map")
+    brings_code = isinstance(code, list) or (isinstance(code, dict) and "AutoTokenizer" in code)
+    return brings_code and not _has_tokenizer(config["model_type"], str(tokenizer_config.get("tokenizer_class") or ""))
+
+
+def _has_tokenizer(model_type: str, class_name: str) -> bool:
+    from transformers.models.auto import tokenization_auto
+
+    plain = class_name.removesuffix("Fast")
+    known = map(tokenization_auto.tokenizer_class_from_name, (plain, f"{plain}Fast") if plain else ())
+    return bool(tokenization_auto.TOKENIZER_MAPPING_NAMES.get(model_type)) or any(known)
 
 
 def _fetched_code(config: Mapping[str, Any]) -> Iterator[str]:
@@ -81,7 +118,7 @@ def _require_unquantized(config: Mapping[str, Any], name: str) -> None:
         words, converter = LOW_PRECISION[method]
         raise UnsupportedModel(
             f"{name} holds {words}, in which it may have been published: take a copy of it in 16 bits, or make one "
-            f"with transformers (from_pretrained with quantization_config={converter}(dequantize=True), then "
+            f"with transformers (from_pretrained with {converter}(dequantize=True), then "
             f"save_pretrained), and quantize its folder"
         )
     if method is not None:
@@ -111,13 +148,17 @@ def _require_trusted(config: Mapping[str, Any], name: str, trust_remote_code: bo
 def _require_causal(config: Mapping[str, Any], architectures: list[str], name: str) -> None:
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
         MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     )
 
     classes, listed = set(architectures), ", ".join(architectures)
-    if any(map(config.get, OTHER_SENSES)) or classes & _named(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
-        raise UnsupportedModel(f"{name} reads more than text ({listed}): only models of text can be quantized here")
+    if reads_pictures(config):
+        return
+    if any(map(config.get, OTHER_SENSES)):
+        raise UnsupportedModel(
+            f"{name} reads more than text and pictures ({listed}): only models of text, and of text and pictures, can "
+            f"be quantized here"
+        )
     if classes & _named(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         return
     if config.get("is_encoder_decoder") or classes & _named(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES):

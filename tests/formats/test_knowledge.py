@@ -17,8 +17,8 @@ NAMES = re.compile(
     r"|load_in_[48]bit|bnb_4bit_|llm_int8_|quantization_config|BitsAndBytesConfig"
     r"|Linear4bit|Linear8bitLt|Params4bit|Int8Params|QuantState|Conv1D"
 )
-EXPLAINED = {"options.py": "(bnb_4bit_compute_dtype)"}
-"""A help text that says which of transformers' settings an option is."""
+EXPLAINED = {"options.py": "(bnb_4bit_compute_dtype)", "support.py": "with quantization_config="}
+"""A help text that says which of transformers' settings an option is, and advice how to load an original."""
 
 
 def lines_that_know_it(package: Path) -> list[str]:

@@ -75,9 +75,9 @@ def test_the_pocket_model_has_ties_and_may_have_masks_that_nobody_reads(pocket_c
 def test_absent_tensors_are_named_before_and_while_a_model_is_loaded(name: str, tmp_path: Path) -> None:
     folder = made(tmp_path / "model")
     edit_tensors(folder, lambda held: held.pop(name))
-    with pytest.raises(CorruptModel, match=f"the weights of model lack {name}: fetch"):
+    with pytest.raises(CorruptModel, match=f"{name} is missing from the weights of model: fetch"):
         source_model.check_tensors(fetched(folder))
-    with pytest.raises(CorruptModel, match=f"the weights of it lack {name}: fetch"):
+    with pytest.raises(CorruptModel, match=f"{name} is missing from the weights of it: fetch"):
         source_model.load(folder, "it")
 
 
@@ -172,5 +172,5 @@ def test_an_incomplete_source_is_refused_before_the_work(tmp_path: Path, command
     folder = made(tmp_path / "model")
     edit_tensors(folder, lambda held: held.pop("model.norm.weight"))
     ended = command("run", folder, "-o", tmp_path / "out", "--device", "cpu", "--recipe", "rtn")
-    assert ended.code == 1 and "the weights of model lack model.norm.weight" in ended.err
+    assert ended.code == 1 and "model.norm.weight is missing from the weights of model" in ended.err
     assert "quantize to" not in ended.err

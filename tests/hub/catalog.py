@@ -26,6 +26,7 @@ class Catalog:
     def __init__(self) -> None:
         self.accounts = Accounts()
         self.repositories: dict[tuple[str, str], Repository] = {}
+        self.former_names: dict[str, str] = {}
         self.uploads: dict[str, PartedUpload] = {}
         self.lock = threading.RLock()
         self.endpoint = ""

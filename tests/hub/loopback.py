@@ -131,6 +131,10 @@ class LoopbackHub:
         """Removes a repository, if it is there."""
         self._catalog.remove(repo_type, repo_id)
 
+    def leave_former_name(self, former: str, repo_id: str) -> None:
+        """Answers requests for a model's former name with where it is now, as the Hub does after a renaming."""
+        self._catalog.former_names[former] = repo_id
+
     def pull_requests(self, repo_id: str) -> list[int]:
         """Numbers of all pull requests that were ever opened."""
         return [one.number for one in self._catalog.known("model", repo_id).discussions if one.is_pull_request]

@@ -56,6 +56,10 @@ class MainEndpoint:
     catalog: Catalog
 
     def answer(self, request: Request) -> Reply:
+        for former, present in self.catalog.former_names.items():
+            if re.match(rf"/(?:api/models/)?{former}(?:/|$)", request.raw_path):
+                where = request.raw_path.replace(former, present, 1)
+                return Reply(307, headers={"Location": f"{where}?{request.query}" if request.query else where})
         try:
             user = self.catalog.accounts.of(request.token)
             action, arguments = _route(request)

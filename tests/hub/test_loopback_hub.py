@@ -43,6 +43,16 @@ REPO = "tester/model"
 WEIGHTS = bytes(range(256)) * 40
 
 
+@pytest.fixture(autouse=True)
+def plain_client() -> Iterator[None]:
+    """The Hub's client as it is, whatever quantize has made of it in this process."""
+    http = importlib.import_module("huggingface_hub.utils._http")
+    own = http._GLOBAL_CLIENT_FACTORY
+    huggingface_hub.set_client_factory(http.default_client_factory)
+    yield
+    huggingface_hub.set_client_factory(own)
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)

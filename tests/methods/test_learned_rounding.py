@@ -94,7 +94,10 @@ def pocket() -> Any:
 
 
 @pytest.mark.parametrize("by_gradient", [True, False], ids=["by-gradient", "plain"])
-def test_a_layer_comes_nearer_to_the_source_and_never_goes_away_from_it(pocket: Any, by_gradient: bool) -> None:
+def test_a_layer_comes_nearer_to_the_source_and_never_goes_away_from_it(
+    pocket: Any, by_gradient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learned_rounding, "TOKENS_A_STEP", 256)
     model = copy.deepcopy(pocket)
     tokens = torch.randint(0, model.config.vocab_size, (16, 64), generator=torch.Generator().manual_seed(0))
     names = [f"transformer.h.{index}.{name}" for index in range(2) for name in INSIDE]
@@ -133,7 +136,7 @@ def test_a_layer_comes_nearer_to_the_source_and_never_goes_away_from_it(pocket: 
 
 @pytest.mark.slow
 def test_a_killed_run_that_learns_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantizer, "TOKENS_AT_ONCE", 512)
+    monkeypatch.setattr(learned_rounding, "TOKENS_A_STEP", 512)
     tiny("llama", tmp_path / "tiny")
     _, whole = made(tmp_path / "whole", LEARNING, tmp_path / "tiny")
     _, plain = made(tmp_path / "plain", LITTLE, tmp_path / "tiny")

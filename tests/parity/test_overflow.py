@@ -38,7 +38,7 @@ def test_a_control_without_figures_is_a_row_that_says_why(finished: Path, eviden
     assert whole.kld is not None and whole.problem == ""
     told = dataclasses.replace(evidence, controls=(control, whole))
     assert from_json(Evidence, to_json(told), "parity.json") == told
-    assert "overflow to NaN or infinity" in terminal(told) and "| | | its outputs overflow" in text_of(finished, told)
+    assert "overflow and are no numbers" in terminal(told) and "| | | its outputs overflow" in text_of(finished, told)
 
 
 def test_a_standard_perplexity_beyond_all_numbers_is_said_so(finished: Path, evidence: Evidence) -> None:
@@ -87,6 +87,17 @@ def test_judging_again_from_the_record_says_the_same(evidence: Evidence) -> None
     assert strict.verdict.required == "lossless" and not strict.verdict.passed
     assert evidence.scores is not None and evidence.look_plan is not None
     assert len(evidence.scores.window_figures.kld) == evidence.looks[-1].windows == 16
+
+
+def test_a_refusal_for_one_grade_is_no_pass_for_another(evidence: Evidence) -> None:
+    """16 windows are enough to miss a strict grade, and too few to reach a loose one before the end."""
+    assert evidence.look_plan is not None
+    plan = dataclasses.replace(evidence.look_plan, windows=204, required="lossless")
+    strict = judged(dataclasses.replace(evidence, look_plan=plan), "lossless")
+    assert not strict.verdict.passed and strict.looks[-1].certain
+    loose = judged(strict, "degraded")
+    assert not loose.verdict.passed and not loose.looks[-1].certain
+    assert loose.look_plan == dataclasses.replace(plan, required="degraded")
 
 
 def terminal(evidence: Evidence) -> str:

@@ -22,14 +22,14 @@ losses = arrays.arrays(np.float64, st.integers(8, 60), elements=st.floats(0, 25.
 
 @given(st.integers(8, 5000), st.integers(1, 5))
 def test_all_looks_together_spend_each_attempts_share_of_the_error(windows: int, attempts: int) -> None:
-    plan = sequential.plan(windows, attempts=attempts)
+    plan = sequential.plan(windows, "good", attempts=attempts)
     *early, last = sequential.stops(plan)
     assert last.error == plan.error == pytest.approx(sequential.ERROR / attempts)
     assert sum(stop.error for stop in early) == pytest.approx(plan.error if early else 0.0)
     assert {stop.early_error for stop in early} <= {plan.error / 2} and last.early_error is None
     counts = [stop.windows for stop in (*early, last)]
     assert counts == sorted(set(counts)) and counts[-1] == windows
-    assert sequential.stops(LookPlan(windows, True, plan.error)) == (last,)
+    assert sequential.stops(LookPlan(windows, "good", True, plan.error)) == (last,)
 
 
 @given(losses, st.floats(1e-4, 0.2))
@@ -96,20 +96,29 @@ def figures(kld: np.ndarray, difference: np.ndarray | None = None) -> WindowFigu
     )
 
 
-def test_looks_follow_from_the_figures_and_end_with_the_first_certain_one() -> None:
-    plan, limit = sequential.plan(200), LIMITS["good"][1]
+def certain_after(kld: np.ndarray, required: str = "good", windows: int = 200) -> int:
+    """The windows of the first look that is certain."""
+    looks = sequential.looks(figures(kld), sequential.plan(windows, required))
+    return next((look.windows for look in looks if look.certain), windows)
+
+
+def test_looks_follow_from_the_figures_so_far() -> None:
+    plan, limit = sequential.plan(200, "good"), LIMITS["good"][1]
     kld = np.random.default_rng(0).gamma(20.0, 0.2 * limit / 20.0, 200)
-    looks = sequential.looks(figures(kld), plan, "good")
-    assert looks[-1].certain and not any(look.certain for look in looks[:-1])
-    assert 90 < looks[-1].windows < 150
-    for count in (look.windows for look in looks):
-        assert (
-            sequential.looks(figures(kld[:count]), plan, "good") == looks[: [x.windows for x in looks].index(count) + 1]
-        )
-    assert sequential.looks(figures(3 * kld / 0.2), plan, "good")[-1].windows == sequential.FIRST_LOOK
-    bad = kld.copy()
-    bad[5] = 30 * limit
-    assert sequential.looks(figures(bad), plan, "good")[-1].windows == 200
+    looks = sequential.looks(figures(kld), plan)
+    assert [look.windows for look in looks] == [stop.windows for stop in sequential.stops(plan)]
+    for number, look in enumerate(looks, 1):
+        assert sequential.looks(figures(kld[: look.windows]), plan) == looks[:number]
+    assert 90 < certain_after(kld) < 150 and certain_after(3 * kld / 0.2) == sequential.FIRST_LOOK
+    kld[5] = 30 * limit
+    assert certain_after(kld) == 200
+
+
+def test_an_early_pass_states_the_best_grade_that_it_leaves_no_doubt_about() -> None:
+    kld = np.full(200, 0.1 * LIMITS["parity"][1])
+    look = next(look for look in sequential.looks(figures(kld), sequential.plan(200, "good")) if look.certain)
+    assert LIMITS["lossless"][1] < look.kld.high <= LIMITS["parity"][1]
+    assert look.windows == certain_after(kld) >= certain_after(kld * 0.1) > 90
 
 
 @given(losses, st.sampled_from(sorted(LIMITS)), st.integers(1, 4))
@@ -118,8 +127,8 @@ def test_an_early_pass_is_never_given_before_rare_bad_windows_are_excluded(
     values: np.ndarray, required: str, attempts: int
 ) -> None:
     """Whatever was seen: fewer windows than 2 % of bad ones need to show up pass nobody early."""
-    plan = sequential.plan(200, attempts=attempts)
-    for look in sequential.looks(figures(values * LIMITS[required][1] / 26), plan, required):
+    plan = sequential.plan(200, required, attempts=attempts)
+    for look in sequential.looks(figures(values * LIMITS[required][1] / 26), plan):
         assert not (look.certain and sequential.is_passed(look.perplexity_ratio, look.kld, required))
 
 
@@ -151,7 +160,7 @@ def passed_at(values: np.ndarray, stop: sequential.Stop) -> np.ndarray:
 def test_a_truth_on_the_limit_passes_in_five_percent_at_most(kind: str, windows: int, attempts: int) -> None:
     """All of four attempts together, where there are four, each as bad in windows of its own."""
     random, wrong = np.random.default_rng(0), np.zeros(1000, bool)
-    stops = sequential.stops(sequential.plan(windows, attempts=attempts))
+    stops = sequential.stops(sequential.plan(windows, "good", attempts=attempts))
     for _ in range(attempts):
         values = ON_THE_LIMIT[kind](random, (1000, windows))
         wrong |= np.logical_or.reduce([passed_at(values, stop) for stop in stops])
@@ -161,17 +170,16 @@ def test_a_truth_on_the_limit_passes_in_five_percent_at_most(kind: str, windows:
 def test_looking_at_plain_intervals_from_the_beginning_would_pass_rare_bad_windows() -> None:
     """What the bound is for: the same looks without it are wrong far more often."""
     values = ON_THE_LIMIT["2 % 51 times as bad"](np.random.default_rng(0), (500, 204))
-    stops = sequential.stops(sequential.plan(204))
+    stops = sequential.stops(sequential.plan(204, "good"))
     plain = [sequential.bounds(values[:, : stop.windows], stop.error)[1] <= 1.0 for stop in stops]
     assert np.logical_or.reduce(plain).mean() > 0.3
 
 
 def test_the_simulated_decision_is_the_look_s() -> None:
     random, limit = np.random.default_rng(1), LIMITS["good"][1]
-    plan = sequential.plan(204)
+    plan = sequential.plan(204, "good")
     values = 0.3 * random.lognormal(-0.125, 0.5, (20, 204))
     for row in values:
         rounded = np.array(sequential._rounded(row * limit))
-        last = sequential.looks(figures(rounded), plan, "good")[-1]
         passing = [stop.windows for stop in sequential.stops(plan) if passed_at(row[None], stop)[0]]
-        assert last.certain and last.windows == passing[0]
+        assert certain_after(rounded, windows=204) == passing[0]

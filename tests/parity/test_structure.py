@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from quantize import pipeline, source
 from quantize.evidence import Evidence
+from quantize.formats.bitsandbytes import checks as format_checks
 from quantize.formats.bitsandbytes.config import ExpectedConfig
 from quantize.parity import measure, structure
 from quantize.progress import Silent
@@ -182,9 +183,35 @@ def test_overflowing_outputs_are_a_verdict(package_copy: Path) -> None:
 
 
 def test_code_that_the_source_does_not_have_is_not_trusted(tmp_path: Path, package_copy: Path) -> None:
-    assert structure.same_code(POCKET, package_copy)
+    checkout = source.fetch(str(POCKET), revision=None, trust_remote_code=False, progress=Silent())
+    assert structure.same_code(checkout, package_copy)
     (package_copy / "modeling_own.py").write_text("print('hello')")
-    assert not structure.same_code(POCKET, package_copy)
+    assert not structure.same_code(checkout, package_copy)
+
+
+@pytest.mark.parametrize("part", [{}, {"text_config": {}}])
+def test_code_of_another_repo_is_not_trusted(tmp_path: Path, package_copy: Path, part: dict[str, object]) -> None:
+    """A config can name a class of any repo, without a file of it beside."""
+    code = {"auto_map": {"AutoConfig": "org/other--configuration.Config"}}
+    checkout = source.fetch(str(POCKET), revision=None, trust_remote_code=False, progress=Silent())
+    change_config(package_copy, lambda config: config.update(dict.fromkeys(part, code) or code))
+    assert not structure.same_code(checkout, package_copy)
+    own = dataclasses.replace(checkout, source=dataclasses.replace(checkout.source, repo_id="org/other"))
+    assert not structure.same_code(own, package_copy)
+
+
+@pytest.mark.parametrize("storage", ["int8", "float16", "bfloat16", "float32", "float64"])
+def test_codes_may_be_stored_as_any_type(package_copy: Path, storage: str) -> None:
+    """Read as numbers they may be NaN, which means nothing."""
+    dtype = getattr(torch, storage)
+
+    def store(tensors: Tensors) -> Tensors:
+        codes = {name: value for name, value in tensors.items() if value.dtype == torch.uint8 and value.dim() == 2}
+        codes = {name: value.fill_(0xFF).view(1, -1).view(dtype).view(-1, 1) for name, value in codes.items()}
+        return {**tensors, **codes}
+
+    change_tensors(package_copy, store)
+    assert all(check.passed for check in format_checks.check_files(package_copy, EXPECTED))
 
 
 def test_two_swapped_layers(package_copy: Path) -> None:

@@ -143,7 +143,7 @@ def test_refusals_name_their_reason(place: Place, folder: Path) -> None:
         ("org/secret",): "no such repo: org/secret",
         (MODEL, "--revision", "v9"): f"{MODEL} has no revision 'v9'",
         ("org/gated",): "org/gated is gated: accept its terms at",
-        ("org/pickled",): "org/pickled has only pickle weights",
+        ("org/pickled",): "it has only pickle weights",
     }
     for arguments, message in expected.items():
         assert message in error_line(place.quantize("run", *arguments, "-q", folder=folder, token=READ_TOKEN))

@@ -202,7 +202,6 @@ SOURCES: dict[str, tuple[Damage, str]] = {
     "architectures-a-word": (config(architectures="GPT2LMHeadModel"), "architectures a list"),
     "architecture-paints": (config(architectures=["\x1b]0;x\x07\n::error::x"]), r"\\x1b\]0;x\\x07 ::error::x"),
     "encoder-and-decoder": (config(model_type="t5", architectures=["T5ForConditionalGeneration"]), "an encoder and a"),
-    "sees": (config(model_type="llava", architectures=["LlavaForConditionalGeneration"]), "reads more than text"),
     "hears": (config(audio_config={"model_type": "x"}), "reads more than text"),
     "masked": (config(model_type="bert", architectures=["BertForMaskedLM"]), "not a causal language model"),
     "already-in-4-bits": (config(quantization_config={"load_in_4bit": True}), r"already quantized \(bitsandbytes\)"),

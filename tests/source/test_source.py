@@ -32,8 +32,13 @@ REAL_LISTING = [
 ]  # fmt: skip
 
 
-def fetch(folder: Path) -> Any:
-    return source.fetch(str(folder), revision=None, trust_remote_code=False, progress=Silent())
+def fetch(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    return source.fetch(str(folder), revision=None, trust_remote_code=trust_remote_code, progress=Silent())
+
+
+def change(path: Path, **values: Any) -> None:
+    """Set fields of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 def test_only_what_is_needed_is_taken() -> None:
@@ -63,6 +68,40 @@ def test_code_travels_only_where_it_is_needed() -> None:
     listing = [*REAL_LISTING, "modeling_own.py"]
     assert "modeling_own.py" not in source.choose_files(listing, None, "m", remote_code=False)
     assert "modeling_own.py" in source.choose_files(listing, None, "m", remote_code=True)
+
+
+def test_code_may_read_a_vocabulary_of_any_name() -> None:
+    own = ["config.json", "model.safetensors", "tokenization_own.py", "tokenizer_config.json", "words.own"]
+    foreign = ["onnx/words.own", "tf_model.h5", "demo.png", ".gitattributes", "vocab.bin"]
+    assert source.choose_files([*own, *foreign], None, "m", remote_code=True) == own
+    with pytest.raises(UnsupportedModel, match=r"has no tokenizer.*needs --trust-remote-code"):
+        source.choose_files([*own, *foreign], None, "m", remote_code=False)
+
+
+@pytest.mark.parametrize("auto_map", [{"AutoTokenizer": ["own.Own", None]}, ["own.Own", None]])
+def test_a_tokenizer_that_is_code(pocket_copy: Path, auto_map: Any) -> None:
+    """For GPT-2 transformers has a tokenizer; for Llama it has only those that are named, so there code is needed."""
+    change(pocket_copy / "tokenizer_config.json", tokenizer_class="Own", auto_map=auto_map)
+    (pocket_copy / "own.py").write_text("")
+    assert fetch(pocket_copy).source.code_left_out
+    assert "own.py" not in fetch(pocket_copy).source.fingerprint()
+    change(pocket_copy / "config.json", model_type="llama", architectures=["LlamaForCausalLM"])
+    with pytest.raises(UnsupportedModel, match=r"tokenizer of .* needs code from its own repo.*--trust-remote-code"):
+        fetch(pocket_copy)
+    allowed = fetch(pocket_copy, trust_remote_code=True).source
+    assert allowed.remote_code and not allowed.code_left_out and "own.py" in allowed.fingerprint()
+
+
+def test_a_record_says_whether_code_runs_again(pocket_copy: Path) -> None:
+    """Code that was left out stays out, though it is allowed now; code that ran has to be allowed again."""
+    change(pocket_copy / "config.json", auto_map={"AutoModelForCausalLM": "own.Own"})
+    (pocket_copy / "own.py").write_text("")
+    for allowed in (False, True):
+        recorded = fetch(pocket_copy, trust_remote_code=allowed).source
+        again = source.refetch(recorded, str(pocket_copy), trust_remote_code=True, progress=Silent())
+        assert again.source == recorded
+    with pytest.raises(UnsupportedModel, match="was measured with code from its own repo"):
+        source.refetch(recorded, str(pocket_copy), trust_remote_code=False, progress=Silent())
 
 
 def test_pickle_only_models_are_refused() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from quantize.errors import CorruptModel, DeviceError, storage_errors
+from quantize.documents import read_json
+from quantize.errors import CorruptModel, memory_errors, storage_errors
+from quantize.files import CONFIG, GENERATION_CONFIG
 from quantize.formats import safetensors, source_model
 from quantize.formats.bitsandbytes import config, modules, tensor_plan, writer
 from quantize.formats.bitsandbytes.tensor_plan import NotKnown, PrecomputedTensors
@@ -62,12 +65,10 @@ def write(
             precomputed = _rounded_whole(checkout, recipe, dtype, device, rounding)
         return _load_and_save(checkout, output, recipe, dtype, device, progress, precomputed)
     writer.write(plans, output, resume, recipe, device, MAX_SHARD, progress, rounding)
-    model.config.quantization_config = _quantization_config(model, checkout, recipe, dtype)
-    model.config.dtype, model.config.architectures = dtype, [type(model).__name__]
     with storage_errors(output):
-        model.config.save_pretrained(output)
+        config.write(checkout, output, model, _quantization_config(model, checkout, recipe, dtype), dtype)
         if model.can_generate():
-            _generation_config(model, checkout).save_pretrained(output)
+            _write_generation_config(checkout, output)
     return Written(names, _kept(model, names))
 
 
@@ -154,21 +155,34 @@ def save(model: Any, checkout: Checkout, output: Path) -> tuple[str, ...]:
 
     Raises UnsupportedModel where there are none, or where most weights are not in linear layers.
     """
+    from transformers import GenerationConfig
+
     names = modules.quantized_names(model)
     modules.require_quantized(names, model, checkout.source.name)
     modules.require_mostly_linear(model, checkout.source.name)
-    model.generation_config = _generation_config(model, checkout)
+    quantization, dtype = model.config.quantization_config, str(model.dtype).removeprefix("torch.")
+    model.generation_config = GenerationConfig()  # saving would refuse some that sources have
     with storage_errors(output):
         model.save_pretrained(output, max_shard_size=MAX_SHARD)
+        config.write(checkout, output, model, quantization, dtype)
+        (output / GENERATION_CONFIG).unlink(missing_ok=True)
+        if model.can_generate():
+            _write_generation_config(checkout, output)
     return names
 
 
-def _generation_config(model: Any, checkout: Checkout) -> Any:
-    """The source's own is copied, even one that saving would refuse, so nothing is written in its place."""
+def _write_generation_config(checkout: Checkout, output: Path) -> None:
+    """Write generation_config.json where the source has none, of what its config.json says of generation.
+
+    Stock transformers does so as well. What it would refuse to write stays in config.json alone, where it reads it.
+    """
     from transformers import GenerationConfig
 
-    has_own = any(file.path == "generation_config.json" for file in checkout.source.files)
-    return GenerationConfig() if has_own else model.generation_config
+    if any(file.path == GENERATION_CONFIG for file in checkout.source.files):
+        return
+    own = read_json(checkout.folder / CONFIG, CONFIG, CorruptModel, finite=False)
+    with suppress(ValueError):
+        GenerationConfig.from_model_config(own).save_pretrained(output)
 
 
 def quantized_names(checkout: Checkout, recipe: Recipe) -> tuple[str, ...]:
@@ -180,7 +194,7 @@ def load_quantized(checkout: Checkout, recipe: Recipe, dtype: str, device: str) 
     """The source as stock transformers and bitsandbytes quantize it; raises DeviceError."""
     import torch
 
-    try:
+    with memory_errors(f"loading {checkout.source.name} on {device}", "try --device cpu"):
         return source_model.load(
             checkout.folder,
             checkout.source.name,
@@ -189,13 +203,12 @@ def load_quantized(checkout: Checkout, recipe: Recipe, dtype: str, device: str) 
             device_map={"": device},
             trust_remote_code=checkout.source.remote_code,
         )
-    except torch.OutOfMemoryError as error:
-        raise DeviceError(f"{checkout.source.name} does not fit on {device}: try --device cpu") from error
 
 
 def _quantization_config(model: Any, checkout: Checkout, recipe: Recipe, dtype: str) -> Any:
-    """The skip list is left to transformers unless the recipe has one."""
-    skip_list = modules.to_skip(model, recipe, checkout.source.name) if recipe.skip_modules else None
+    """The skip list is left to transformers unless the recipe has one, or the model has towers."""
+    own_list = recipe.skip_modules or (modules.towers(model) and not recipe.quantize_towers)
+    skip_list = modules.to_skip(model, recipe, checkout.source.name) if own_list else None
     return config.build(recipe, dtype, skip_list)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,25 +11,29 @@ from typing import Any
 from quantize.documents import read_json
 from quantize.errors import CorruptModel
 from quantize.files import CONFIG
+from quantize.formats import remote_code
 from quantize.formats.bitsandbytes.modules import is_listed
 from quantize.formats.bitsandbytes.sizes import MatrixFormat
-from quantize.records import Recipe
+from quantize.records import Checkout, Recipe
 
 QUANTIZATION_KEY, COMPRESSION_KEY = "quantization_config", "compression_config"
 """Of the config of a quantized model; bitsandbytes has the first."""
+DTYPE_KEYS = ("dtype", "torch_dtype")
+"""What transformers calls the type of the weights, and what versions before 4.56 did."""
 
 
 @dataclass(frozen=True)
 class ExpectedConfig:
     """What a recipe, or a checkpoint's own config, says about it.
 
-    `skips` tells by a module's name whether it stays as it is; a recipe leaves the head alone besides, while a
-    config that lists modules means those and no others.
+    `skips` tells by a module's name whether it stays as it is; a recipe leaves the head alone besides, and towers
+    unless it quantizes them, while a config that lists modules means those and no others.
     """
 
     matrices: MatrixFormat
     skips: Callable[[str], bool]
     skips_head: bool = True
+    skips_towers: bool = False
 
     @property
     def bits(self) -> int:
@@ -38,7 +43,7 @@ class ExpectedConfig:
     def of(cls, recipe: Recipe, half_precision_modules: tuple[str, ...] = ()) -> ExpectedConfig:
         """What a recipe means, which left these modules in half precision besides those that it skips."""
         skipping = replace(recipe, skip_modules=(*recipe.skip_modules, *half_precision_modules))
-        return cls(MatrixFormat.of(recipe), skipping.skips)
+        return cls(MatrixFormat.of(recipe), skipping.skips, skips_towers=not recipe.quantize_towers)
 
     @classmethod
     def read(cls, folder: Path) -> ExpectedConfig | None:
@@ -75,6 +80,35 @@ def quantization_method(config: Mapping[str, Any]) -> str | None:
     if stated.get("load_in_4bit") or stated.get("load_in_8bit"):
         return "bitsandbytes"
     return str(stated.get("quant_method") or COMPRESSION_KEY)
+
+
+def write(checkout: Checkout, output: Path, model: Any, quantization: Any, dtype: str) -> None:
+    """Write config.json of the quantized `model`: the source's own, with what is different now.
+
+    One that transformers writes anew is in its newest dialect, of which older versions take defaults without a word.
+    `quantization` is a BitsAndBytesConfig, `dtype` the type of what stays in half precision.
+    """
+    own = read_json(checkout.folder / CONFIG, CONFIG, CorruptModel, finite=False)
+    if checkout.source.code_left_out:
+        own = remote_code.without_code(own)
+    changed = {
+        **_with_dtype(own, dtype),
+        "architectures": [type(model).__name__],
+        "dtype": dtype,
+        QUANTIZATION_KEY: quantization.to_dict(),
+    }
+    (output / CONFIG).write_text(json.dumps(changed, indent=2) + "\n", "utf-8")
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A config whose every mention of the weights' type is `dtype`, in those of its parts as well."""
+
+    def renewed(name: str, value: Any) -> Any:
+        if name in DTYPE_KEYS:
+            return dtype
+        return _with_dtype(value, dtype) if name.endswith("_config") and isinstance(value, dict) else value
+
+    return {name: renewed(name, value) for name, value in config.items()}
 
 
 def build(recipe: Recipe, compute_dtype: str, skip_list: list[str] | None) -> Any:

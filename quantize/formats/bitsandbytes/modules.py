@@ -76,7 +76,8 @@ def to_quantize(model: Any, recipe: Recipe, model_name: str) -> tuple[str, ...]:
 
 
 def to_skip(model: Any, recipe: Recipe, model_name: str) -> list[str]:
-    """Full names of what stays as it is: the head and what is tied to it, always, and what the recipe skips.
+    """Full names of what stays as it is: the head and what is tied to it, always; towers, unless the recipe quantizes
+    them; and what the recipe skips.
 
     Raises UnsupportedModel where the recipe skips what is not there.
     """
@@ -84,7 +85,8 @@ def to_skip(model: Any, recipe: Recipe, model_name: str) -> list[str]:
     for name in recipe.skip_modules:
         if not any(map(Recipe(skip_modules=(name,)).skips, linear)):
             raise UnsupportedModel(f"--skip-modules {name}: {model_name} has no linear module of that name")
-    return sorted({*kept_by_default(model), *filter(recipe.skips, linear)})
+    kept = () if recipe.quantize_towers else towers(model)
+    return sorted({*kept_by_default(model), *kept, *filter(recipe.skips, linear)})
 
 
 def kept_by_default(model: Any) -> list[str]:
@@ -97,6 +99,39 @@ def kept_by_default(model: Any) -> list[str]:
     last = list(dict(model.named_parameters(remove_duplicate=False)))[-1]
     heads = (name for name, module in model.named_modules() if head is not None and module is head)
     return sorted({name.removesuffix(".weight") for name in (*ties, *ties.values(), last, *heads)})
+
+
+def towers(model: Any) -> tuple[str, ...]:
+    """Names of what a model has besides its language model, such as vision towers and projectors, with linear modules
+    in them; none for a model of text alone.
+
+    Raises UnsupportedModel where the language model cannot be told from the rest.
+    """
+    text_only = model.config.get_text_config() is model.config
+    language_model, sees = model.get_decoder(), getattr(model.config, "vision_config", None) is not None
+    if sees and (text_only or language_model in (model, model.base_model)):
+        raise UnsupportedModel(
+            f"{type(model).__name__} mixes its language model with what it sees by: what to quantize cannot be told"
+        )
+    if text_only:
+        return ()
+    path = next(name for name, module in model.named_modules() if module is language_model)
+    head = model.get_output_embeddings()
+    outside = [
+        name
+        for name in linear_names(model)
+        if not name.startswith(f"{path}.") and model.get_submodule(name) is not head
+    ]
+    return tuple(dict.fromkeys(_branch(name, path) for name in outside))
+
+
+def _branch(name: str, path: str) -> str:
+    """The shortest beginning of a module's name, in whole parts, that is not one of `path`'s as well."""
+    parts, other = name.split("."), path.split(".")
+    shared = next(
+        (index for index, pair in enumerate(zip(parts, other, strict=False)) if len(set(pair)) > 1), len(other)
+    )
+    return ".".join(parts[: shared + 1])
 
 
 def is_listed(name: str, skip_list: list[str]) -> bool:
@@ -120,13 +155,24 @@ def require_quantized(names: tuple[str, ...], model: Any, model_name: str) -> No
 
 def require_mostly_linear(model: Any, model_name: str) -> None:
     """Raise UnsupportedModel for a model that stacks its experts in one tensor, which bitsandbytes passes over."""
-    sizes = [(parameter.ndim, parameter.numel()) for parameter in model.parameters()]
-    stacked = sum(size for dimensions, size in sizes if dimensions > 2)
-    if stacked > MOST_STACKED * sum(size for _, size in sizes):
+    stacked = sum(
+        parameter.numel()
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+        if parameter.ndim > 2 or (parameter.ndim == 2 and not _has_one_matrix(module))
+    )
+    if stacked > MOST_STACKED * sum(parameter.numel() for parameter in model.parameters()):
         raise UnsupportedModel(
             f"{model_name} keeps most weights in stacked expert tensors, which bitsandbytes leaves in half precision: "
             f"mixture-of-experts models of this kind cannot be quantized here"
         )
+
+
+def _has_one_matrix(module: Any) -> bool:
+    """Whether a module is linear, in whatever class, or an embedding."""
+    import torch
+
+    return isinstance(module, torch.nn.Linear | torch.nn.Embedding) or is_transposed(module)
 
 
 def matrix(module: Any) -> torch.Tensor:

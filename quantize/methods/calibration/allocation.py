@@ -11,6 +11,7 @@ import torch
 from quantize.formats.bitsandbytes import packing
 from quantize.formats.bitsandbytes.modules import laid_out, matrix
 from quantize.formats.bitsandbytes.sizes import BLOCK, MatrixFormat
+from quantize.logits import SlicedLogits
 from quantize.progress import Progress
 from quantize.records import Recipe
 
@@ -95,17 +96,17 @@ def divergences(
     """
     windows = tokens[:WINDOWS]
     totals = dict.fromkeys(matrices, 0.0)
+    sliced = SlicedLogits.of(model, windows.to(device))
     with (
         torch.inference_mode(),
         progress.task("measuring sensitivities", len(windows) * len(totals), "matrices") as advance,
     ):
-        for window in windows:
-            truth = _log_probabilities(model, window, device)
+        for window in torch.split(windows.to(device), 1):
+            states = sliced.states(window)
             for name, module in matrices.items():
                 original = module.weight.data
                 module.weight.data = rounded(module)
-                guess = _log_probabilities(model, window, device)
-                totals[name] += float((truth.exp() * (truth - guess)).sum(-1).mean()) / len(windows)
+                totals[name] += _divergence(sliced, states, window) / len(windows)
                 module.weight.data = original
                 advance(1)
     return totals
@@ -136,6 +137,11 @@ def _gain(now: StorageOption, then: StorageOption) -> float:
     return (now.divergence - then.divergence) / (then.size - now.size)
 
 
-def _log_probabilities(model: Any, window: torch.Tensor, device: str) -> torch.Tensor:
-    logits: torch.Tensor = model(window[None].to(device), use_cache=False).logits
-    return torch.log_softmax(logits[0].float(), -1)
+def _divergence(sliced: SlicedLogits, states: torch.Tensor, window: torch.Tensor) -> float:
+    """Mean KLD on one `window` [1, length] of the model as it is now from itself when it had these last `states`."""
+    total = 0.0
+    changed = sliced.slices(sliced.states(window), window)
+    for (_, original), (_, other) in zip(sliced.slices(states, window), changed, strict=True):
+        truth, guess = torch.log_softmax(original.float(), -1), torch.log_softmax(other.float(), -1)
+        total += float((truth.exp() * (truth - guess)).sum())
+    return total / window.shape[1]

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 
 from quantize import devices, hub
-from quantize.errors import CorpusError
+from quantize.errors import CorpusError, UnsupportedModel
 from quantize.formats import source_model
+from quantize.methods.calibration import sampling
 from quantize.methods.calibration.layers import autocast
 from quantize.methods.calibration.options import CALIBRATION_TEXT, SELF, CalibratedOptions
 from quantize.methods.calibration.overlap import Passages
-from quantize.methods.calibration.sampling import draw
 from quantize.methods.calibration.static_cache import make_static
 from quantize.progress import Progress
 from quantize.records import CalibrationText
 
 GENERATED_AT_ONCE = 128
-"""Windows that a model writes side by side; a quarter, because of its cache, with more than LARGE_MODEL weights."""
-LARGE_MODEL = 2_000_000_000
+"""Windows that a model writes side by side, where their caches fit into CACHE_BYTES."""
+CACHE_BYTES = {"cpu": 512 << 20, "gpu": 4 << 30}
 WINDOW_MULTIPLE = 8
 """Windows run through the model in batches of equal size, so a few may be left over."""
 MAX_OVERLAP = 0.01
@@ -105,26 +105,43 @@ def generated(
     temperatures: tuple[float, ...],
 ) -> torch.Tensor:
     """What the model writes after its beginning-of-text token, sampled at each of the temperatures in turn."""
-    config = model.config.get_text_config()
+    config, windows = model.config.get_text_config(), options.calibration_windows
     begin = next((token for token in (config.bos_token_id, config.eos_token_id) if isinstance(token, int)), 0)
-    generator = torch.Generator(device).manual_seed(options.calibration_seed)
-    turns = -(-options.calibration_windows // len(temperatures))
-    temperature = torch.tensor(temperatures, device=device).repeat(turns, 1)
-    temperature = temperature.flatten()[: options.calibration_windows, None]
+    temperature = torch.tensor(temperatures, device=device).repeat(-(-windows // len(temperatures)))[:windows]
+    share = sampling.shares(windows, length, options.calibration_seed)
+    side_by_side = _windows_at_once(model, length, device, bfloat16)
     parts = []
-    with progress.task("writing calibration text", options.calibration_windows * length, "tokens") as advance:
-        for part in torch.split(temperature, GENERATED_AT_ONCE // (4 if model.num_parameters() > LARGE_MODEL else 1)):
-            tokens, past = [torch.full((len(part), 1), begin, device=device)], None
+    with progress.task("writing calibration text", windows * length, "tokens") as advance:
+        for rows in torch.split(torch.arange(windows), side_by_side):
+            tokens, past = [torch.full((len(rows), 1), begin, device=device)], None
             while len(tokens) < length:
-                with torch.inference_mode(), autocast(device, bfloat16), devices.steady_attention():
-                    output = model(tokens[-1], past_key_values=past, use_cache=True)
-                if past is None:
-                    past = make_static(output.past_key_values, length)
-                chances = torch.softmax(output.logits[:, -1].float() / part, -1)
-                tokens.append(draw(chances, generator)[:, None])
-                advance(len(part))
+                output = _next_logits(model, tokens[-1], past, device, bfloat16)
+                past = make_static(output.past_key_values, length) if past is None else past
+                chances = torch.softmax(output.logits[:, -1].float() / temperature[rows, None], -1)
+                tokens.append(sampling.draw(chances, share[rows, len(tokens)])[:, None])
+                advance(len(rows))
             parts.append(torch.cat(tokens, 1).cpu())
     return torch.cat(parts)
+
+
+def _next_logits(model: Any, tokens: torch.Tensor, past: Any, device: str, bfloat16: bool) -> Any:
+    with torch.inference_mode(), autocast(device, bfloat16), devices.steady_attention():
+        return model(tokens, past_key_values=past, use_cache=True)
+
+
+def _windows_at_once(model: Any, length: int, device: str, bfloat16: bool) -> int:
+    """Windows that can be written side by side: a first token shows what each token takes in the cache."""
+    output = _next_logits(model, torch.zeros(1, 1, dtype=torch.int64, device=device), None, device, bfloat16)
+    layers = getattr(getattr(output, "past_key_values", None), "layers", None)
+    if not layers:
+        raise UnsupportedModel(
+            "the model keeps no keys and values, without which it writes no calibration text in reasonable time: "
+            "name a text with --calibration, or choose --recipe rtn"
+        )
+    kept = [tensor for layer in layers for tensor in vars(layer).values() if isinstance(tensor, torch.Tensor)]
+    bytes_per_token = sum(tensor.nbytes for tensor in kept)
+    fitting = CACHE_BYTES[devices.kind(device)] // max(1, bytes_per_token * length)
+    return max(1, min(GENERATED_AT_ONCE, fitting))
 
 
 def read(source: str) -> GivenText:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
+from quantize.logits import SlicedLogits
+from quantize.methods.calibration import sampling
 from quantize.methods.calibration.layers import autocast
-from quantize.methods.calibration.sampling import draw
 from quantize.methods.rounding.gptq import HessianAccumulator
 from quantize.progress import Progress
 
@@ -31,6 +35,7 @@ class OutputGradient:
 
 def output_gradients(
     model: Any,
+    layers: Iterable[torch.nn.Module],
     names: list[str],
     tokens: torch.Tensor,
     device: str,
@@ -38,28 +43,62 @@ def output_gradients(
     bfloat16: bool,
     seed: int,
     progress: Progress,
-) -> dict[str, OutputGradient]:
+) -> Iterator[tuple[str, OutputGradient]]:
     """For each named module of `model` on the device, from the loss at tokens drawn from the model's own prediction.
 
     With those the Hessians are the Fisher information, the curvature of the KL divergence, whatever text comes next.
+    Of the decoder `layers` only inputs are kept for the backward pass, and of the logits one slice at a time.
     """
-    hooks = _GradientHooks(model, names, device)
-    embedding = model.get_input_embeddings().weight.requires_grad_(True)
-    generator = torch.Generator(device).manual_seed(seed)
-    parts = [part for part in torch.split(tokens, batch) if len(part) == batch]
-    with progress.task("reading gradients", len(parts) * batch, "windows") as advance:
-        for part in parts:
-            with torch.enable_grad():
-                with autocast(device, bfloat16):
-                    logits = model(part.to(device), use_cache=False).logits
-                logits = logits.float().flatten(0, 1)
-                drawn = draw(torch.softmax(logits.detach(), -1), generator)
-                loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
-                torch.autograd.backward(loss)
-            embedding.grad = None
-            advance(batch)
-    embedding.requires_grad_(False)
-    return hooks.result()
+    with torch.no_grad(), autocast(device, bfloat16):
+        sliced = SlicedLogits.of(model, tokens[:1].to(device))
+    hooks, shares = _GradientHooks(model, names, device), sampling.shares(len(tokens), tokens.shape[1], seed)
+    with (
+        _recomputed(layers),
+        _embeddings_with_gradients(model),
+        progress.task("reading gradients", len(tokens), "windows") as advance,
+    ):
+        for part, share in zip(torch.split(tokens, batch), torch.split(shares, batch), strict=True):
+            _go_back(sliced, part.to(device), share.to(device), bfloat16)
+            advance(len(part))
+    return hooks.results()
+
+
+def _go_back(sliced: SlicedLogits, tokens: torch.Tensor, share: torch.Tensor, bfloat16: bool) -> None:
+    """Run one micro-batch forwards, draw a token at each position, and take the gradients of their loss."""
+    device = str(tokens.device)
+    with torch.enable_grad():
+        with autocast(device, bfloat16):
+            states = sliced.states(tokens)
+        last = states.detach().requires_grad_(True)
+        with autocast(device, bfloat16):
+            for part, logits in sliced.slices(last, tokens):
+                rows = logits.float().flatten(0, 1)
+                drawn = sampling.draw(torch.softmax(rows.detach(), -1), share[:, part].flatten())
+                torch.autograd.backward(torch.nn.functional.cross_entropy(rows, drawn, reduction="sum"))
+        torch.autograd.backward(states, last.grad)
+
+
+@contextmanager
+def _recomputed(layers: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Let layers keep nothing but their inputs for the backward pass, in which they run a second time."""
+    changed = list(layers)
+    for layer in changed:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for layer in changed:
+            del layer.forward
+
+
+@contextmanager
+def _embeddings_with_gradients(model: Any) -> Iterator[None]:
+    """Let gradients reach as far as the embeddings of tokens, whose weights themselves need none."""
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_(True))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class _GradientHooks:
@@ -71,23 +110,16 @@ class _GradientHooks:
         self.device = device
         self.hooks = [model.get_submodule(name).register_full_backward_hook(self._hook(name)) for name in names]
 
-    def result(self) -> dict[str, OutputGradient]:
+    def results(self) -> Iterator[tuple[str, OutputGradient]]:
+        """The gradients by name, each given away as soon as it is made; none that is zero or not finite."""
         for hook in self.hooks:
             hook.remove()
-        gradients_by_name = {name: self._gradient(name) for name in self.squared_norms}
-        return {name: gradient for name, gradient in gradients_by_name.items() if gradient is not None}
-
-    def _gradient(self, name: str) -> OutputGradient | None:
-        """Scaled to a mean of 1; None where the gradient is zero or not finite."""
-        if name not in self.hessians:
-            return None
-        hessian = self.hessians[name].mean.cpu()
-        size = float(hessian.diagonal().mean())
-        if not 0 < size < float("inf"):
-            return None
-        token_weights = torch.cat(self.squared_norms[name])
-        token_weights = token_weights.clamp(max=MAX_TOKEN_WEIGHT * float(token_weights.median()))
-        return OutputGradient(token_weights / token_weights.mean().clamp(min=1e-30), hessian / size)
+        for name, squared_norms in self.squared_norms.items():
+            if name in self.hessians:
+                gradient = _scaled(self.hessians.pop(name), torch.cat(squared_norms))
+                squared_norms.clear()
+                if gradient is not None:
+                    yield name, gradient
 
     def _hook(self, name: str) -> Callable[..., None]:
         def accumulate(_: Any, __: Any, gradients: tuple[torch.Tensor, ...]) -> None:
@@ -98,3 +130,13 @@ class _GradientHooks:
             self.hessians[name].add(flat)
 
         return accumulate
+
+
+def _scaled(accumulator: HessianAccumulator, token_weights: torch.Tensor) -> OutputGradient | None:
+    """Both with a mean of 1; None where the gradient is zero or not finite."""
+    hessian = accumulator.total.div_(max(accumulator.weight, 1e-30)).cpu()
+    size = float(hessian.diagonal().mean())
+    if not 0 < size < float("inf"):
+        return None
+    token_weights = token_weights.clamp(max=MAX_TOKEN_WEIGHT * float(token_weights.median()))
+    return OutputGradient(token_weights / token_weights.mean().clamp(min=1e-30), hessian.div_(size))

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,10 +19,12 @@ from typing import Any
 import torch
 
 from quantize import devices
+from quantize.files import require_space
 from quantize.formats import source_model
 from quantize.formats.bitsandbytes import checkpoint, packing
 from quantize.formats.bitsandbytes.modules import laid_out, matrix
 from quantize.methods.calibration import allocation, calibration_text
+from quantize.methods.calibration.footprint import Budget, output_hessian_bytes, require_memory
 from quantize.methods.calibration.gradients import OutputGradient, output_gradients
 from quantize.methods.calibration.hessian import CenteredHessianAccumulator
 from quantize.methods.calibration.layers import ActivationStream, DecoderLayers, check_walk, on_device
@@ -33,8 +36,9 @@ from quantize.methods.rounding.gptq import GptqOptions
 from quantize.methods.rounding.stored import compensated
 from quantize.records import CalibrationText, Checkout, Quantized, Recipe
 
-TOKENS_AT_ONCE = 4096
-"""Tokens that run through a decoder layer together."""
+TOKENS_AT_ONCE = {"cpu": 1024, "gpu": 4096}
+"""Tokens that run through a decoder layer together: a CPU gains nothing from more. The number does not depend on what
+memory is free, so that the same recipe always gives the same bytes."""
 MAX_OUTPUT_HESSIAN_BYTES = 4 << 30
 """For the output Hessians of all matrices; a model that needs more is rounded without them."""
 
@@ -58,7 +62,7 @@ class Ablation:
 class Plan:
     """How each matrix is to be rounded.
 
-    `gradients` of matrices and whole decoder layers, and `block_sizes` of matrices, by their names in the model.
+    `gradients` of one decoder layer and its matrices, and `block_sizes` of all matrices, by their names in the model.
     """
 
     recipe: Recipe
@@ -131,18 +135,23 @@ def _quantize_model(
     job: Job, options: CalibratedOptions, ablation: Ablation, dtype: str, finished: FinishedParts
 ) -> QuantizedModel:
     """Prepare text, gradients and block sizes on the whole model, then quantize layer after layer."""
-    device = job.device
-    model = _load_source(job.checkout, dtype, device)
+    device, budget = job.device, Budget.of(job.checkout.source.name, job.device)
+    tokens_at_once = TOKENS_AT_ONCE[devices.kind(device)]
+    model = _load_source(job.checkout, dtype, budget)
+    linear = checkpoint.quantized_names(job.checkout, job.recipe)
+    decoder = DecoderLayers.of(model, linear)
+    names = [name for name in linear if name.startswith(f"{decoder.path}.")]
+    by_gradient = _reads_gradients(job, options, ablation, model, decoder, names)
+    require_memory(budget, model, decoder, names, options, tokens_at_once, by_gradient)
     bfloat16 = next(model.parameters()).dtype == torch.float32 and _computes_bfloat16(device)
     model.to(device)
     tokens, record = finished.text(lambda: _calibration_text(job, options, model, bfloat16, ablation))
-    batch = math.gcd(len(tokens), max(1, TOKENS_AT_ONCE // tokens.shape[1]))
-    linear = checkpoint.quantized_names(job.checkout, job.recipe)
-    decoder = DecoderLayers.of(model, linear)
+    batch = math.gcd(len(tokens), max(1, tokens_at_once // tokens.shape[1]))
     check_walk(model, decoder, tokens, device, bfloat16)
     model.to(device)
-    names = [name for name in linear if name.startswith(f"{decoder.path}.")]
-    gradients = _gradients(job, options, ablation, model, decoder, names, tokens, batch, bfloat16)
+    if by_gradient and not finished.has_gradients:
+        require_space(finished.folder, output_hessian_bytes(model, names, len(decoder.layers)), "gradients")
+        finished.save_gradients(_gradients(job, options, model, decoder, names, tokens, batch, bfloat16))
     block_sizes = dict.fromkeys(names, ablation.gptq.block)
     if options.size_budget > 1:
         block_sizes = finished.allocation(
@@ -152,7 +161,7 @@ def _quantize_model(
         )
     model.to("cpu")
     devices.release(device)
-    plan = Plan(job.recipe, dtype, ablation, gradients, block_sizes)
+    plan = Plan(job.recipe, dtype, ablation, {}, block_sizes)
     with ExitStack() as streams:
         stream, *source_stream = [
             streams.enter_context(ActivationStream(model, decoder, tokens, device, batch, bfloat16))
@@ -161,29 +170,48 @@ def _quantize_model(
         layers = _quantize_layers(
             stream, source_stream[0] if source_stream else None, plan, options.epochs, finished, job
         )
+    finished.drop_gradients(len(decoder.layers))
     return QuantizedModel(layers, block_sizes, record)
+
+
+def _reads_gradients(
+    job: Job, options: CalibratedOptions, ablation: Ablation, model: Any, decoder: DecoderLayers, names: list[str]
+) -> bool:
+    """Whether the gradients are used, and are of a size that is worth while."""
+    if not (ablation.output_hessians or ablation.token_weights):
+        return False
+    layers = len(decoder.layers) if options.epochs else 0
+    if output_hessian_bytes(model, names, layers) <= MAX_OUTPUT_HESSIAN_BYTES:
+        return True
+    job.progress.note("output Hessians would take too much memory: each row is rounded on its own")
+    return False
 
 
 def _gradients(
     job: Job,
     options: CalibratedOptions,
-    ablation: Ablation,
     model: Any,
     decoder: DecoderLayers,
     names: list[str],
     tokens: torch.Tensor,
     batch: int,
     bfloat16: bool,
-) -> Mapping[str, OutputGradient]:
-    """Of the named matrices, and of whole decoder layers where rounding is learned; empty where they do not fit."""
-    if not (ablation.output_hessians or ablation.token_weights):
-        return {}
-    layers = [decoder.name(index) for index in range(len(decoder.layers)) if options.epochs]
-    if _output_hessian_bytes(model, names, len(layers)) > MAX_OUTPUT_HESSIAN_BYTES:
-        job.progress.note("output Hessians would take too much memory: each row is rounded on its own")
-        return {}
+) -> Iterator[tuple[int, dict[str, OutputGradient]]]:
+    """Of each layer's named matrices, and where rounding is learned of the layer itself, by their names."""
+    inside = {
+        index: [name for name in names if name.startswith(f"{decoder.name(index)}.")]
+        for index in range(len(decoder.layers))
+    }
+    layer_of = {name: index for index, matrices in inside.items() for name in matrices}
+    if options.epochs:
+        layer_of |= {decoder.name(index): index for index in inside}
+    ordered = sorted(layer_of, key=lambda name: layer_of[name])
     seed = options.calibration_seed
-    return output_gradients(model, [*names, *layers], tokens, job.device, batch, bfloat16, seed, job.progress)
+    gradients = output_gradients(
+        model, decoder.layers, ordered, tokens, job.device, batch, bfloat16, seed, job.progress
+    )
+    for index, group in itertools.groupby(gradients, key=lambda named: layer_of[named[0]]):
+        yield index, dict(group)
 
 
 def _quantize_layers(
@@ -209,7 +237,8 @@ def _quantize_layers(
                 if matrices or not plan.names(decoder.name(index)):
                     advance(1 + epochs)
                 else:
-                    matrices = _quantize_and_learn(stream, targets, index, plan, epochs, advance)
+                    of_layer = dataclasses.replace(plan, gradients=finished.gradients(index))
+                    matrices = _quantize_and_learn(stream, targets, index, of_layer, epochs, advance)
                     finished.save(index, matrices)
                 for name, quantized_matrix in matrices.items():
                     _replace(layer.get_submodule(name), quantized_matrix)
@@ -294,13 +323,15 @@ def _quantize_matrix(module: Any, name: str, inputs: CenteredHessianAccumulator,
     return QuantizedLayer(packed, None if bias is None else bias.to(stored))
 
 
-def _load_source(checkout: Checkout, dtype: str, device: str) -> Any:
+def _load_source(checkout: Checkout, dtype: str, budget: Budget) -> Any:
     """The source on the CPU: float32 where gradients are to be taken, else in the half precision of the package."""
     small = checkout.source.parameters * 4 <= MAX_OUTPUT_HESSIAN_BYTES
+    in_float32 = small or devices.kind(budget.device) == "cpu"
+    budget.require("loading weights", checkout.source.parameters * (4 if in_float32 else 2))
     model = source_model.load(
         checkout.folder,
         checkout.source.name,
-        dtype=torch.float32 if small or torch.device(device).type == "cpu" else getattr(torch, dtype),
+        dtype=torch.float32 if in_float32 else getattr(torch, dtype),
         trust_remote_code=checkout.source.remote_code,
     )
     return model.eval().requires_grad_(False)
@@ -323,12 +354,6 @@ def _replace(module: Any, layer: QuantizedLayer) -> None:
     module.weight.data = laid_out(module, layer.packed.weight())
     if layer.bias is not None:
         module.bias.data = layer.bias.to(module.bias)
-
-
-def _output_hessian_bytes(model: Any, names: list[str], layers: int) -> int:
-    """Of the named matrices and of so many whole decoder layers."""
-    widths = [len(matrix(model.get_submodule(name))) for name in names]
-    return sum(4 * width**2 for width in [*widths, *[model.config.get_text_config().hidden_size] * layers])
 
 
 def _computes_bfloat16(device: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from quantize.formats.bitsandbytes.checkpoint import BIAS
 from quantize.formats.bitsandbytes.packing import Packed
+from quantize.methods.calibration.gradients import OutputGradient
 from quantize.records import CalibrationText
 from quantize.resume import ResumeFolder
 from quantize.serialization import from_json, to_json
 
 TOKENS, NOTES, ALLOCATION = "tokens.safetensors", "tokens.json", "allocation.json"
+GRADIENTS = "gradients.json"
+"""Says that the gradients of all layers are there, or were before the layers were finished."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,31 @@ class FinishedParts(ResumeFolder):
         block_sizes: dict[str, int] = json.loads(file.read_text("utf-8"))
         return block_sizes
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether the gradients of all layers were read."""
+        return self.part(GRADIENTS) is not None
+
+    def save_gradients(self, layers: Iterable[tuple[int, Mapping[str, OutputGradient]]]) -> None:
+        """Keep gradients by the names of their modules, those of one layer after the other."""
+        for index, gradients in layers:
+            parts = {f"{name}|{part}": tensor for name, one in gradients.items() for part, tensor in vars(one).items()}
+            self._save(_gradients_file(index), parts)
+        self._write(GRADIENTS, "{}")
+
+    def gradients(self, index: int) -> dict[str, OutputGradient]:
+        """Those of a decoder layer by the names of their modules; empty where none were read."""
+        named = _by_name(self.part(_gradients_file(index)))
+        return {name: OutputGradient(**parts) for name, parts in named.items()}
+
+    def drop_gradients(self, layers: int) -> None:
+        """Give up what is as large as a model, when all `layers` are finished."""
+        self.drop(_gradients_file(index) for index in range(layers))
+
     def layer(self, index: int) -> dict[str, QuantizedLayer]:
         """The matrices of a decoder layer; empty where it is not finished."""
         file = self.part(_layer_file(index))
-        named: dict[str, dict[str, torch.Tensor]] = {}
-        for key, tensor in (load_file(file) if file else {}).items():
-            name, _, part = key.partition("|")
-            named.setdefault(name, {})[part] = tensor
-        return {name: QuantizedLayer.of(tensors) for name, tensors in named.items()}
+        return {name: QuantizedLayer.of(tensors) for name, tensors in _by_name(file).items()}
 
     def save(self, index: int, layers: Mapping[str, QuantizedLayer]) -> None:
         if layers and self.part(_layer_file(index)) is None:
@@ -80,3 +100,16 @@ class FinishedParts(ResumeFolder):
 
 def _layer_file(index: int) -> str:
     return f"layer-{index}.safetensors"
+
+
+def _gradients_file(index: int) -> str:
+    return f"gradients-{index}.safetensors"
+
+
+def _by_name(file: Path | None) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of a file by the module and the part that their names consist of; empty where there is none."""
+    named: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in (load_file(file) if file else {}).items():
+        name, _, part = key.partition("|")
+        named.setdefault(name, {})[part] = tensor
+    return named

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,8 @@ step, as compensation leaves them, can round up."""
 RELATIVE_EPSILON = 0.03
 """Adam's epsilon as a multiple of the gradients' initial root mean square: where gradients are small, variables
 hardly move."""
+TOKENS_A_STEP = 4096
+"""Of calibration text, whose gradients are added up for one step."""
 MAX_INITIAL_VALUE = 0.45
 """Of a rounding variable, so that each weight begins with the level that it has."""
 
@@ -107,34 +109,45 @@ def learn(
     decoder_layer = stream.decoder.layers[index]
     variables = [matrix.variables for matrix in rounding.values()]
 
-    def output_error(part: int) -> torch.Tensor:
-        weights = {
+    def rounded() -> dict[str, torch.Tensor]:
+        return {
             f"{name}.weight": laid_out(decoder_layer.get_submodule(name), matrix.values())
             for name, matrix in rounding.items()
         }
+
+    def output_error(part: int, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
         error = stream.output(index, part, weights).float() - targets[part].to(device).float()
         return (error * (error if output_hessian is None else error @ output_hessian)).mean()
 
     def total_error() -> float:
         with torch.no_grad():
-            return sum(float(output_error(part)) for part in range(len(targets)))
+            weights = rounded()
+            return sum(float(output_error(part, weights)) for part in range(len(targets)))
 
-    def gradients(part: int) -> tuple[torch.Tensor | None, ...]:
+    def gradients(parts: Sequence[int]) -> tuple[torch.Tensor | None, ...]:
         with torch.enable_grad():
-            return torch.autograd.grad(output_error(part) * loss_scale, variables, allow_unused=True)
+            weights = rounded()
+            leaves = {name: weight.detach().requires_grad_(True) for name, weight in weights.items()}
+            for part in parts:
+                torch.autograd.backward(output_error(part, leaves) * (loss_scale / len(parts)))
+            used = [name for name, leaf in leaves.items() if leaf.grad is not None]
+            ends, grads = [weights[name] for name in used], [leaves[name].grad for name in used]
+            return torch.autograd.grad(ends, variables, grads, allow_unused=True)
 
     before = total_error()
     mean = before / len(targets)
     loss_scale = math.sqrt(targets[0].numel()) / mean if mean > 0 else 0.0  # half precision loses smaller gradients
-    steps, gradient_size = epochs * len(targets), _root_mean_square(gradients(0))
+    steps = list(_steps(targets))
+    gradient_size = _root_mean_square(gradients(steps[0]))
     if not 0 < gradient_size < math.inf:
         advance(epochs)
         return dict(quantized)
-    optimizer = torch.optim.Adam(variables, 2 * MAX_MOVEMENT / steps, eps=RELATIVE_EPSILON * gradient_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    count = epochs * len(steps)
+    optimizer = torch.optim.Adam(variables, 2 * MAX_MOVEMENT / count, eps=RELATIVE_EPSILON * gradient_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, count)
     for _ in range(epochs):
-        for part in range(len(targets)):
-            for variable, gradient in zip(variables, gradients(part), strict=True):
+        for parts in steps:
+            for variable, gradient in zip(variables, gradients(parts), strict=True):
                 variable.grad = gradient
             optimizer.step()
             schedule.step()
@@ -147,6 +160,14 @@ def learn(
     return dict(quantized)
 
 
-def _root_mean_square(gradients: tuple[torch.Tensor | None, ...]) -> float:
-    every = torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
-    return float(every.square().mean().sqrt())
+def _steps(targets: Sequence[torch.Tensor]) -> Iterator[range]:
+    """Numbers of the micro-batches whose gradients make one step: together about TOKENS_A_STEP."""
+    tokens = targets[0].shape[0] * targets[0].shape[1]
+    size = math.gcd(len(targets), max(1, TOKENS_A_STEP // tokens))
+    return (range(first, first + size) for first in range(0, len(targets), size))
+
+
+def _root_mean_square(gradients: Sequence[torch.Tensor | None]) -> float:
+    every = [gradient for gradient in gradients if gradient is not None]
+    squares = sum(float(gradient.square().sum(dtype=torch.float64)) for gradient in every)
+    return math.sqrt(squares / max(1, sum(gradient.numel() for gradient in every)))

@@ -1,0 +1,84 @@
+"""What calibrating takes of memory, compared with what may be used before any of it is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from quantize import devices
+from quantize.errors import DeviceError
+from quantize.formats.bitsandbytes.modules import matrix
+from quantize.methods.calibration.calibration_text import CACHE_BYTES
+from quantize.methods.calibration.layers import DecoderLayers
+from quantize.methods.calibration.options import CalibratedOptions
+
+HOST, FLOAT = "cpu", 4
+SAVED = 3
+"""Times the inputs and outputs of a layer's matrices: what it keeps for its backward pass."""
+LEARNING = 9
+"""Times a layer's matrices: rounding variables, their steps and gradients, Adam's moments, copies."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that may be used on the host and on the device which computes, as they were before anything was loaded."""
+
+    model: str
+    device: str
+    host: int
+    on_device: int
+
+    @classmethod
+    def of(cls, model: str, device: str) -> Budget:
+        return cls(model, device, devices.usable_memory(HOST), devices.usable_memory(device))
+
+    def require(self, stage: str, host: int, on_device: int = 0) -> None:
+        """Raise DeviceError where a stage takes more than these bytes; a CPU's are the host's."""
+        needs = [(HOST, host, self.host), (self.device, on_device, self.on_device)]
+        if self.device == HOST:
+            needs = [(HOST, host + on_device, self.host)]
+        for place, needed, usable in needs:
+            if needed > usable:
+                raise DeviceError(
+                    f"{stage} for {self.model} takes about {needed / 1e9:.1f} GB of memory on {place}, where "
+                    f"{usable / 1e9:.1f} GB may be used: ask for fewer --calibration-windows, end other programs, or "
+                    f"choose --recipe rtn"
+                )
+
+
+def require_memory(
+    budget: Budget,
+    model: Any,
+    decoder: DecoderLayers,
+    names: list[str],
+    options: CalibratedOptions,
+    tokens_at_once: int,
+    gradients: bool,
+) -> None:
+    """Raise DeviceError where a stage takes more than the `budget`, which counts the loaded `model` as well.
+
+    Matrices `names` are quantized, and `tokens_at_once` run through the model together.
+    """
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    width, count = model.config.get_text_config().hidden_size, len(decoder.layers)
+    tokens = options.calibration_windows * options.calibration_length
+    shapes = [matrix(model.get_submodule(name)).shape for name in names if name.startswith(f"{decoder.name(0)}.")]
+    layer = FLOAT * sum(rows * inputs for rows, inputs in shapes)
+    kept = FLOAT * SAVED * tokens_at_once * sum(rows + inputs for rows, inputs in shapes)
+    on_host, on_device = (weights, 0) if budget.device == HOST else (0, weights)
+    budget.require("writing calibration text", on_host, on_device + CACHE_BYTES[devices.kind(budget.device)])
+    if gradients:
+        hessians = output_hessian_bytes(model, names, count if options.epochs else 0)
+        entering = FLOAT * tokens_at_once * width * count
+        budget.require(
+            "reading gradients", on_host + FLOAT * tokens * len(names), on_device + hessians + kept + entering
+        )
+    streams = FLOAT * tokens * width * (2 if options.epochs else 1)
+    budget.require("choosing codes and scales", weights + streams, kept + LEARNING * layer)
+
+
+def output_hessian_bytes(model: Any, names: Iterable[str], layers: int) -> int:
+    """Of the named matrices and of so many whole decoder layers."""
+    widths = [len(matrix(model.get_submodule(name))) for name in names]
+    return sum(FLOAT * width**2 for width in [*widths, *[model.config.get_text_config().hidden_size] * layers])

@@ -1,0 +1,226 @@
+"""Recipe search: which candidate stays, and that an attempt which fails never takes a finished one with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantize import methods, package, pipeline, search, source
+from quantize.errors import CorpusError, CorruptModel, DeviceError, StorageError, UnsupportedModel
+from quantize.evidence import Estimate, Evidence
+from quantize.formats.bitsandbytes import checkpoint
+from quantize.grades import GRADES
+from quantize.methods.calibration import quantizer
+from quantize.parity import gate, models
+from quantize.progress import Silent
+from quantize.records import EvaluationSettings, Quantized, Recipe
+from quantize.search import Candidate
+from tests.conftest import POCKET, QUICK, Outcome
+
+AUTO = methods.recipe_of({"name": "auto", "calibration_windows": 8, "calibration_length": 32})
+HARD = dataclasses.replace(AUTO, target_grade="lossless")
+WEIGHTS = "model.safetensors"
+
+
+def candidate(base: package.Package, ratio: float, high: float, kld: float, size: float = 1.0) -> Candidate:
+    """A candidate whose figures are these, in files of `size` times the bytes of the package `base`."""
+    evidence = base.evidence
+    assert evidence.scores is not None
+    scores = dataclasses.replace(
+        evidence.scores,
+        perplexity_ratio=Estimate(ratio, 0.99, high),
+        kld=dataclasses.replace(evidence.scores.kld, mean=Estimate(kld, kld, 1.01 * kld)),
+    )
+    sizes = dataclasses.replace(evidence.sizes, package_bytes=round(size * 1_000_000))
+    verdict = gate(evidence.checks, scores, evidence.verdict.required)
+    evidence = dataclasses.replace(evidence, scores=scores, sizes=sizes, verdict=verdict, look_plan=None)
+    return Candidate(base.folder, base.provenance.recipe, base.provenance.quantized, evidence, ())
+
+
+@pytest.fixture(scope="module")
+def base(finished: Path) -> package.Package:
+    return package.open_package(finished)
+
+
+@pytest.mark.parametrize("required", ["parity", "good", "degraded"])
+def test_figures_that_disagree(base: package.Package, required: str) -> None:
+    """The smaller divergence decides only among equal grades."""
+    parity, good = candidate(base, 1.003, 1.008, 0.0122), candidate(base, 1.014, 1.022, 0.0120)
+    assert search.preferred([parity, good], required) is parity
+    assert search.preferred([good, parity], required) is parity
+    nearer = candidate(base, 1.004, 1.009, 0.0100)
+    assert search.preferred([parity, good, nearer], required) is nearer
+
+
+def test_size_counts_before_divergence_unless_it_is_about_the_same(base: package.Package) -> None:
+    plain, larger = candidate(base, 1.003, 1.008, 0.015), candidate(base, 1.003, 1.008, 0.010, size=1.1)
+    assert search.preferred([larger, plain], "parity") is plain
+    headers = candidate(base, 1.003, 1.008, 0.010, size=1.0009)
+    assert search.preferred([plain, headers], "parity") is headers
+    assert search.preferred([plain, candidate(base, 1.0, 1.001, 0.001, size=1.1)], "parity") is not plain
+
+
+FIGURES = st.tuples(st.floats(1.0, 1.1), st.floats(0.001, 0.2), st.floats(0.9, 1.2))
+
+
+@given(st.lists(FIGURES, min_size=1, max_size=3), st.sampled_from(GRADES[:-1]))
+def test_nothing_that_passes_is_left_for_what_does_not(
+    base: package.Package, figures: list[tuple[float, float, float]], required: str
+) -> None:
+    candidates = [candidate(base, 1.0, ratio, kld, size) for ratio, kld, size in figures]
+    best = search.preferred(candidates, required)
+    passed = [gate(one.evidence.checks, one.evidence.scores, required).passed for one in candidates]
+    assert passed[candidates.index(best)] == any(passed)
+    grades = [GRADES.index(one.evidence.verdict.grade) for one in candidates]
+    assert grades[candidates.index(best)] == min(grades)
+    divergences = {
+        search._divergence(search.preferred([*rest], required).evidence) for rest in itertools.permutations(candidates)
+    }
+    assert divergences == {search._divergence(best.evidence)}
+
+
+class Attempts:
+    """Stands for the methods and the measurement: attempts get better, but for the one that fails at some stage."""
+
+    def __init__(self, base: package.Package, number: int, stage: str, error: BaseException) -> None:
+        self.base, self.number, self.stage, self.error = base, number, stage, error
+        self.begun: list[int] = []
+
+    def quantize(self, job: methods.Job) -> Quantized:
+        self.begun.append(int(job.output.name))
+        (job.output / "model.safetensors.part").touch()
+        self.fail("quantize")
+        (job.output / "model.safetensors.part").unlink()
+        (job.output / WEIGHTS).write_text(job.output.name)
+        return self.base.provenance.quantized
+
+    def measure(
+        self, folder: Path, recipe: Recipe, quantized: Quantized, settings: EvaluationSettings, planned: int
+    ) -> Evidence:
+        self.fail("measure")
+        return candidate(self.base, 1.006, 1.009, 0.01 / (1 + int(folder.name))).evidence
+
+    def fail(self, stage: str) -> None:
+        if (self.begun[-1], stage) == (self.number, self.stage):
+            raise self.error
+
+
+KNOWN = [
+    DeviceError("out of memory while measuring: end other programs"),
+    UnsupportedModel("the model is not a sequence of decoder layers"),
+    CorpusError("half of the windows repeat the corpus"),
+    CorruptModel("w holds NaN"),
+    StorageError("no space left while writing /srv/private/out.building/attempts/1; nothing was left half done there"),
+    OSError(28, "No space left on device"),
+]
+
+
+def searched(attempts: Attempts, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Candidate:
+    monkeypatch.setattr(methods, "quantize", attempts.quantize)
+    checkout = source.fetch(str(POCKET), revision=None, trust_remote_code=False, progress=Silent())
+    (folder / "staging").mkdir()
+    job = methods.Job(checkout, folder / "staging", HARD, "cpu", Silent(), "", folder / "unfinished")
+    return search.build(job, QUICK, attempts.measure)
+
+
+@pytest.mark.parametrize("error", KNOWN, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("stage", ["quantize", "measure"])
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_known_failure_in_each_stage(
+    base: package.Package, number: int, stage: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the first attempt it ends the run; of a later one it is noted, and the best of the others stays."""
+    attempts = Attempts(base, number, stage, error)
+    if number == 0:
+        with pytest.raises(StorageError if isinstance(error, OSError) else type(error)):
+            searched(attempts, tmp_path, monkeypatch)
+        return
+    best = searched(attempts, tmp_path, monkeypatch)
+    assert attempts.begun == [0, 1, 2] and best.bug is None
+    kept = 1 if number == 2 else 2
+    assert (best.folder / WEIGHTS).read_text() == str(kept)
+    listed = best.evidence.attempts
+    assert [one.chosen for one in listed] == [index == kept for index in range(3)]
+    assert [bool(one.failure) for one in listed] == [index == number for index in range(3)]
+    assert "/srv" not in listed[number].failure and listed[number].grade == "unmeasured"
+    assert {path.name for path in best.folder.iterdir()} >= {WEIGHTS, "tokenizer.json"}
+    assert not list(tmp_path.rglob("*.part")) and not (best.folder / search.ATTEMPTS).exists()
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_unforeseen_error_ends_the_search_but_loses_nothing(
+    base: package.Package, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bug = ZeroDivisionError("division by zero")
+    best = searched(Attempts(base, number, "measure", bug), tmp_path, monkeypatch)
+    assert best.bug is bug and (best.folder / WEIGHTS).read_text() == str(number - 1)
+    assert [one.failure for one in best.evidence.attempts] == [*[""] * number, "ZeroDivisionError: division by zero"]
+
+
+def test_an_interruption_ends_the_run(base: package.Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        searched(Attempts(base, 1, "quantize", KeyboardInterrupt()), tmp_path, monkeypatch)
+
+
+STAGES = {"gradients": (quantizer, "output_gradients"), "loading": (models, "_load"), "writing": (checkpoint, "write")}
+
+
+@pytest.mark.parametrize(
+    "stage", ["gradients", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("loading", "writing"))]
+)
+def test_memory_that_runs_out_in_a_later_attempt(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Outcome]
+) -> None:
+    """The first package, which passed, is delivered; terminal and card say why there is no second."""
+    module, name = STAGES[stage]
+    own, resumed = getattr(module, name), tmp_path / "out.unfinished" / "1"
+
+    def failing(*arguments: object, **options: object) -> object:
+        if resumed.exists():
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+        return own(*arguments, **options)
+
+    monkeypatch.setattr(module, name, failing)
+    shape = ("--calibration-windows", "8", "--calibration-length", "32", "--target", "lossless")
+    quick = ("--max-windows", "16", "--new-tokens", "4", "--require", "degraded", "--device", "cpu")
+    ended = command("run", POCKET, "-o", tmp_path / "out", *shape, *quick)
+    assert ended.code == 0 and "Traceback" not in ended.err, ended.err
+    assert "not made: calibrated: out of memory while " in ended.err
+    opened = package.open_package(tmp_path / "out")
+    assert opened.provenance.recipe.name == "rtn" and [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert all(one.failure.startswith("out of memory while ") for one in opened.evidence.attempts[1:])
+    assert "not made: out of memory while " in (tmp_path / "out" / "README.md").read_text("utf-8")
+
+
+def test_memory_that_runs_out_in_the_first_attempt_is_a_known_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Outcome]
+) -> None:
+    def failing(*_: object, **__: object) -> object:
+        raise MemoryError
+
+    monkeypatch.setattr(checkpoint, "write", failing)
+    ended = command("run", POCKET, "-o", tmp_path / "out", "--recipe", "rtn", "--device", "cpu")
+    assert ended.code == 1 and "out of memory while quantizing pocket-gpt2" in ended.err.splitlines()[-1]
+    assert "Traceback" not in ended.err
+
+
+def test_a_bug_in_a_later_attempt_keeps_its_traceback_after_the_package_is_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object, **__: object) -> object:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(quantizer, "output_gradients", failing)
+    request = pipeline.RunRequest(str(POCKET), output=tmp_path / "out", recipe=HARD, settings=QUICK, device="cpu")
+    with pytest.raises(ZeroDivisionError):
+        pipeline.run(request, Silent())
+    opened = package.open_package(tmp_path / "out")
+    package.require_unchanged(opened)
+    assert opened.evidence.attempts[1].failure == "ZeroDivisionError"
+    assert not pipeline.run(request, Silent()).created
