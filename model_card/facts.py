@@ -106,7 +106,7 @@ class CardFacts:
     blocks of 32 weights; `half_precision_modules` of the kept ones are kept for the sake of accuracy. `unused_tensors`
     are layers of the source's files that its model has no place for, each with its number of tensors. A `chat` model
     has a chat template, which its prompts went through; `chat_ratio` and `chat_kld` are those of `chat_windows` in it.
-    CPUs with AVX-512 misread as many layers as `misread_on_cpu`.
+    CPUs with AVX-512 misread as many layers as `misread_on_cpu`. `copied_files` are the same bytes as the original's.
     """
 
     publisher: CardPublisher | None
@@ -130,6 +130,7 @@ class CardFacts:
     quantized_modules: int
     block_32_modules: int
     half_precision_modules: int
+    copied_files: tuple[str, ...]
     kept_modules: tuple[str, ...]
     unused_tensors: tuple[tuple[str, int], ...]
     source_bytes: int

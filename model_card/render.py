@@ -113,6 +113,7 @@ def _environment(finalize: Callable[[Any], Any] | None = None) -> jinja2.Environ
     )
     environment.filters.update(
         interval=_interval,
+        interval_in_nats=_interval_in_nats,
         percent=_percent,
         megabytes=_megabytes,
         nats=nats,
@@ -130,6 +131,10 @@ def _environment(finalize: Callable[[Any], Any] | None = None) -> jinja2.Environ
 
 def _interval(estimate: Interval, digits: int = 4) -> str:
     return f"{estimate.low:.{digits}f} to {estimate.high:.{digits}f}"
+
+
+def _interval_in_nats(estimate: Interval) -> str:
+    return f"{nats(estimate.low)} to {nats(estimate.high)}"
 
 
 def _percent(share: float, digits: int = 1) -> str:

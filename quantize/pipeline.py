@@ -386,7 +386,8 @@ def _document(
 ) -> Package:
     """Write figures and card beside weights and evidence, and seal all with hashes; `path` is the template's."""
     folder = measured.folder
-    provenance = dataclasses.replace(_with_template(measured.provenance, template), source_card=source_card)
+    provenance = _with_template(measured.provenance, template)
+    provenance = dataclasses.replace(provenance, source_card=source_card, files=hashes)
     figures.draw(measured.evidence, folder / files.FIGURES)
     facts = card.facts(provenance, measured.evidence, source_card, card.figure_names(folder))
     package.write_card(folder, _rendered(facts, template, path))

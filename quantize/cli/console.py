@@ -198,13 +198,18 @@ def _scores_table(evidence: Evidence) -> Table:
         f"{ratio_limit}",
         _mark(ratio, ratio_limit),
     )
-    table.add_row("mean KLD (nats)", "0", nats(kld.value), _range(kld), f"{kld_limit}", _mark(kld, kld_limit))
+    table.add_row("mean KLD (nats)", "0", nats(kld.value), _range_in_nats(kld), f"{kld_limit}", _mark(kld, kld_limit))
     if (framing := evidence.chat_framing) is not None:
         ratio, kld = framing.scores.perplexity_ratio, framing.scores.kld.mean
         values = ("1", f"{ratio.value:.4f}", _range(ratio), f"{ratio_limit}", _mark(ratio, ratio_limit))
         table.add_row("  in the chat template: ratio", *values)
         table.add_row(
-            "  in the chat template: KLD", "0", nats(kld.value), _range(kld), f"{kld_limit}", _mark(kld, kld_limit)
+            "  in the chat template: KLD",
+            "0",
+            nats(kld.value),
+            _range_in_nats(kld),
+            f"{kld_limit}",
+            _mark(kld, kld_limit),
         )
     table.add_row("same most likely token", "1", f"{top.value:.4f}", _range(top) + own)
     table.add_row("RMS change of p(token)", "0", f"{scores.delta_p_rms.value:.4f}", _range(scores.delta_p_rms) + own)
@@ -214,13 +219,14 @@ def _scores_table(evidence: Evidence) -> Table:
             continue
         ratio, kld = control.perplexity_ratio, control.kld
         table.add_row(f"  {control.name}: ratio", "1", f"{ratio.value:.4f}", _range(ratio))
-        table.add_row(f"  {control.name}: KLD", "0", nats(kld.value), _range(kld), control.grade)
+        table.add_row(f"  {control.name} ({control.grade}): KLD", "0", nats(kld.value), _range_in_nats(kld))
     for figure in evidence.standard_perplexities:
         table.add_row(figure.name, _number(figure.reference), _number(figure.candidate))
     if evidence.reference_cache is not None:
         table.add_row("  reference cache: KLD", "0", nats(evidence.reference_cache.mean_kld))
     if generation is not None:
-        table.add_row("same first 16 tokens, greedy", "1", f"{generation.identical_at_16:.2f}")
+        if generation.new_tokens >= 16:
+            table.add_row("same first 16 tokens, greedy", "1", f"{generation.identical_at_16:.2f}")
         table.add_row("same next token, with KV cache", "1", f"{generation.cached_agreement:.4f}")
     return table
 
@@ -244,6 +250,10 @@ def _number(value: float | None) -> str:
 
 def _range(estimate: Estimate, digits: int = 4) -> str:
     return f"{estimate.low:.{digits}f} .. {estimate.high:.{digits}f}"
+
+
+def _range_in_nats(estimate: Estimate) -> str:
+    return f"{nats(estimate.low)} .. {nats(estimate.high)}"
 
 
 def _mark(estimate: Estimate, limit: float) -> str:

@@ -69,6 +69,7 @@ def facts(
         block_32_modules=len(quantized.block_32_modules),
         half_precision_modules=len(quantized.half_precision_modules),
         kept_modules=_summarized(quantized.kept_modules),
+        copied_files=_copied(provenance),
         unused_tensors=tuple(grouped(evidence.unused_tensors).items()),
         source_bytes=evidence.sizes.source_bytes,
         package_bytes=evidence.sizes.package_bytes,
@@ -181,6 +182,12 @@ def _attempt(attempt: Attempt) -> CardAttempt:
         chosen=attempt.chosen,
         failure=attempt.failure,
     )
+
+
+def _copied(provenance: Provenance) -> tuple[str, ...]:
+    """The files that a package holds byte for byte as its source does."""
+    held = {(file.path, file.sha256) for file in provenance.files}
+    return tuple(file.path for file in provenance.source.files if (file.path, file.sha256) in held)
 
 
 def _summarized(modules: tuple[str, ...]) -> tuple[str, ...]:

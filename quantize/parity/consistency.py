@@ -88,7 +88,7 @@ def _verdict(evidence: Evidence, settings: EvaluationSettings) -> Iterator[str]:
     if evidence.verdict.required != settings.require:
         yield f"it is judged by {evidence.verdict.required}, and {settings.require} was asked for"
     again = judged(evidence, settings.require)
-    for name in ("scores", "looks", "verdict"):
+    for name in ("scores", "looks", "chat_framing", "verdict"):
         if not _same(getattr(again, name), getattr(evidence, name)):
             yield f"{name} do not follow from the recorded figures and checks"
 

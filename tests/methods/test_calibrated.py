@@ -19,11 +19,12 @@ from quantize.methods import calibrated
 from quantize.methods.calibration import calibration_text, quantizer, static_cache
 from quantize.methods.calibration.hessian import CenteredHessianAccumulator
 from quantize.methods.calibration.options import CalibratedOptions
+from quantize.methods.calibration.resume import FinishedParts
 from quantize.package import Package
 from quantize.package.card import facts
 from quantize.parity import corpus_text
 from quantize.progress import Silent
-from quantize.records import CalibrationText, Checkout, EvaluationSettings, Recipe
+from quantize.records import CalibrationText, Checkout, EvaluationSettings, Quantized, Recipe
 from quantize.resume import ResumeFolder
 from tests.conftest import POCKET
 from tests.hub import Fault, LoopbackHub
@@ -122,6 +123,44 @@ def test_work_of_another_recipe_is_not_taken_up(tmp_path: Path) -> None:
         work = ResumeFolder.begin(tmp_path / "work", {"source": checkout.source.fingerprint(), "recipe": recipe})
         assert [path.name for path in work.folder.iterdir()] == ["parts.json"]
         (work.folder / "layer-0.safetensors").touch()
+
+
+def test_damaged_parts_are_made_again_with_all_that_came_of_them(tmp_path: Path) -> None:
+    prepared = torch.arange(8).view(2, 4), CalibrationText("self", 0, 2, 4, 0, "5eed")
+    calls: list[str] = []
+
+    def prepare() -> tuple[torch.Tensor, CalibrationText]:
+        calls.append("text")
+        return prepared
+
+    def allocate() -> dict[str, int]:
+        calls.append("allocation")
+        return {"h.0": 64}
+
+    def parts() -> FinishedParts:
+        """As a run would go through them."""
+        finished = FinishedParts.begin(tmp_path / "work", {"recipe": LITTLE})
+        tokens, record = finished.text(prepare)
+        assert torch.equal(tokens, prepared[0]) and record == prepared[1]
+        assert finished.allocation(allocate) == {"h.0": 64}
+        return finished
+
+    parts()
+    parts()
+    assert calls == ["text", "allocation"]
+    for name in ("tokens.safetensors", "tokens.json", "allocation.json"):
+        calls.clear()
+        (tmp_path / "work" / name).write_bytes(b"")
+        assert set(parts().hashes) == {"tokens.safetensors", "tokens.json", "allocation.json"}
+        assert calls == (["allocation"] if name == "allocation.json" else ["text", "allocation"])
+
+
+def test_another_content_of_the_calibration_text_is_another_work(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    asked = CalibratedOptions(calibration=str(file))
+    hashes = [calibration_text.content_hash(asked) for content in ("one", "two", "one") if file.write_text(content)]
+    assert hashes[0] == hashes[2] != hashes[1]
+    assert calibration_text.content_hash(CalibratedOptions()) is None
 
 
 @pytest.mark.slow
@@ -327,7 +366,13 @@ def test_calibration_text_of_a_hub_data_set(tmp_path: Path, monkeypatch: pytest.
         hub.inject(Fault("GET", "part/a.txt", status=503))
         recipe = methods.replace(LITTLE, calibration="org/texts:part/a.txt")
         tokens, record = prepared(recipe, "")
+        with pytest.raises(CorpusError, match=r"of the calibration text a\.txt is in the corpus"):
+            prepared(recipe, text.upper())
+        commit = hub.log("org/texts", repo_type="dataset")[0].sha
     assert tokens.shape == (16, 128) and record.source == "a.txt"
+    assert (record.repo_id, record.commit) == ("org/texts", commit)
+    quantized = Quantized((), (), "float16", "cpu", 0.0, record)
+    assert f"of a.txt (data set org/texts at commit {commit})" in calibrated.describe(recipe, quantized)
 
 
 def test_the_hessian_of_inputs_far_from_zero_keeps_its_digits() -> None:

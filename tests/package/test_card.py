@@ -211,6 +211,31 @@ def test_comparisons_and_origin_on_the_card_are_the_records() -> None:
         assert f"{100 * share:.1f} %" in card
 
 
+@pytest.mark.parametrize(("new_tokens", "compared"), [(4, ()), (16, (16,)), (31, (16,)), (32, (16, 32))])
+def test_only_as_many_tokens_are_compared_as_were_made(new_tokens: int, compared: tuple[int, ...]) -> None:
+    card = model_card.render(dataclasses.replace(full_facts(), new_tokens=new_tokens))
+    assert tuple(int(number) for number in re.findall(r"the same first (\d+)", card)) == compared
+    assert (f"by {new_tokens} tokens" in card) == (not compared)
+
+
+def test_small_divergences_keep_their_digits() -> None:
+    kld = model_card.Interval(2.34e-5, 1.12e-5, 3.46e-5)
+    assert cells(model_card.render(dataclasses.replace(full_facts(), kld=kld)), "mean KL")[2:4] == [
+        *("2.3e-05", "1.1e-05 to 3.5e-05"),
+    ]
+
+
+def test_copies_of_the_originals_files_are_those_with_its_hashes(finished: Path) -> None:
+    card = (finished / "README.md").read_text()
+    line = next(line for line in card.splitlines() if "Byte-for-byte copies" in line)
+    named = re.findall(r"`([^`]+)`", line.split("Byte-for-byte copies")[1])
+    same = [path.name for path in POCKET.iterdir() if (finished / path.name).is_file() and path.name != "README.md"]
+    assert sorted(named) == sorted(n for n in same if (finished / n).read_bytes() == (POCKET / n).read_bytes())
+    assert "tokenizer.json" in named and "config.json" not in named
+    facts = dataclasses.replace(full_facts(), copied_files=())
+    assert "Byte-for-byte" not in model_card.render(facts)
+
+
 def run_snippets(folder: Path) -> tuple[str, str]:
     """What the card's uses print, and its check of the hashes, each run as a reader would."""
     card = (folder / "README.md").read_text().split("## Original model")[0]
