@@ -387,7 +387,7 @@ def _document(
     """Write figures and card beside weights and evidence, and seal all with hashes; `path` is the template's."""
     folder = measured.folder
     provenance = _with_template(measured.provenance, template)
-    provenance = dataclasses.replace(provenance, source_card=source_card, files=hashes)
+    provenance = dataclasses.replace(provenance, source_card=source_card, files=hashes or provenance.files)
     figures.draw(measured.evidence, folder / files.FIGURES)
     facts = card.facts(provenance, measured.evidence, source_card, card.figure_names(folder))
     package.write_card(folder, _rendered(facts, template, path))
