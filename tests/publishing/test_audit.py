@@ -211,7 +211,6 @@ def original_s_card(forged: Forged) -> None:
 
 def generated_texts(forged: Forged) -> None:
     forged.parity["generation"]["identical_at_16"] = 0.125
-    forged.card(r"the same first 16 tokens for \d+ %", "the same first 16 tokens for 12 %")
 
 
 def generated_tokens(forged: Forged) -> None:
