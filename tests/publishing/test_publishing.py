@@ -36,7 +36,7 @@ def altered(folder: Path, name: str) -> Path:
     from quantize import package
 
     other = Path(shutil.copytree(folder / NAME, folder / name))
-    (other / "LICENSE").write_text(f"of {name}")
+    (other / "EXTRA.txt").write_text(f"of {name}")
     package.seal(other, package.open_package(other).provenance)
     return other
 
