@@ -120,9 +120,10 @@ def _misconfigured(configured: ExpectedConfig, quantized: Quantized) -> Iterator
 
 
 def _other_types(settings: Mapping[str, Any], quantized: Quantized) -> Iterator[str]:
+    own = settings[QUANTIZATION_KEY]
     stated = {
         "dtype": settings.get("dtype", settings.get("torch_dtype")),
-        "bnb_4bit_compute_dtype": settings[QUANTIZATION_KEY].get("bnb_4bit_compute_dtype"),
+        "bnb_4bit_compute_dtype": own.get("bnb_4bit_compute_dtype") if own.get("load_in_4bit") else None,
     }
     for key, dtype in stated.items():
         if dtype not in (None, quantized.dtype):
