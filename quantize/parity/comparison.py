@@ -90,7 +90,7 @@ def compare(
     text: corpus.Corpus,
     settings: EvaluationSettings,
     progress: Progress,
-    controls: Mapping[str, Path],
+    controls: Mapping[str, Path | str],
     reference_cache: Path | None,
     attempts: int,
 ) -> Measurements:
@@ -171,7 +171,8 @@ def _chat_framing(
     file = reference_cache and reference_cache.with_name(f"{reference_cache.name}.chat")
     cache = _open_cache(file, pair, record, settings, progress) if file else None
     plan = sequential.plan(len(windows), settings.require, full=settings.full, attempts=attempts)
-    scores = _score(_Comparison(pair, settings, progress, cache), windows, record.prefix, plan)
+    comparison = _Comparison(pair, settings, progress, cache)
+    scores = _score(comparison, windows, record.prefix, plan, " in the chat template")
     if scores is None:
         return None, Check(CHAT_FRAMING, False, "a model's outputs overflow to NaN or infinity in the chat template")
     scored = dataclasses.replace(record, scored=len(scores.window_figures.kld))
@@ -192,13 +193,16 @@ def _open_cache(
     return ReferenceCache(path, contents, lambda: pair.placed_reference.dtype, progress.note)
 
 
-def _score(comparison: _Comparison, windows: torch.Tensor, prefix: int, plan: LookPlan) -> Scores | None:
+def _score(
+    comparison: _Comparison, windows: torch.Tensor, prefix: int, plan: LookPlan, where: str = ""
+) -> Scores | None:
     """Score windows until the verdict is certain, or all of them; no scores where a model's logits hold NaN."""
     pair, settings = comparison.pair, comparison.settings
     count, window = windows.shape
     tokens: scoring.TokenScores | None = None
     figures, start = WindowFigures(), 0
-    with comparison.progress.task(f"scoring up to {count} windows of {window} tokens", count, "windows") as advance:
+    title = f"scoring up to {count} windows of {window} tokens{where}"
+    with comparison.progress.task(title, count, "windows") as advance:
         for stop in sequential.stops(plan):
             reference = comparison.reference_logits(windows[: stop.windows])
             more = scoring.score(reference, pair.candidate, windows[start : stop.windows], pair.device, advance, start)
@@ -214,13 +218,16 @@ def _score(comparison: _Comparison, windows: torch.Tensor, prefix: int, plan: Lo
 
 
 def _controls(
-    comparison: _Comparison, versions: Mapping[str, Path], windows: torch.Tensor, prefix: int
+    comparison: _Comparison, versions: Mapping[str, Path | str], windows: torch.Tensor, prefix: int
 ) -> tuple[Control, ...]:
     """Score other versions of the source on the same windows; only float16 is computed in its own type on a CPU."""
     pair, settings = comparison.pair, comparison.settings
     half = {FLOAT16: pair.checkout.folder} if settings.controls else {}
     controls = []
     for name, folder in {**half, **versions}.items():
+        if isinstance(folder, str):
+            controls.append(Control(name, 0, None, None, None, GRADES[-1], folder))
+            continue
         reference = comparison.reference_logits(windows)
         model = pair.another(folder, dtype="float16" if name == FLOAT16 else None)
         with comparison.progress.task(f"control {name}", len(windows), "windows") as advance:
