@@ -139,16 +139,24 @@ def push(
     *,
     verify_download: bool = False,
     device: str = "auto",
+    corpus: str | None = None,
+    against: str | None = None,
+    card_template: Path | None = None,
 ) -> Receipt:
-    """Publish the package in `folder` in one commit, if it passed and is unchanged since.
+    """Publish the package in `folder` in one commit, if it passed and nothing in it contradicts its evidence.
 
-    `verify_download` then fetches it into an empty cache, hashes it, loads it on `device` and scores a sample. The
-    token comes from the environment variable HF_TOKEN or from `hf auth login`. Raises ParityRefused, PublishError and
-    other kinds of QuantizeError.
+    `verify_download` then fetches it into an empty cache, hashes it, loads it on `device`, and scores some of the
+    recorded windows again; `corpus` and `against` say where a text of your own and an original in a folder lie. The
+    card is rendered under the repo's name, from `card_template` where the package's was. The token comes from the
+    environment variable HF_TOKEN or from `hf auth login`. Raises ParityRefused, PackageError, PublishError and other
+    kinds of QuantizeError.
     """
     from quantize import publishing
 
-    return publishing.push(folder, destination, progress or _silent(), verify_download=verify_download, device=device)
+    verification = publishing.Verification(device, corpus, against) if verify_download else None
+    return publishing.push(
+        folder, destination, progress or _silent(), verification=verification, card_template=card_template
+    )
 
 
 def sync(request: SyncRequest, progress: Progress | None = None) -> SyncReport:

@@ -359,7 +359,7 @@ SETTINGS = (
         CORPUS_TEXT,
         "Text to compare on: builtin, wikitext-2 (from the Hub, needs the extra wikitext) or a text file.",
         EvaluationSettings,
-        _MEASURED,
+        (*_MEASURED, PUSH),
     ),
     Option(
         "--window",
@@ -422,7 +422,7 @@ OUTCOME = (
         "against",
         Text("MODEL"),
         "The original model: a Hub id or a folder. Required if the package does not name it.",
-        commands=(VERIFY, CARD),
+        commands=(VERIFY, CARD, PUSH),
     ),
     Option("--figures", "figures", Folder(), "Write the figures to this folder.", commands=(VERIFY,)),
     Option(
@@ -430,7 +430,7 @@ OUTCOME = (
         "card_template",
         File(),
         "A Jinja template for the card's text, instead of the default one.",
-        commands=(RUN, CARD),
+        commands=(RUN, CARD, PUSH),
     ),
     Option("--facts", "facts", Flag(), "Print the variables of a template as JSON; change nothing.", commands=(CARD,)),
     Option("--preview", "preview", Flag(), "Also show the card in the terminal.", commands=(CARD,)),
@@ -478,7 +478,8 @@ PUBLISHING = (
         "--verify-download",
         "verify_download",
         Flag(),
-        "Download what was published to an empty cache, check its hashes, load it and score a sample.",
+        "Download what was published to an empty cache, check its hashes, load it, and score a sample of the recorded "
+        "windows again.",
         commands=(RUN, PUSH, SYNC),
     ),
     Option(

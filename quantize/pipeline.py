@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -194,17 +195,31 @@ def rewrite_card(request: CardRequest) -> Package:
     with storage_errors(request.folder):
         if name.endswith(package.UNDOCUMENTED):
             figures.draw(opened.evidence, request.folder / files.FIGURES)
-        package.write_card(request.folder, rendered_card(opened, request.against, request.template))
         rest = tuple(file for file in opened.provenance.files if file.path != files.CARD)
-        sealed = dataclasses.replace(opened, provenance=package.seal(request.folder, opened.provenance, rest))
+        rendered = rendered_card(opened, request.against, request.template)
+        package.write_card(request.folder, rendered.text)
+        sealed = dataclasses.replace(opened, provenance=package.seal(request.folder, rendered.provenance, rest))
         if name.endswith(package.UNDOCUMENTED):
             return _in_place(sealed, request.folder.resolve().with_name(name.removesuffix(package.UNDOCUMENTED)))
     return sealed
 
 
-def rendered_card(opened: Package, against: str | None, template: Path | None) -> str:
-    """The text of a package's card as it would be written now."""
-    return _rendered(_facts(opened, against), _read_template(template), template)
+@dataclass(frozen=True)
+class RenderedCard:
+    """A package's card, and the package's record with it."""
+
+    text: str
+    provenance: Provenance
+
+
+def rendered_card(opened: Package, against: str | None, template: Path | None) -> RenderedCard:
+    """A package's card as it would be written now."""
+    source_text = _source_card(opened.provenance, against)
+    provenance = dataclasses.replace(
+        _with_template(opened.provenance, _read_template(template)), source_card=source_text
+    )
+    facts = _facts(Package(opened.folder, provenance, opened.evidence), None)
+    return RenderedCard(_rendered(facts, _read_template(template), template), provenance)
 
 
 def default_output(model: str, recipe: Recipe) -> Path:
@@ -370,6 +385,7 @@ def _provenance(
         key=demand.key(checkout.source.repo_id or checkout.source.name, checkout.source.pinned),
         requested=None if candidate.recipe == demand.recipe else demand.recipe,
         texts=dict(demand.texts),
+        source_card=source.card_text(checkout),
     )
 
 
@@ -378,11 +394,12 @@ def _document(
 ) -> Package:
     """Write figures and card beside weights and evidence, and seal all with hashes; `path` is the template's."""
     folder = measured.folder
+    provenance = _with_template(measured.provenance, template)
+    provenance = dataclasses.replace(provenance, source_card=source_card, files=hashes or provenance.files)
     figures.draw(measured.evidence, folder / files.FIGURES)
-    provenance = dataclasses.replace(measured.provenance, files=hashes)
     facts = card.facts(provenance, measured.evidence, source_card, card.figure_names(folder))
     package.write_card(folder, _rendered(facts, template, path))
-    return dataclasses.replace(measured, provenance=package.seal(folder, measured.provenance, hashes))
+    return dataclasses.replace(measured, provenance=package.seal(folder, provenance, hashes))
 
 
 @contextmanager
@@ -423,10 +440,23 @@ def _opened(request: CardRequest) -> Package:
 
 def _facts(opened: Package, against: str | None) -> CardFacts:
     """What the card of a package is made from: its evidence, and its source's own card."""
-    text = source.read_card(opened.provenance.source, against)
+    text = _source_card(opened.provenance, against)
     name = opened.provenance.name or opened.folder.resolve().name
     provenance = dataclasses.replace(opened.provenance, name=name)
     return card.facts(provenance, opened.evidence, text, card.figure_names(opened.folder))
+
+
+def _source_card(provenance: Provenance, against: str | None) -> str | None:
+    """The recorded card of a package's source, or the one that `against` or the Hub has."""
+    if against is None and provenance.source_card is not None:
+        return provenance.source_card
+    return source.read_card(provenance.source, against)
+
+
+def _with_template(provenance: Provenance, template: str | None) -> Provenance:
+    """The record of a package whose card is rendered from this template."""
+    digest = None if template is None else hashlib.sha256(template.encode()).hexdigest()
+    return dataclasses.replace(provenance, card_template=digest)
 
 
 def _check_metadata(checkout: Checkout, allowed: bool, progress: Progress) -> None:

@@ -172,7 +172,8 @@ class Provenance:
 
     `name` is what its card calls it: the repo that it was made for, otherwise its folder's name. `key` is that of its
     `demand`. `requested` is the recipe that was asked for, where `auto` chose another. `texts` are as in Demand.
-    `blob_ids` are git's names of the small files, by which the Hub lists them.
+    `source_card` is the source's own card, and `card_template` the sha256 of the publisher's template, if the package's
+    card was rendered from one. `blob_ids` are git's names of the small files, by which the Hub lists them.
     """
 
     tool: str
@@ -188,6 +189,8 @@ class Provenance:
     key: str = ""
     requested: Recipe | None = None
     texts: dict[str, str] = field(default_factory=dict)
+    source_card: str | None = None
+    card_template: str | None = None
     files: tuple[FileRecord, ...] = ()
     blob_ids: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION

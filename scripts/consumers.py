@@ -53,11 +53,11 @@ def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     pythons = {OLDEST: environment(folder / OLDEST, OLDEST_PINS), CURRENT: environment(folder / CURRENT, pins())}
     packages = {
-        "pocket model (GPT-2)": package(POCKET, folder),
+        "pocket model (GPT-2)": package(pocket(folder / "pocket-gpt2"), folder),
         f"Llama with `rope_theta` {ROPE_THETA:.0f}": package(llama(folder / "llama"), folder),
         "chat model (Llama, template, two end tokens)": package(chat_model(folder / "chat"), folder),
     }
-    packages["the second one, with a config.json that transformers 5 wrote"] = rewritten(folder / "llama-bnb-4bit")
+    packages["the Llama, with a config.json that transformers 5 wrote"] = rewritten(folder / "llama-bnb-4bit")
     readings = {
         name: {place: read(python, made) for place, python in pythons.items()} for name, made in packages.items()
     }
@@ -89,6 +89,21 @@ def pinned(name: str) -> str:
     return next(line for line in lines if line.startswith(f"{name}=="))
 
 
+def pocket(folder: Path) -> Path:
+    """The pocket model with a tokenizer that both know."""
+    shutil.copytree(POCKET, folder, dirs_exist_ok=True)
+    tokenizer(folder)
+    return folder
+
+
+def tokenizer(folder: Path) -> None:
+    """The pocket model's, under the name of its class that transformers 4 knows as well."""
+    shutil.copy(POCKET / "tokenizer.json", folder)
+    settings = json.loads((POCKET / "tokenizer_config.json").read_text("utf-8"))
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
+
+
 def llama(folder: Path, seed: int = 0) -> Path:
     """A Llama with random weights, whose config.json is as most repos have it, without `rope_parameters`."""
     import torch
@@ -104,8 +119,7 @@ def llama(folder: Path, seed: int = 0) -> Path:
     config = json.loads((folder / "config.json").read_text("utf-8"))
     kept = {name: value for name, value in config.items() if name not in ("rope_parameters", "dtype")}
     (folder / "config.json").write_text(json.dumps({**kept, **OLD_DIALECT}, indent=2), "utf-8")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(POCKET / name, folder)
+    tokenizer(folder)
     return folder
 
 

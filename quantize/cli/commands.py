@@ -18,8 +18,8 @@ from quantize.errors import ParityRefused, QuantizeError, described, printable
 from quantize.files import CARD
 from quantize.grades import UNMEASURED
 from quantize.options import DEFAULT_MODEL
-from quantize.publishing import Destination, PublishRequest, SyncRequest
-from quantize.records import Publisher
+from quantize.publishing import Destination, PublishRequest, SyncRequest, Verification
+from quantize.records import EvaluationSettings, Publisher
 from quantize.serialization import to_json
 
 if TYPE_CHECKING:
@@ -168,7 +168,15 @@ def card(
 @click.argument("folder", type=FOLDER)
 @options_of("push")
 def push(
-    folder: Path, destination: Destination, device: str, verify_download: bool, dry_run: bool, display: Display
+    folder: Path,
+    destination: Destination,
+    settings: EvaluationSettings,
+    device: str,
+    against: str | None,
+    card_template: Path | None,
+    verify_download: bool,
+    dry_run: bool,
+    display: Display,
 ) -> None:
     """Publish a package that passed and has not been changed since, in one commit.
 
@@ -182,10 +190,16 @@ def push(
     from quantize.cli import console
 
     if dry_run:
-        plan = publishing.plan(folder, destination)
+        plan = publishing.plan(folder, destination, card_template)
         display.show(plan, lambda terminal: console.show_plan(terminal, plan))
         return
-    receipt = publishing.push(folder, destination, display.progress, verify_download=verify_download, device=device)
+    receipt = publishing.push(
+        folder,
+        destination,
+        display.progress,
+        verification=Verification(device, settings.corpus, against) if verify_download else None,
+        card_template=card_template,
+    )
     display.show(receipt, lambda terminal: console.show_receipt(terminal, receipt))
 
 

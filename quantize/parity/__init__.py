@@ -5,7 +5,18 @@ The protocol is described in docs/parity.md.
 
 from quantize.parity.corpus import corpus_text
 from quantize.parity.measure import check_inputs, measure, unmeasured
+from quantize.parity.remeasure import differs, figures_again
 from quantize.parity.sample import sample_loss
 from quantize.parity.verdict import gate, judged
 
-__all__ = ["check_inputs", "corpus_text", "gate", "judged", "measure", "sample_loss", "unmeasured"]
+__all__ = [
+    "check_inputs",
+    "corpus_text",
+    "differs",
+    "figures_again",
+    "gate",
+    "judged",
+    "measure",
+    "sample_loss",
+    "unmeasured",
+]

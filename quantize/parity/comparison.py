@@ -171,7 +171,8 @@ def _chat_framing(
     file = reference_cache and reference_cache.with_name(f"{reference_cache.name}.chat")
     cache = _open_cache(file, pair, record, settings, progress) if file else None
     plan = sequential.plan(len(windows), settings.require, full=settings.full, attempts=attempts)
-    scores = _score(_Comparison(pair, settings, progress, cache), windows, record.prefix, plan)
+    comparison = _Comparison(pair, settings, progress, cache)
+    scores = _score(comparison, windows, record.prefix, plan, " in the chat template")
     if scores is None:
         return None, Check(CHAT_FRAMING, False, "a model's outputs overflow to NaN or infinity in the chat template")
     scored = dataclasses.replace(record, scored=len(scores.window_figures.kld))
@@ -192,13 +193,16 @@ def _open_cache(
     return ReferenceCache(path, contents, lambda: pair.placed_reference.dtype, progress.note)
 
 
-def _score(comparison: _Comparison, windows: torch.Tensor, prefix: int, plan: LookPlan) -> Scores | None:
+def _score(
+    comparison: _Comparison, windows: torch.Tensor, prefix: int, plan: LookPlan, where: str = ""
+) -> Scores | None:
     """Score windows until the verdict is certain, or all of them; no scores where a model's logits hold NaN."""
     pair, settings = comparison.pair, comparison.settings
     count, window = windows.shape
     tokens: scoring.TokenScores | None = None
     figures, start = WindowFigures(), 0
-    with comparison.progress.task(f"scoring up to {count} windows of {window} tokens", count, "windows") as advance:
+    title = f"scoring up to {count} windows of {window} tokens{where}"
+    with comparison.progress.task(title, count, "windows") as advance:
         for stop in sequential.stops(plan):
             reference = comparison.reference_logits(windows[: stop.windows])
             more = scoring.score(reference, pair.candidate, windows[start : stop.windows], pair.device, advance, start)

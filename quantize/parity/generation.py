@@ -186,8 +186,8 @@ def _record(
         temperature=TEMPERATURE,
         top_k=TOP_K,
         top_p=TOP_P,
-        identical_at_16=_identical(samples, 16),
-        identical_at_32=_identical(samples, 32),
+        identical_at_16=share_identical(samples, 16),
+        identical_at_32=share_identical(samples, 32),
         prefill_agreement=_mean([reading.agreement_at_once for reading in candidate.readings]),
         cached_agreement=_mean([reading.agreement_cached for reading in candidate.readings]),
         reference_repetition=_mean([repetition(text) for text in original.greedy]),
@@ -240,7 +240,8 @@ def _nll(model: Any, ids: torch.Tensor, text: list[int]) -> float:
     return float(torch.nn.functional.cross_entropy(_at_once(model, ids, text), targets))
 
 
-def _identical(samples: tuple[Sample, ...], length: int) -> float:
+def share_identical(samples: tuple[Sample, ...], length: int) -> float:
+    """Share of the samples whose greedy texts agree in their first `length` tokens."""
     return _mean([float(sample.first_divergence is None or sample.first_divergence >= length) for sample in samples])
 
 

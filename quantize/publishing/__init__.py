@@ -20,6 +20,7 @@ from quantize.publishing.records import (
     SyncOutcome,
     SyncReport,
     SyncRequest,
+    Verification,
 )
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "SyncOutcome",
     "SyncReport",
     "SyncRequest",
+    "Verification",
     "deliver",
     "plan",
     "push",
@@ -40,7 +42,7 @@ __all__ = [
 ]
 
 
-def plan(folder: Path, destination: Destination) -> Plan:
+def plan(folder: Path, destination: Destination, card_template: Path | None = None) -> Plan:
     """What pushing a package would do; sends nothing.
 
     Raises what `push` raises before its first byte: ParityRefused, PackageError, AccessDenied, PublishError or
@@ -48,22 +50,33 @@ def plan(folder: Path, destination: Destination) -> Plan:
     """
     from quantize.publishing import package_push
 
-    return package_push.plan(folder, destination)
+    return package_push.plan(folder, destination, card_template)
 
 
 def push(
-    folder: Path, destination: Destination, progress: Progress, *, verify_download: bool = False, device: str = "auto"
+    folder: Path,
+    destination: Destination,
+    progress: Progress,
+    *,
+    verification: Verification | None = None,
+    card_template: Path | None = None,
 ) -> Receipt:
     """Publish a package that passed and is unchanged since, in one commit; leaves a receipt beside its files.
 
-    `device` is where `verify_download` lets the model run.
+    Its card is rendered again under the repo's name; `verification` asks for the proof by download.
 
     Raises ParityRefused, PackageError, AccessDenied (no right), Conflict (somebody else committed), PublishError (a
     refusal, or what arrived differs) or HubUnreachable (a rerun finishes the work).
     """
     from quantize.publishing import package_push
 
-    return package_push.push(folder, destination, progress, verify_download=verify_download, device=device)
+    return package_push.push(
+        folder,
+        destination,
+        progress,
+        verification=verification,
+        card_template=card_template,
+    )
 
 
 def deliver(request: PublishRequest, progress: Progress) -> Delivery:

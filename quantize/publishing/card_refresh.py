@@ -44,13 +44,13 @@ def refresh_card(request: PublishRequest, published: PublishedPackage, progress:
         provenance = dataclasses.replace(published.provenance, publisher=publisher)
         held = Package(folder, provenance, package.open_package(folder).evidence)
         against = request.run.model if source.is_local(request.run.model) else None
-        text = pipeline.rendered_card(held, against, request.run.card_template)
-        if text == (folder / CARD).read_text("utf-8"):
+        card = pipeline.rendered_card(held, against, request.run.card_template)
+        if card.text == (folder / CARD).read_bytes().decode("utf-8"):
             return None
         if request.dry_run:
             return CardRefresh(None)
-        package.write_card(folder, text)
-        sealed = dataclasses.replace(held, provenance=package.reseal_card(folder, provenance))
+        package.write_card(folder, card.text)
+        sealed = dataclasses.replace(held, provenance=package.reseal_card(folder, card.provenance))
         return CardRefresh(_push_card(request, sealed, progress))
 
 
@@ -69,7 +69,8 @@ def _fetch_small_files(repo_id: str, commit: str, folder: Path) -> None:
 def _push_card(request: PublishRequest, sealed: Package, progress: Progress) -> Receipt:
     message = request.destination.message or "Card rendered again"
     destination = dataclasses.replace(request.destination, tag=None, message=message)
-    files = tuple(file for file in published_files(sealed) if file.path in (CARD, PROVENANCE))
+    files = tuple(file for file in published_files(sealed, sealed.folder) if file.path in (CARD, PROVENANCE))
     progress.stage(f"push the card to {destination.repo_id}")
-    plan = upload_plan(sealed.folder, files, destination, sealed.provenance.source.repo_id, whole=False)
+    local = {file.path: sealed.folder / file.path for file in files}
+    plan = upload_plan(local, files, destination, sealed.provenance.source.repo_id, whole=False)
     return upload(sealed.folder, files, destination, plan, progress)

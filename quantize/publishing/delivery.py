@@ -16,7 +16,7 @@ from quantize.progress import Progress
 from quantize.publishing.card_refresh import refresh_card
 from quantize.publishing.download_check import check_download
 from quantize.publishing.package_push import push
-from quantize.publishing.records import Delivery, PublishRequest
+from quantize.publishing.records import Delivery, PublishRequest, Verification
 from quantize.publishing.remote_state import (
     PublishedPackage,
     published_package,
@@ -59,7 +59,13 @@ def deliver(request: PublishRequest, progress: Progress) -> Delivery:
     if request.dry_run:
         return delivery
     passed = _run(request, commit, progress)
-    receipt = push(passed.folder, destination, progress, verify_download=request.verify_download, device=run.device)
+    receipt = push(
+        passed.folder,
+        destination,
+        progress,
+        verification=_verification(run) if request.verify_download else None,
+        card_template=run.card_template,
+    )
     return dataclasses.replace(delivery, state="published", commit=receipt.commit, package=passed, receipt=receipt)
 
 
@@ -102,7 +108,7 @@ def _keep(request: PublishRequest, published: PublishedPackage, delivery: Delive
         ensure_tag(request.destination, commit)
     if request.verify_download:
         files = tuple(file for file in published.provenance.files if file.path != CARD)
-        check_download(delivery.repo, commit, files, published.provenance, None, request.run.device, progress)
+        check_download(delivery.repo, commit, files, published.provenance, None, _verification(request.run), progress)
     return delivery
 
 
@@ -122,6 +128,11 @@ def _require_not_refused(request: PublishRequest, key: str, demand: Demand) -> N
         raise ParityRefused(
             f"{run.model} was refused before: {earlier.evidence.verdict.reasons[0]}; delete {folder} to try again"
         )
+
+
+def _verification(run: RunRequest) -> Verification:
+    """What the run was made from and measured on is on this machine."""
+    return Verification(run.device, run.settings.corpus, run.model if source.is_local(run.model) else None)
 
 
 def _pinned(run: RunRequest, largest: float | None, progress: Progress) -> tuple[str, str | None, str]:

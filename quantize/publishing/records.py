@@ -71,7 +71,7 @@ class Downloaded:
     """The proof by download: what was fetched into an empty cache, and the loss (nats a token) of a sample text.
 
     `sample_nll` is that of the model from the Hub, `package_nll` that of the local package on the same device, None
-    where there is no local package.
+    where there is no local package. So many `windows` of those on record were scored again, and gave the same figures.
     """
 
     files: int
@@ -80,6 +80,20 @@ class Downloaded:
     sample_nll: float
     package_nll: float | None
     seconds: float
+    windows: int = 0
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How what was published is proved by download.
+
+    The model runs on `device`. `corpus` is the text that it was measured on, and `against` the original, where these
+    lie on this machine only.
+    """
+
+    device: str = "auto"
+    corpus: str | None = None
+    against: str | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from quantize import hub
@@ -20,21 +20,23 @@ HUBS_OWN = ".gitattributes"
 
 
 def upload_plan(
-    folder: Path,
+    local: Mapping[str, Path],
     files: Sequence[FileRecord],
     destination: Destination,
     source_repo: str | None,
     *,
     whole: bool = True,
 ) -> Plan:
-    """What an upload of `files` of `folder`, made from `source_repo` where that is on the Hub, would do.
+    """What an upload of `files`, made from `source_repo` where that is on the Hub, would do.
+
+    `local` says where they lie.
 
     `whole` says that these are all files of the package, so that others of an earlier one are deleted. Raises
     AccessDenied, PublishError, NewerFormat or HubUnreachable.
     """
     notes: list[str] = []
     account = require_access(destination, notes.append)
-    hub.validate_card(destination.repo_id, (folder / CARD).read_text("utf-8"))
+    hub.validate_card(destination.repo_id, local[CARD].read_bytes().decode("utf-8"))
     state = remote_state(destination, account)
     require_wished(destination, state, source_repo)
     if not state.exists and destination.pull_request:
@@ -42,7 +44,7 @@ def upload_plan(
     if whole:
         require_no_foreign_weights(destination, state, files)
     deleted = _outdated_files(destination, state, files) if whole else ()
-    changes = [_change(folder / file.path, file, state.files.get(file.path)) for file in files]
+    changes = [_change(local[file.path], file, state.files.get(file.path)) for file in files]
     plan = Plan(
         repo_id=destination.repo_id,
         creates_repo=not state.exists,

@@ -17,7 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from quantize.records import Recipe
 from tests.hub import WRITE_TOKEN, Fault
+from tests.publishing.test_audit import Forged, weights_of
 from tests.publishing.warm_process import Child
 from tests.publishing.workspace import COMMANDS, MODEL, NAME, REPO, STEPS, TARGET, Place
 
@@ -34,7 +36,7 @@ def altered(folder: Path, name: str) -> Path:
     from quantize import package
 
     other = Path(shutil.copytree(folder / NAME, folder / name))
-    (other / "LICENSE").write_text(f"of {name}")
+    (other / "EXTRA.txt").write_text(f"of {name}")
     package.seal(other, package.open_package(other).provenance)
     return other
 
@@ -195,12 +197,57 @@ def test_what_was_published_is_fetched_loaded_and_scored(place: Place, tmp_path:
     assert done.code == 0, done.err
     proof = json.loads(done.out)["downloaded"]
     assert proof["sample_tokens"] > 50 and abs(proof["sample_nll"] - proof["package_nll"]) < 1e-3
-    assert proof["files"] == sum(path.is_file() for path in (folder / NAME).rglob("*")) - 1
+    assert proof["files"] == sum(path.is_file() for path in (folder / NAME).rglob("*")) - 1 and proof["windows"] == 4
     assert json.loads((folder / NAME / "receipt.json").read_text()) == json.loads(done.out)
     place.hub.inject(Fault("GET", r"^/lfs/.*/model.safetensors", kind="corrupt", times=None))
     spoiled = place.quantize(*PUSH, "--verify-download", folder=folder)
     assert spoiled.code == 1 and "model.safetensors comes back from" in spoiled.err
     place.hub.clear_faults()
+
+
+@pytest.mark.slow
+def test_weights_of_another_recipe_are_found_by_measuring_again(place: Place, tmp_path: Path) -> None:
+    folder = place.fresh(tmp_path)
+    forged = Forged(folder / NAME)
+    weights_of(Recipe("hqq"), forged.folder)
+    forged.seal()
+    ended = place.quantize(*PUSH, "--verify-download", "--device", "cpu", folder=folder)
+    assert ended.code == 1 and "is not the one that was measured" in ended.err, ended.err
+
+
+def test_a_package_under_another_name_gets_a_card_that_names_its_repo(place: Place, tmp_path: Path) -> None:
+    folder = place.fresh(tmp_path)
+    other = "tester/by-another-name"
+    place.hub.delete_repo(other)
+    push = ("push", NAME, "--to", other)
+    before = card_of(folder)
+    planned = json.loads(place.quantize(*push, "--dry-run", "--json", folder=folder).out)
+    assert card_of(folder) == before and TARGET in before
+    done = place.quantize(*push, folder=folder)
+    assert done.code == 0, done.err
+    published = place.hub.files(other)
+    card = published["README.md"].decode()
+    assert f'model_id = "{other}"' in card and TARGET not in card and card == card_of(folder)
+    assert json.loads(published["provenance.json"])["name"] == other
+    sizes = {change["path"]: change["size"] for change in planned["changes"]}
+    assert sizes == {path: len(data) for path, data in published.items() if path != ".gitattributes"}
+    assert not json.loads(place.quantize(*push, "--json", folder=folder).out)["created_commit"]
+
+
+def test_a_card_of_a_template_keeps_its_text_where_the_template_is_not_at_hand(place: Place, tmp_path: Path) -> None:
+    folder = place.fresh(tmp_path)
+    template = folder / "mine.j2"
+    template.write_text("# {{ package_name }}, in other words\n")
+    assert place.quantize("card", NAME, "--card-template", str(template), folder=folder).code == 0
+    done = place.quantize("push", NAME, "--to", "tester/of-a-template", folder=folder)
+    assert done.code == 0 and "the card's text is that of your template" in done.err, done.err
+    card = place.hub.files("tester/of-a-template")["README.md"].decode()
+    assert f"# {TARGET}, in other words" in card and "name: tester/of-a-template" in card
+    again = place.quantize(
+        *("push", NAME, "--to", "tester/of-a-template", "--card-template", str(template)), folder=folder
+    )
+    assert again.code == 0, again.err
+    assert b"# tester/of-a-template, in other words" in place.hub.files("tester/of-a-template")["README.md"]
 
 
 def test_an_up_to_date_repo_is_left_alone_without_downloading(place: Place, tmp_path: Path) -> None:
