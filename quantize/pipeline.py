@@ -302,16 +302,24 @@ def _measurement(request: RunRequest, job: methods.Job) -> search.Measure:
 @contextmanager
 def _controls(
     checkout: Checkout, recipes: Mapping[str, Recipe], device: str, progress: Progress
-) -> Iterator[dict[str, Path]]:
-    """Folders with other quantizations of the source by their names, deleted after the measurement."""
+) -> Iterator[dict[str, Path | str]]:
+    """Folders with other quantizations of the source by their names, deleted after the measurement.
+
+    In place of one that could not be made stands why; a run does not end for want of a comparison.
+    """
     with tempfile.TemporaryDirectory(prefix="quantize-controls-") as parent:
-        folders = {name: Path(parent) / name for name in recipes}
-        for name, folder in folders.items():
+        controls: dict[str, Path | str] = {}
+        for name, recipe in recipes.items():
             progress.note(f"making the control {name}")
+            folder = Path(parent) / name
             folder.mkdir()
-            with storage_errors(folder):
-                methods.quantize(methods.Job(checkout, folder, recipes[name], device, Silent()))
-        yield folders
+            try:
+                with storage_errors(folder):
+                    methods.quantize(methods.Job(checkout, folder, recipe, device, Silent()))
+                controls[name] = folder
+            except QuantizeError as error:
+                controls[name] = f"could not be made: {error}"
+        yield controls
 
 
 def _original(request: VerifyRequest, folder: Path, progress: Progress) -> tuple[Checkout, ExpectedConfig | None]:

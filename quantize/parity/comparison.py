@@ -90,7 +90,7 @@ def compare(
     text: corpus.Corpus,
     settings: EvaluationSettings,
     progress: Progress,
-    controls: Mapping[str, Path],
+    controls: Mapping[str, Path | str],
     reference_cache: Path | None,
     attempts: int,
 ) -> Measurements:
@@ -214,13 +214,16 @@ def _score(comparison: _Comparison, windows: torch.Tensor, prefix: int, plan: Lo
 
 
 def _controls(
-    comparison: _Comparison, versions: Mapping[str, Path], windows: torch.Tensor, prefix: int
+    comparison: _Comparison, versions: Mapping[str, Path | str], windows: torch.Tensor, prefix: int
 ) -> tuple[Control, ...]:
     """Score other versions of the source on the same windows; only float16 is computed in its own type on a CPU."""
     pair, settings = comparison.pair, comparison.settings
     half = {FLOAT16: pair.checkout.folder} if settings.controls else {}
     controls = []
     for name, folder in {**half, **versions}.items():
+        if isinstance(folder, str):
+            controls.append(Control(name, 0, None, None, None, GRADES[-1], folder))
+            continue
         reference = comparison.reference_logits(windows)
         model = pair.another(folder, dtype="float16" if name == FLOAT16 else None)
         with comparison.progress.task(f"control {name}", len(windows), "windows") as advance:

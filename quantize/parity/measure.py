@@ -66,15 +66,15 @@ def measure(
     device: str,
     progress: Progress,
     expected: ExpectedConfig | None = None,
-    controls: Mapping[str, Path] = MappingProxyType({}),
+    controls: Mapping[str, Path | str] = MappingProxyType({}),
     reference_cache: Path | None = None,
     attempts: int = 1,
 ) -> Evidence:
     """Compare the checkpoint in `candidate` with its source, both loaded from disk onto `device`.
 
     `expected` is what the recipe should have made; without it, the checkpoint's own config says what to expect.
-    `controls` are folders of other quantized versions, which are scored on the same windows as well; with
-    `settings.controls` the source in float16 is one of them.
+    `controls` are folders of other quantized versions, or why there is none, which are scored on the same windows as
+    well; with `settings.controls` the source in float16 is one of them.
     `attempts` candidates on the same windows share the error of their verdicts.
     With a `reference_cache` the models are loaded one at a time, and the reference's logits are kept in that file.
     Raises CorruptModel (the source), CorpusError or DeviceError; a bad candidate is no error but a verdict.

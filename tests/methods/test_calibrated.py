@@ -271,6 +271,8 @@ def test_auto_stops_at_the_first_attempt_that_is_good_enough(tmp_path: Path) -> 
     assert [(one.recipe.name, one.chosen) for one in made.evidence.attempts] == [("rtn", True)]
     assert made.provenance.recipe.name == "rtn" and made.provenance.requested == recipe
     assert made.evidence.verdict.required == "degraded" and made.evidence.verdict.passed
+    plan = made.evidence.look_plan
+    assert plan is not None and plan.error == pytest.approx(0.05 / len(search.attempts(recipe)))
     assert not pipeline.run(easy, Silent()).created
 
 

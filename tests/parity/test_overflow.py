@@ -11,7 +11,9 @@ import pytest
 from rich.console import Console
 
 import model_card
+from quantize import methods, pipeline, source
 from quantize.cli import console
+from quantize.errors import CorruptModel
 from quantize.evidence import Evidence, StandardPerplexity
 from quantize.package import card, open_package
 from quantize.parity import comparison, figures
@@ -20,7 +22,9 @@ from quantize.parity.measure import _finite
 from quantize.parity.scoring import TokenScores
 from quantize.parity.standard_perplexity import harness
 from quantize.parity.verdict import judged
+from quantize.progress import Silent
 from quantize.serialization import from_json, read_record, to_json
+from tests.conftest import POCKET
 from tests.parity.test_windows import with_prefix
 
 
@@ -39,6 +43,19 @@ def test_a_control_without_figures_is_a_row_that_says_why(finished: Path, eviden
     told = dataclasses.replace(evidence, controls=(control, whole))
     assert from_json(Evidence, to_json(told), "parity.json") == told
     assert "overflow and are no numbers" in terminal(told) and "| | | its outputs overflow" in text_of(finished, told)
+
+
+def test_a_control_that_cannot_be_made_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout = source.fetch(str(POCKET), revision=None, trust_remote_code=False, progress=Silent())
+
+    def refusing(job: methods.Job) -> None:
+        if job.recipe.bits == 8:
+            raise CorruptModel("float16 ends at 65504")
+
+    monkeypatch.setattr(methods, "quantize", refusing)
+    with pipeline._controls(checkout, pipeline.CONTROLS, "cpu", Silent()) as controls:
+        assert controls["int8"] == "could not be made: float16 ends at 65504"
+        assert isinstance(controls[pipeline.RTN_NF4], Path)
 
 
 def test_a_standard_perplexity_beyond_all_numbers_is_said_so(finished: Path, evidence: Evidence) -> None:
