@@ -298,7 +298,9 @@ def _measurement(request: RunRequest, job: methods.Job) -> search.Measure:
     ) -> Evidence:
         checkout, expected = job.checkout, ExpectedConfig.of(recipe, quantized.half_precision_modules)
         if request.unverified:
+            job.progress.stage("check the files; nothing is measured")
             return unmeasured(checkout, folder, settings, job.device, expected)
+        job.progress.stage("verify against the original")
         baseline = methods.get(recipe.name).improves_on if recipe.name == request.recipe.name else None
         recipes = {
             name: control

@@ -128,7 +128,6 @@ def _tried(job: Job, number: int, recipe: Recipe, required: str, measured: Measu
     try:
         with storage_errors(attempt.output):
             quantized = _quantize(attempt, job.resume_folder)
-            job.progress.stage("verify against the original")
             before = records_of(attempt.output)
             evidence = measured(attempt.output, recipe, quantized, required)
             return Candidate(attempt.output, recipe, quantized, evidence, before)
