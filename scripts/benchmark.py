@@ -129,7 +129,7 @@ def ours(job: Job) -> Outcome:
     tokenizer = models.load_tokenizer(checkout.folder, False)
     with models.Pair(checkout, Path(job.candidate), job.device, trust=False, tokenizer=tokenizer, alone=False) as pair:
         windows = windows_of(job, tokenizer)
-        reference = scoring.LiveReference(pair.reference)
+        reference = scoring.LiveReference.of(pair.reference, windows, job.device)
         if job.device == "cpu":
             pair.upcast()
         warm = scoring.score(reference, pair.candidate, windows[:2], job.device, lambda amount: None)

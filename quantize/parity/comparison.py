@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     import torch
 
 ARITHMETIC_WINDOWS, ARITHMETIC_TOKENS, CACHED_TOKENS = 2, 256, 48
+ARITHMETIC_LOGITS = 1 << 25
+"""That are kept of those windows at most: 128 MB in float32."""
 CHAT_FRAMING = "chat framing"
 FLOAT16 = "original in float16"
 OVERFLOW = "its outputs overflow and are no numbers"
@@ -79,7 +81,7 @@ class _Comparison:
     def reference_logits(self, windows: torch.Tensor) -> scoring.ReferenceLogits:
         """The reference itself, or the cache, after it was extended by those of `windows` that it lacks."""
         if self.cache is None:
-            return scoring.LiveReference(self.pair.reference)
+            return scoring.LiveReference.of(self.pair.reference, windows, self.pair.device)
         if self.cache.windows < len(windows):
             self.cache.extend(self.pair.placed_reference, windows, self.pair.device)
         return self.cache
@@ -133,7 +135,8 @@ def _arithmetic_check(pair: Pair, windows: torch.Tensor) -> Check:
     if misread := len(cpu_reading.misread_in(pair.candidate)):
         pair.upcast()
         return structure.misread_check(misread)
-    batch, sequence = windows[:ARITHMETIC_WINDOWS, :ARITHMETIC_TOKENS], windows[:1, :CACHED_TOKENS].to(pair.device)
+    tokens = max(2, min(ARITHMETIC_TOKENS, ARITHMETIC_LOGITS // (ARITHMETIC_WINDOWS * pair.vocabulary)))
+    batch, sequence = windows[:ARITHMETIC_WINDOWS, :tokens], windows[:1, :CACHED_TOKENS].to(pair.device)
     at_once = scoring.KeptLogits.of(pair.candidate, batch, pair.device)
     one_by_one = _read_one_by_one(pair.candidate, sequence)
     pair.upcast()

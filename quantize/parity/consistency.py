@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from quantize.evidence import Attempt, Control, Estimate, Evidence, Generation, Scores
-from quantize.formats.bitsandbytes.checks import weight_check
+from quantize.formats.bitsandbytes.checks import STATE_CHECK, weight_check
 from quantize.grades import grade_of
 from quantize.parity import sequential
 from quantize.parity.corpus import BUILTIN, WIKITEXT, WIKITEXT_REPO, load
@@ -25,7 +25,7 @@ ALWAYS = (
     *("tokenizer", "special tokens", "added tokens", "chat template", "eos tokens"),
     *("generation settings", "processor files", GENERATION),
 )
-FOUR_BIT, ON_CPU, OF_TEXTS = ("quant_state",), ("arithmetic",), (DECODING, REPETITION, ENDS)
+FOUR_BIT, ON_CPU, OF_TEXTS = (STATE_CHECK,), ("arithmetic",), (DECODING, REPETITION, ENDS)
 """Names of the checks that a measured package has, and of those that it has at 4 bits, on a CPU, or with texts."""
 
 

@@ -141,24 +141,23 @@ class ReferenceCache:
             require_space(self.path.parent, (len(windows) - held) * size, f"the reference cache {self.path.name}")
             file.truncate(self._begin + held * size)
             file.seek(0, os.SEEK_END)
+            live = scoring.LiveReference.of(reference.model, windows, device)
             for index, window in enumerate(windows[held:], held):
-                logits = reference.model(window[None].to(device)).logits[0, :-1]
-                packed = self._pack(logits, window[1:].to(logits.device))
+                tokens = window[None].to(device)
+                packed = self._pack(live.read(index, tokens), tokens)
                 packed["checksum"] = self._checksum(packed, index)
                 file.write(packed.view(np.uint8).data)
 
-    def logits(self, start: int, tokens: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities [count, window - 1, vocabulary], which are logits too; raises CorpusError when damaged."""
+    def read(self, start: int, tokens: torch.Tensor) -> scoring.Logits:
+        """Log-probabilities after `tokens`, which are logits too; raises CorpusError when damaged."""
         import torch
 
-        stack = []
-        for index in range(start, start + len(tokens)):
-            record = self._read(index)
-            values = record["codes"].astype(np.float32)
-            values *= record["step"][:, None]
-            values += record["low"][:, None]
-            stack.append(torch.from_numpy(values))
-        return torch.stack(stack).to(tokens.device)
+        records = [self._read(index) for index in range(start, start + len(tokens))]
+
+        def logits(part: slice) -> torch.Tensor:
+            return torch.stack([torch.from_numpy(_values(record, part)) for record in records]).to(tokens.device)
+
+        return logits
 
     def record(self, windows: int) -> CacheRecord:
         """The error of rounding over the first `windows` windows; raises CorpusError when damaged."""
@@ -185,24 +184,42 @@ class ReferenceCache:
         content = packed.view(np.uint8)[: -self._record["checksum"].itemsize].data
         return zlib.crc32(content, zlib.crc32(str(index).encode(), self._header_checksum))
 
-    def _pack(self, logits: torch.Tensor, targets: torch.Tensor) -> np.ndarray[Any, Any]:
+    def _pack(self, logits: scoring.Logits, tokens: torch.Tensor) -> np.ndarray[Any, Any]:
+        """The record of a window, `tokens` [1, window]."""
         import torch
 
         packed = np.zeros(1, self._record)
-        record = packed[0]
-        rows = scoring.slice_of(self.vocabulary, logits.device)
-        for start in range(0, len(logits), rows):
-            part = slice(start, start + rows)
-            exact = torch.log_softmax(logits[part], dim=-1, dtype=torch.float64)
-            low, high = exact.amin(-1).float(), exact.amax(-1).float()
-            step = ((high - low) / CODES).clamp_min(torch.finfo(torch.float32).tiny)
-            codes = ((exact - low[:, None]) / step[:, None]).round_().clamp_(0, CODES)
-            kept = codes.float() * step[:, None] + low[:, None]
-            nll, kept_nll, kld, _, _ = scoring.compare_logits(logits[part], kept, targets[part])
-            record["codes"][part] = codes.to(torch.int32).cpu().numpy()
-            for name, value in (("low", low), ("step", step), ("kld", kld), ("nll_shift", kept_nll - nll)):
-                record[name][part] = value.cpu().numpy()
+        record, rows = packed[0], scoring.slice_of(self.vocabulary, tokens.device)
+        for part in scoring.head_slices(1, tokens.shape[1], self.vocabulary, tokens.device):
+            targets = tokens[0, part.start + 1 : part.stop + 1]
+            start = part.start
+            for exact, target in zip(torch.split(logits(part)[0], rows), torch.split(targets, rows), strict=True):
+                _keep(record, slice(start, start + len(target)), exact, target)
+                start += len(target)
         return packed
+
+
+def _keep(record: Any, part: slice, logits: torch.Tensor, targets: torch.Tensor) -> None:
+    """Write a slice of a window's positions into its record; logits are [positions, vocabulary]."""
+    import torch
+
+    exact = torch.log_softmax(logits, dim=-1, dtype=torch.float64)
+    low, high = exact.amin(-1).float(), exact.amax(-1).float()
+    step = ((high - low) / CODES).clamp_min(torch.finfo(torch.float32).tiny)
+    codes = ((exact - low[:, None]) / step[:, None]).round_().clamp_(0, CODES)
+    kept = codes.float() * step[:, None] + low[:, None]
+    nll, kept_nll, kld, _, _ = scoring.compare_logits(logits, kept, targets)
+    record["codes"][part] = codes.to(torch.int32).cpu().numpy()
+    for name, value in (("low", low), ("step", step), ("kld", kld), ("nll_shift", kept_nll - nll)):
+        record[name][part] = value.cpu().numpy()
+
+
+def _values(record: Any, part: slice) -> np.ndarray[Any, Any]:
+    """The log-probabilities [positions, vocabulary] that a record holds of a slice of a window."""
+    values: np.ndarray[Any, Any] = record["codes"][part].astype(np.float32)
+    values *= record["step"][part, None]
+    values += record["low"][part, None]
+    return values
 
 
 def _header(path: Path) -> bytes:

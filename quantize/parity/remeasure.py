@@ -41,7 +41,8 @@ def figures_again(
         windows, _ = draw(text, tokenizer, record.window, settings.max_windows, settings.seed)
         if device == "cpu":
             pair.upcast()
-        reference, chosen = scoring.LiveReference(pair.reference), windows[list(indices)]
+        chosen = windows[list(indices)]
+        reference = scoring.LiveReference.of(pair.reference, chosen, pair.device)
         with progress.task("scoring recorded windows again", len(indices), "windows") as advance:
             tokens = scoring.score(reference, pair.candidate, chosen, pair.device, advance)
     return sequential.figures_of(tokens.without_prefix(record.prefix))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+
+from quantize.logits import SlicedLogits
 
 if TYPE_CHECKING:
     import torch
@@ -15,8 +17,15 @@ if TYPE_CHECKING:
 BATCH_LOGITS = {"cpu": 1 << 23, "gpu": 1 << 27}
 """Logits that one model may return in one batch: 32 MB in float32 on a CPU, which gains nothing from more, and 512 MB
 on a GPU, which needs work enough to hide the launching of kernels."""
-SLICE_LOGITS = {"cpu": 1 << 20, "gpu": 1 << 22}
+HEAD_LOGITS = {"cpu": 1 << 26, "gpu": 1 << 27}
+"""Logits that a model's head makes at a time: for many positions, since it reads all its weights each time."""
+SLICE_LOGITS = {"cpu": 1 << 18, "gpu": 1 << 22}
 """Logits that are turned into log-probabilities at a time: on a CPU few enough to stay in its cache."""
+TILE = {"cpu": 1 << 14, "gpu": 0}
+"""Of a vocabulary, how much is compared at a time; 0 for all of it."""
+
+Logits = Callable[[slice], "torch.Tensor"]
+"""The logits [count, positions, vocabulary] of a slice of the positions of some windows."""
 
 
 class ReferenceLogits(Protocol):
@@ -25,23 +34,28 @@ class ReferenceLogits(Protocol):
     @property
     def vocabulary(self) -> int: ...
 
-    def logits(self, start: int, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits [count, window - 1 or more, vocabulary] of `tokens` [count, window], the windows from `start` on."""
+    def read(self, start: int, tokens: torch.Tensor) -> Logits:
+        """Logits after `tokens` [count, window], which are the windows from `start` on."""
 
 
 @dataclass(frozen=True)
 class LiveReference:
-    """The reference model, run on demand."""
+    """A model, run on demand."""
 
-    model: Any
+    sliced: SlicedLogits
+
+    @classmethod
+    def of(cls, model: Any, windows: torch.Tensor, device: str) -> LiveReference:
+        """For `model` on the device, which is tried on a few of the tokens of `windows`."""
+        return cls(SlicedLogits.of(model, windows[:1].to(device)))
 
     @property
     def vocabulary(self) -> int:
-        return vocabulary_of(self.model)
+        return self.sliced.vocabulary
 
-    def logits(self, start: int, tokens: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.model(tokens).logits
-        return logits
+    def read(self, start: int, tokens: torch.Tensor) -> Logits:
+        states = self.sliced.states(tokens)
+        return lambda part: self.sliced.logits(states[:, part], tokens[:, part])
 
 
 @dataclass(frozen=True)
@@ -62,8 +76,8 @@ class KeptLogits:
     def vocabulary(self) -> int:
         return self.kept.shape[-1]
 
-    def logits(self, start: int, tokens: torch.Tensor) -> torch.Tensor:
-        return self.kept[start : start + len(tokens)].to(tokens.device)
+    def read(self, start: int, tokens: torch.Tensor) -> Logits:
+        return lambda part: self.kept[start : start + len(tokens), part].to(tokens.device)
 
 
 @dataclass(frozen=True)
@@ -108,13 +122,14 @@ def score(
     """
     import torch
 
+    model = LiveReference.of(candidate, windows, device)
     batch_size = batch_of(windows.shape[1] * reference.vocabulary, device)
     # Figures go into one array: small pieces of their own, left between large ones, would break up the heap.
     figures = torch.empty(5, len(windows), windows.shape[1] - 1, dtype=torch.float64, device=device)
     batches = torch.split(figures, batch_size, dim=1)
     with torch.inference_mode():
         for batch, tokens in zip(batches, torch.split(windows.to(device), batch_size), strict=True):
-            _score_batch(reference.logits(first, tokens), candidate(tokens).logits, tokens, batch)
+            _score_batch(reference.read(first, tokens), model.read(first, tokens), tokens, batch, reference.vocabulary)
             first += len(tokens)
             advance(len(tokens))
     nll_reference, nll_candidate, kld, same_top, delta_p = figures.cpu().numpy()
@@ -126,18 +141,33 @@ def vocabulary_of(model: Any) -> int:
     return int(model.get_output_embeddings().weight.shape[0])
 
 
-def _score_batch(reference: torch.Tensor, candidate: torch.Tensor, tokens: torch.Tensor, figures: torch.Tensor) -> None:
-    """Write the five per-token figures of a batch into `figures` [5, batch, window - 1].
-
-    Logits are [batch, window, vocabulary], tokens [batch, window].
-    """
+def _score_batch(
+    reference: Logits, candidate: Logits, tokens: torch.Tensor, figures: torch.Tensor, vocabulary: int
+) -> None:
+    """Write the five per-token figures of a batch of `tokens` [batch, window] into `figures` [5, batch, window - 1]."""
     batch, window = tokens.shape
-    rows = slice_of(reference.shape[-1] * batch, reference.device)
-    for start in range(0, window - 1, rows):
-        stop = min(start + rows, window - 1)
-        columns = compare_logits(reference[:, start:stop], candidate[:, start:stop], tokens[:, start + 1 : stop + 1])
+    for part in head_slices(batch, window, vocabulary, tokens.device):
+        _score_slice(reference(part), candidate(part), tokens[:, part.start + 1 : part.stop + 1], figures[:, :, part])
+
+
+def head_slices(batch: int, window: int, vocabulary: int, device: object) -> Iterator[slice]:
+    """The positions of `batch` windows that are scored, as many at a time as a model's head shall make logits for."""
+    positions = max(1, HEAD_LOGITS[_kind(device)] // (batch * vocabulary))
+    for start in range(0, window - 1, positions):
+        yield slice(start, min(start + positions, window - 1))
+
+
+def _score_slice(
+    reference: torch.Tensor, candidate: torch.Tensor, targets: torch.Tensor, figures: torch.Tensor
+) -> None:
+    """Write the figures of `targets` [batch, positions] under logits [batch, positions, vocabulary] into `figures`."""
+    batch, positions = targets.shape
+    rows = slice_of((TILE[_kind(reference.device)] or reference.shape[-1]) * batch, reference.device)
+    for start in range(0, positions, rows):
+        part = slice(start, min(start + rows, positions))
+        columns = compare_logits(reference[:, part], candidate[:, part], targets[:, part])
         for figure, column in zip(figures, columns, strict=True):
-            figure[:, start:stop] = column
+            figure[:, part] = column
 
 
 def nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -180,12 +210,25 @@ def compare_logits(
 
     shared = min(reference.shape[-1], candidate.shape[-1])
     reference, candidate = reference[..., :shared], candidate[..., :shared]
-    log_p = torch.log_softmax(reference, dim=-1, dtype=torch.float64)
-    log_q = torch.log_softmax(candidate, dim=-1, dtype=torch.float64)
-    index = targets.unsqueeze(-1)
-    log_p_target, log_q_target = log_p.gather(-1, index).squeeze(-1), log_q.gather(-1, index).squeeze(-1)
-    same_top = reference.argmax(-1) == candidate.argmax(-1)
-    kld = (log_p.exp() * (log_p - log_q)).sum(-1)
+    kind, index = _kind(reference.device), targets.unsqueeze(-1)
+    tops = reference.argmax(-1, keepdim=True), candidate.argmax(-1, keepdim=True)
+    largest_x, largest_y = (
+        logits.gather(-1, top).double() for logits, top in zip((reference, candidate), tops, strict=True)
+    )
+    sum_p = sum_q = weighted = torch.zeros_like(largest_x.squeeze(-1))
+    tiles = (torch.split(logits, TILE[kind] or shared, dim=-1) for logits in (reference, candidate))
+    for reference_tile, candidate_tile in zip(*tiles, strict=True):
+        x, y = reference_tile.double(), candidate_tile.double()
+        difference = x - y
+        p, q = x.sub_(largest_x).exp_(), y.sub_(largest_y).exp_()
+        sum_p, sum_q = sum_p + p.sum(-1), sum_q + q.sum(-1)
+        weighted = weighted + torch.linalg.vecdot(p, difference)
+    log_z_p, log_z_q = largest_x.squeeze(-1) + sum_p.log(), largest_y.squeeze(-1) + sum_q.log()
+    log_p_target = reference.gather(-1, index).squeeze(-1).double() - log_z_p
+    log_q_target = candidate.gather(-1, index).squeeze(-1).double() - log_z_q
+    # sum p (log p - log q) = sum p (x - y) - log Z_p + log Z_q
+    kld = weighted / sum_p - (log_z_p - log_z_q)
+    same_top = (tops[0] == tops[1]).squeeze(-1)
     return -log_p_target, -log_q_target, kld, same_top, log_q_target.exp() - log_p_target.exp()
 
 

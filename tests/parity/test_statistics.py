@@ -92,7 +92,7 @@ class Fixed(torch.nn.Module):
     def get_output_embeddings(self) -> torch.nn.Module:
         return self.table
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
         class Answer:
             logits = self.table(tokens)
 
@@ -100,7 +100,7 @@ class Fixed(torch.nn.Module):
 
 
 def test_slices_and_batches_do_not_change_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    one, other = LiveReference(Fixed(31, 1)), Fixed(31, 2)
+    one, other = LiveReference.of(Fixed(31, 1), torch.zeros(1, 20, dtype=torch.long), "cpu"), Fixed(31, 2)
     windows = torch.randint(0, 31, (7, 20), generator=torch.Generator().manual_seed(0))
     whole = score(one, other, windows, "cpu", lambda amount: None)
     monkeypatch.setattr("quantize.parity.scoring.SLICE_LOGITS", {"cpu": 31 * 3})
@@ -119,9 +119,13 @@ def test_memory_is_bounded_whatever_the_corpus() -> None:
     config = GPT2Config(vocab_size=50257, n_embd=32, n_layer=1, n_head=2, n_positions=1024)
     model = GPT2LMHeadModel(config).eval()
     windows = torch.randint(0, 50257, (3, 1024), generator=torch.Generator().manual_seed(0))
-    score(LiveReference(model), model, windows[:1], "cpu", lambda amount: None)
-    few = most_bytes(lambda: score(LiveReference(model), model, windows[:1], "cpu", lambda amount: None))
-    many = most_bytes(lambda: score(LiveReference(model), model, windows, "cpu", lambda amount: None))
+    score(LiveReference.of(model, windows, "cpu"), model, windows[:1], "cpu", lambda amount: None)
+    few = most_bytes(
+        lambda: score(LiveReference.of(model, windows, "cpu"), model, windows[:1], "cpu", lambda amount: None)
+    )
+    many = most_bytes(
+        lambda: score(LiveReference.of(model, windows, "cpu"), model, windows, "cpu", lambda amount: None)
+    )
     assert few < 1e9 and many < few + 100e6, (few, many)
 
 
@@ -148,7 +152,7 @@ def most_bytes(work: Callable[[], object]) -> int:
 def test_kept_answers_score_like_the_model_that_gave_them() -> None:
     one, other = Fixed(31, 1), Fixed(31, 2)
     windows = torch.randint(0, 31, (4, 20), generator=torch.Generator().manual_seed(0))
-    live = score(LiveReference(one), other, windows, "cpu", lambda amount: None)
+    live = score(LiveReference.of(one, windows, "cpu"), other, windows, "cpu", lambda amount: None)
     kept = score(KeptLogits.of(one, windows, "cpu"), other, windows, "cpu", lambda amount: None)
     np.testing.assert_array_equal(live.kld, kept.kld)
     logits = one(windows).logits[:, :-1]
@@ -158,7 +162,9 @@ def test_kept_answers_score_like_the_model_that_gave_them() -> None:
 def test_a_model_against_itself_is_lossless() -> None:
     model = Fixed(31, 1)
     windows = torch.randint(0, 31, (9, 20), generator=torch.Generator().manual_seed(0))
-    scores = summarize(score(LiveReference(model), model, windows, "cpu", lambda amount: None), seed=0)
+    scores = summarize(
+        score(LiveReference.of(model, windows, "cpu"), model, windows, "cpu", lambda amount: None), seed=0
+    )
     assert scores.perplexity_ratio.low == scores.perplexity_ratio.high == 1.0
     assert scores.kld.mean.value == 0.0 and scores.same_top.value == 1.0
 

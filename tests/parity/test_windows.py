@@ -113,13 +113,17 @@ def test_the_prefix_is_shown_and_not_scored() -> None:
     """Each text token is scored once, with the prefix before it: the same as scoring it token by token."""
     model = AutoModelForCausalLM.from_pretrained(POCKET, dtype=torch.float32).eval()
     windows, record = draw(Corpus("text", NUMBERED), with_prefix((5, 6)), 32, 8, seed=0)
-    scores = score(LiveReference(model), model, windows, "cpu", lambda amount: None).without_prefix(record.prefix)
+    scores = score(LiveReference.of(model, windows, "cpu"), model, windows, "cpu", lambda amount: None).without_prefix(
+        record.prefix
+    )
     assert scores.kld.shape == (8, 30) and scores.kld.size == record.scored_tokens
     with torch.inference_mode():
         logits = model(windows).logits.double().log_softmax(-1)
     exact = -logits[:, 1:-1].gather(-1, windows[:, 2:, None])[..., 0]
     assert torch.allclose(torch.tensor(scores.nll_reference), exact, atol=1e-4)
-    assert score(LiveReference(model), model, windows, "cpu", lambda amount: None).without_prefix(0).kld.shape == (
+    assert score(LiveReference.of(model, windows, "cpu"), model, windows, "cpu", lambda amount: None).without_prefix(
+        0
+    ).kld.shape == (
         8,
         31,
     )

@@ -41,6 +41,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "double_quant": st.booleans(),
     "compute_dtype": st.sampled_from(COMPUTE_DTYPES),
     "skip_modules": st.lists(lines_of_text, max_size=3),
+    "quantize_towers": st.booleans(),
     "corpus": lines_of_text,
     "window": st.integers(16, 2**40),
     "max_windows": st.integers(8, 2**40),

@@ -156,7 +156,7 @@ def test_push_needs_a_token_that_may_write(place: Place, tmp_path: Path) -> None
     expected = {
         "": "no token for the Hub",
         READ_TOKEN: "the token of reader may only read",
-        "hf_stranger": "stranger cannot make it under tester: publish under stranger",
+        "hf_stranger": "stranger cannot make it under tester with this token: publish under stranger",
     }
     for token, message in expected.items():
         assert message in error_line(place.run("push", folder, "-q", token=token))

@@ -25,6 +25,8 @@ from quantize.formats.ties import distinct_parameters
 
 WEIGHT_ERROR_LIMITS = {4: 0.25, 8: 0.05}
 """Relative RMS error of a module: nearest NF4 gives about 0.09, FP4 0.13, int8 0.01, a wrong matrix above 1."""
+STATE_CHECK = "quant_state"
+"""The name of the check that 4-bit weights have all that belongs to them."""
 SIZE_TOLERANCE = 0.02
 HEADER_BYTES, HEADER_BYTES_PER_TENSOR = 4096, 200
 """What the headers of files may take at most, besides the tensors."""
@@ -68,7 +70,7 @@ def _state_check(expected: MatrixFormat, names: set[str]) -> Check:
     weights = _weights_with(names, parts)
     missing = sorted(weight + part for weight in weights for part in parts if weight + part not in names)
     detail = f"missing {missing[0]} ({len(missing)} in all)" if missing else f"complete for {len(weights)} weights"
-    return Check("quant_state", not missing, detail)
+    return Check(STATE_CHECK, not missing, detail)
 
 
 def _finite_check(folder: Path, names: set[str]) -> Check:

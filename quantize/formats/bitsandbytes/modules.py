@@ -155,13 +155,14 @@ def require_quantized(names: tuple[str, ...], model: Any, model_name: str) -> No
 
 def require_mostly_linear(model: Any, model_name: str) -> None:
     """Raise UnsupportedModel for a model that stacks its experts in one tensor, which bitsandbytes passes over."""
+    language_model = model.get_decoder() if towers(model) else model
     stacked = sum(
         parameter.numel()
-        for module in model.modules()
+        for module in language_model.modules()
         for parameter in module.parameters(recurse=False)
         if parameter.ndim > 2 or (parameter.ndim == 2 and not _has_one_matrix(module))
     )
-    if stacked > MOST_STACKED * sum(parameter.numel() for parameter in model.parameters()):
+    if stacked > MOST_STACKED * sum(parameter.numel() for parameter in language_model.parameters()):
         raise UnsupportedModel(
             f"{model_name} keeps most weights in stacked expert tensors, which bitsandbytes leaves in half precision: "
             f"mixture-of-experts models of this kind cannot be quantized here"
