@@ -16,7 +16,7 @@ MARKUP = re.compile(
     r"[\\`*\[\]<>&|~$@]"  # anywhere
     r"|_(?![^\W_])|(?<![^\W_])_"  # not within a word
     r"|(?<=www)\.|:(?=//)"  # addresses that would become links
-    r"|^[#=]|#$|^[+-](?=\s|$)|(?<=^[0-9])[.)](?=\s|$)|(?<=^[0-9]{2})[.)](?=\s|$)"  # headings and lists
+    r"|^[#=]|#$|^[+-](?=[\s-]|$)|(?<=^[0-9])[.)](?=\s|$)|(?<=^[0-9]{2})[.)](?=\s|$)"  # headings, rules and lists
     r"|!(?=\[)"
 )
 ADDRESS_CHARACTERS = "/:?#@!$&'*+,;=%~"

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         ParityRefused,
         PublishError,
         QuantizeError,
+        SourceChanged,
         SourceError,
         SourceNotFound,
         StorageError,
@@ -63,6 +64,7 @@ __all__ = [
     "Recipe",
     "RunRequest",
     "RunResult",
+    "SourceChanged",
     "SourceError",
     "SourceNotFound",
     "StorageError",
@@ -82,7 +84,7 @@ __all__ = [
 _HOMES = {
     "quantize.errors": (
         *("QuantizeError", "SourceError", "SourceNotFound", "AccessDenied", "UnsupportedModel", "CorruptModel"),
-        *("HubUnreachable", "ConfigError", "CorpusError", "DeviceError", "StorageError"),
+        *("SourceChanged", "HubUnreachable", "ConfigError", "CorpusError", "DeviceError", "StorageError"),
         *("PackageError", "NewerFormat", "PublishError", "Conflict", "ParityRefused"),
     ),
     "quantize.evidence": ("Evidence", "Verdict"),

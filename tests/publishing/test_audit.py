@@ -239,20 +239,20 @@ def unknown_grade(forged: Forged) -> None:
     forged.parity["verdict"]["required"] = forged.provenance["settings"]["require"] = "splendid"
 
 
-def weights_of(recipe: Recipe, folder: Path) -> None:
-    """Put weights by another recipe into a package."""
-    made = folder.with_name("weights")
+def weights_of(recipe: Recipe, forged: Forged) -> None:
+    """Put weights by another recipe into a package, and their size into its evidence."""
+    made = forged.folder.with_name("weights")
     made.mkdir()
     checkout = source.fetch(str(POCKET), revision=None, trust_remote_code=False, progress=Silent())
     methods.quantize(methods.Job(checkout, made, recipe, "cpu", Silent()))
-    shutil.copy(made / "model.safetensors", folder)
-
-
-def weights_of_another_format(forged: Forged) -> None:
-    weights_of(Recipe("rtn", quant_type="fp4"), forged.folder)
+    shutil.copy(made / "model.safetensors", forged.folder)
     size = (forged.folder / "model.safetensors").stat().st_size
     sizes = forged.parity["sizes"]
     sizes |= {"package_bytes": size, "bits_per_parameter": round(8 * size / sizes["parameters"], 4)}
+
+
+def weights_of_another_format(forged: Forged) -> None:
+    weights_of(Recipe("rtn", quant_type="fp4"), forged)
 
 
 EDITS = [

@@ -97,7 +97,7 @@ def cases() -> Iterator[Case]:
     yield Case("503 for good: what the source is", lasting, 1, 0, "the Hub answered 503", commands=MAKING)
     yield Case("reset in the middle of an upload", (Fault(*upload, kind="reset"),))
     yield Case("uploads are always reset", (Fault(*upload, kind="reset", times=None),), 1, 0, unreachable)
-    yield Case("storage refuses an upload (403)", (Fault(*upload, status=403, times=None),), 1, 0, "refused")
+    yield Case("storage refuses an upload (403)", (Fault(*upload, status=403, times=None),), 1, 0, "403")
     yield Case("the token may only read", (), 1, 0, "may only read", token=READ_TOKEN)
     yield Case("the token is expired", (), 1, 0, "the token is missing, expired", token=EXPIRED_TOKEN)
     weights = ("GET", r"^/lfs/model/distilbert")
