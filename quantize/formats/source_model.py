@@ -119,14 +119,14 @@ def check_tensors(checkout: Checkout) -> tuple[str, ...]:
     expected, ties = model.state_dict(), dict(model.all_tied_weights_keys)
     rename = renaming(model, expected)
     renamed = {key: rename(key) for key in held}
-    plain = {one.name: held[key] for key, one in renamed.items() if not one.converted}
+    plain = {tensor.name: held[key] for key, tensor in renamed.items() if not tensor.converted}
     name = checkout.source.name
     _require_shapes(plain, expected, name)
     _require_equal_ties(plain, ties, name)
-    if not any(one.converted for one in renamed.values()):
+    if not any(tensor.converted for tensor in renamed.values()):
         absent = _absent(expected.keys(), plain.keys(), ties)
         require_complete(_not_matching(absent, model._keys_to_ignore_on_load_missing or ()), name)
-    unused = sorted((key for key, one in renamed.items() if one.name not in expected), key=natural)
+    unused = sorted((key for key, tensor in renamed.items() if tensor.name not in expected), key=natural)
     return tuple(key for key in unused if not _is_former_buffer(key, model))
 
 
