@@ -251,6 +251,14 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Coverage:
+    """Shares of the parameters, ties counted once: those in quantized matrices, and by kind those in half precision."""
+
+    quantized: float
+    kept: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Attempt:
     """One recipe that `auto` tried, and what it gave; measured values are None where structure refused it.
 
@@ -276,7 +284,8 @@ class Evidence:
     in float32 after a check that this makes no difference. `reference_devices` are the devices that held the
     reference's weights. `unused_tensors` lie in the source's files, and its model has no place for them. A `chat` model
     has a chat template, through which prompts went, and windows as well (`chat_framing`). Modules that are
-    `misread_on_cpu`, by those with AVX-512, were measured at their real values.
+    `misread_on_cpu`, by those with AVX-512, were measured at their real values. `coverage` is None where a structural
+    check failed before the weights were compared.
     """
 
     reference_dtype: str
@@ -301,6 +310,7 @@ class Evidence:
     chat: bool = False
     chat_framing: Framing | None = None
     misread_on_cpu: tuple[str, ...] = ()
+    coverage: Coverage | None = None
     format_version: int = FORMAT_VERSION
 
     @property

@@ -76,8 +76,8 @@ def to_quantize(model: Any, recipe: Recipe, model_name: str) -> tuple[str, ...]:
 
 
 def to_skip(model: Any, recipe: Recipe, model_name: str) -> list[str]:
-    """Full names of what stays as it is: the head and what is tied to it, always; towers, unless the recipe quantizes
-    them; and what the recipe skips.
+    """Full names of what stays as it is: the head and what is tied to it, always, and weights that are read directly;
+    towers, unless the recipe quantizes them; and what the recipe skips.
 
     Raises UnsupportedModel where the recipe skips what is not there.
     """
@@ -86,7 +86,7 @@ def to_skip(model: Any, recipe: Recipe, model_name: str) -> list[str]:
         if not any(map(Recipe(skip_modules=(name,)).skips, linear)):
             raise UnsupportedModel(f"--skip-modules {name}: {model_name} has no linear module of that name")
     kept = () if recipe.quantize_towers else towers(model)
-    return sorted({*kept_by_default(model), *kept, *filter(recipe.skips, linear)})
+    return sorted({*kept_by_default(model), *read_directly(model), *kept, *filter(recipe.skips, linear)})
 
 
 def kept_by_default(model: Any) -> list[str]:
@@ -99,6 +99,14 @@ def kept_by_default(model: Any) -> list[str]:
     last = list(dict(model.named_parameters(remove_duplicate=False)))[-1]
     heads = (name for name, module in model.named_modules() if head is not None and module is head)
     return sorted({name.removesuffix(".weight") for name in (*ties, *ties.values(), last, *heads)})
+
+
+def read_directly(model: Any) -> tuple[str, ...]:
+    """Linear modules, besides the head, whose weights the model multiplies by itself, which it cannot with codes."""
+    from quantize.formats.bitsandbytes import direct_reads
+
+    kept = set(kept_by_default(model))
+    return direct_reads.names(model, (name for name in linear_names(model) if name not in kept))
 
 
 def towers(model: Any) -> tuple[str, ...]:
