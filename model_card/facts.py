@@ -107,6 +107,7 @@ class CardFacts:
     are layers of the source's files that its model has no place for, each with its number of tensors. A `chat` model
     has a chat template, which its prompts went through; `chat_ratio` and `chat_kld` are those of `chat_windows` in it.
     CPUs with AVX-512 misread as many layers as `misread_on_cpu`. `copied_files` are the same bytes as the original's.
+    `own_code` is the file of code without which the experts of this model are not loaded, empty where there is none.
     """
 
     publisher: CardPublisher | None
@@ -183,6 +184,7 @@ class CardFacts:
     least_versions: dict[str, str]
     remote_code: bool
     code_left_out: bool
+    own_code: str
     tool_version: str
     created: str
     command: str

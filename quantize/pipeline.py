@@ -24,7 +24,7 @@ from quantize.errors import (
 )
 from quantize.evidence import Evidence
 from quantize.folders import write_text
-from quantize.formats import source_model
+from quantize.formats import experts, source_model
 from quantize.formats.bitsandbytes.config import ExpectedConfig
 from quantize.formats.safetensors import recorded_weight_bytes
 from quantize.grades import UNMEASURED
@@ -153,7 +153,7 @@ def verify(request: VerifyRequest, progress: Progress) -> Evidence:
     progress.stage(f"checkpoint {request.checkpoint}")
     folder = source.fetch_checkpoint(
         request.checkpoint,
-        (files.PROVENANCE, files.PARITY),
+        (files.PROVENANCE, files.PARITY, experts.MODELING),
         progress,
         trust_remote_code=request.trust_remote_code,
     )

@@ -14,7 +14,7 @@ from typing import Any
 from quantize import devices
 from quantize.errors import CorruptModel, DeviceError, memory_errors
 from quantize.evidence import Check, Evidence, Sizes
-from quantize.formats import source_model, ties
+from quantize.formats import experts, source_model, ties
 from quantize.formats.bitsandbytes import checks as format_checks
 from quantize.formats.bitsandbytes import cpu_reading, loading
 from quantize.formats.bitsandbytes.config import ExpectedConfig
@@ -83,7 +83,7 @@ def measure(
     unused = source_model.check_tensors(checkout)
     text = corpus.load(settings.corpus)
     expected = expected or ExpectedConfig.read_if_possible(candidate)
-    trust = checkout.source.remote_code and structure.same_code(checkout, candidate)
+    trust = structure.trusts(checkout, candidate)
     tokenizer = source_tokenizer(checkout)
     alone = reference_cache is not None
     with (
@@ -103,7 +103,7 @@ def unmeasured(
     """What can be said about the checkpoint in `candidate` without loading it or its source: files and tokenizer."""
     started = time.monotonic()
     checks = format_checks.check_files(candidate, expected)
-    trust = checkout.source.remote_code and structure.same_code(checkout, candidate)
+    trust = structure.trusts(checkout, candidate)
     tokenizer = source_tokenizer(checkout)
     checks += companions.checks(checkout.folder, tokenizer, candidate, trust)
     return Evidence(
@@ -193,7 +193,7 @@ def _examine(pair: Pair, expected: ExpectedConfig | None) -> _Structure:
     checks.append(loads)
     if not loads.passed or expected is None:
         return _Structure(tuple(checks), {}, pair.checkout.source.parameters)
-    with pair.weights_beside_candidate() as (reference, candidate):
+    with pair.weights_beside_candidate() as (reference, candidate), experts.as_linear(reference):
         checks += structure.check_models(reference, candidate, pair.folder, expected)
         checks += companions.checks(pair.checkout.folder, pair.tokenizer, pair.folder, pair.trust)
         errors = loading.weight_errors(reference, candidate)

@@ -11,7 +11,8 @@ from pathlib import Path
 from quantize import __version__, package, pipeline
 from quantize.errors import PackageError, ParityRefused
 from quantize.evidence import Evidence
-from quantize.files import CARD, PARITY, PROVENANCE
+from quantize.files import CARD, CONFIG, PARITY, PROVENANCE
+from quantize.formats import experts, remote_code
 from quantize.formats.bitsandbytes import recount
 from quantize.formats.safetensors import recorded_weight_bytes, weight_bytes
 from quantize.package import Package
@@ -66,6 +67,7 @@ def _contradictions(sealed: Package) -> Iterator[str]:
             recount.contradictions(sealed.folder, provenance.recipe, provenance.quantized, parameters),
         ),
         CARD: (_card(sealed),),
+        CONFIG: (_code(sealed),),
     }
     for file, sentences in parts.items():
         for sentence in itertools.chain(*sentences):
@@ -94,6 +96,18 @@ def _records(provenance: Provenance, evidence: Evidence) -> Iterator[str]:
         yield "several recipes were tried, and none is said to have been asked for"
     if not _is_recorded(source, provenance.source_card):
         yield f"the original's {CARD} is not the one that was recorded"
+
+
+def _code(sealed: Package) -> Iterator[str]:
+    """Code that is neither the original's, where that was allowed, nor the package's own."""
+    source = sealed.provenance.source
+    known = {experts.own_record(), *(source.files if source.remote_code else ())}
+    for file in sealed.provenance.files:
+        if file.path.endswith(".py") and file not in known:
+            yield f"{file.path} is code neither of the original nor of this version of quantize"
+    foreign = remote_code.classes(sealed.folder) - experts.own_classes(sealed.folder)
+    if foreign and not source.remote_code:
+        yield f"it names {min(foreign)}, which is code that nobody allowed"
 
 
 def _is_recorded(source: Source, text: str | None) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from quantize.errors import CorruptModel, UnsupportedModel
-from quantize.formats import remote_code, source_model
+from quantize.formats import experts, remote_code, source_model
 from quantize.formats.bitsandbytes.config import quantization_method
 from quantize.formats.bitsandbytes.modules import require_mostly_linear
 from quantize.formats.model_class import reads_pictures
@@ -52,7 +52,7 @@ def check_model(config: Mapping[str, Any], name: str) -> None:
     Of a model with code of its own nothing is known before that is here.
     """
     if not needs_remote_code(config):
-        require_mostly_linear(source_model.promised(config, name), name)
+        require_mostly_linear(experts.unstacked(source_model.promised(config, name)), name)
 
 
 def needs_remote_code(config: Mapping[str, Any]) -> bool:

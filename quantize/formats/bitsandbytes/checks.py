@@ -18,6 +18,7 @@ from quantize.formats.bitsandbytes.modules import (
     linear_names,
     matrix,
     names_holding_codes,
+    routers,
     towers,
 )
 from quantize.formats.bitsandbytes.sizes import ROW_SCALES, MatrixFormat
@@ -91,6 +92,7 @@ def module_check(reference: Any, candidate: Any, expected: ExpectedConfig) -> Ch
     skip_list = kept_by_default(reference) if expected.skips_head else []
     skip_list += reference._keep_in_fp32_modules or []
     skip_list += towers(reference) if expected.skips_towers else []
+    skip_list += routers(reference) if expected.skips_routers else []
     due = {name for name in linear if not (expected.skips(name) or is_listed(name, skip_list))}
     quantized = names_holding_codes(candidate, expected.bits)
     if left := sorted(due - quantized):
