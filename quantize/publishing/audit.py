@@ -64,10 +64,10 @@ def _contradictions(sealed: Package) -> Iterator[str]:
         PARITY: (consistency.contradictions(evidence, provenance.recipe, provenance.settings), _sizes(sealed)),
         PROVENANCE: (
             _records(provenance, evidence),
+            _code(sealed),
             recount.contradictions(sealed.folder, provenance.recipe, provenance.quantized, parameters),
         ),
         CARD: (_card(sealed),),
-        CONFIG: (_code(sealed),),
     }
     for file, sentences in parts.items():
         for sentence in itertools.chain(*sentences):
@@ -107,7 +107,7 @@ def _code(sealed: Package) -> Iterator[str]:
             yield f"{file.path} is code neither of the original nor of this version of quantize"
     foreign = remote_code.classes(sealed.folder) - experts.own_classes(sealed.folder)
     if foreign and not source.remote_code:
-        yield f"it names {min(foreign)}, which is code that nobody allowed"
+        yield f"{CONFIG} names {min(foreign)}, and nobody allowed that code"
 
 
 def _is_recorded(source: Source, text: str | None) -> bool:

@@ -22,6 +22,9 @@ from quantize.records import Recipe
 from tests.conftest import QUICK, Outcome
 from tests.hub import LoopbackHub
 from tests.mixtures import saved
+from tests.publishing.test_hub_run import as_a_person
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -81,19 +84,11 @@ def test_other_code_is_neither_run_nor_published(
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.slow
-def test_it_is_published_and_proved_by_download(
-    mixture_package: Path, tmp_path: Path, command: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tests.hub import WRITE_TOKEN
-
-    made = Path(shutil.copytree(mixture_package, tmp_path / "made"))
+def test_it_is_published_and_proved_by_download(mixture_package: Path, tmp_path: Path) -> None:
+    original = str(mixture_package.with_name("qwen3-moe"))
     with LoopbackHub() as hub:
-        for name, value in hub.env(home=tmp_path / "home").items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
-        against = ("--against", str(mixture_package.with_name("qwen3-moe")), "--device", "cpu")
-        pushed = command("push", made, "--to", "tester/mixture", "--verify-download", *against, "--json")
-        assert pushed.code == 0, pushed.err
+        place = (str(mixture_package), "--to", "tester/mixture", "--against", original)
+        pushed = as_a_person(hub, tmp_path, "-m", "quantize", "push", *place, "--verify-download", "--json")
+        assert pushed.returncode == 0, pushed.stderr
         assert hub.files("tester/mixture")[experts.MODELING] == experts.OWN_CODE.read_bytes()
-        assert json.loads(pushed.out)["downloaded"]["windows"] > 0
+        assert json.loads(pushed.stdout)["downloaded"]["windows"] > 0
