@@ -29,7 +29,7 @@ from quantize.formats.bitsandbytes.config import ExpectedConfig
 from quantize.formats.safetensors import recorded_weight_bytes
 from quantize.grades import UNMEASURED
 from quantize.package import Package, card
-from quantize.parity import check_inputs, corpus_text, figures, measure, unmeasured
+from quantize.parity import check_inputs, corpus_text, figures, measure, picture_problem, unmeasured
 from quantize.progress import Progress, Silent
 from quantize.records import (
     Checkout,
@@ -286,6 +286,8 @@ def _check(request: RunRequest, checkout: Checkout, staging: Path, progress: Pro
     if unused:
         progress.note(f"the model has no place for these tensors in its files: {', '.join(unused)}")
     check_inputs(checkout, request.settings)
+    if reason := picture_problem(checkout):
+        progress.note(f"only text will be measured, no pictures: {reason}")
     methods.check(checkout, request.recipe, corpus_text(request.settings))
     files.require_space(staging, recorded_weight_bytes(checkout.source.files), "the package")
 

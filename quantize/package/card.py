@@ -22,7 +22,7 @@ from model_card import (
 )
 from quantize import hub, methods
 from quantize.evidence import Attempt, Estimate, Evidence
-from quantize.files import FIGURES
+from quantize.files import FIGURES, PROCESSOR_FILES
 from quantize.formats import experts
 from quantize.formats.source_model import grouped
 from quantize.grades import LIMITS, UNMEASURED
@@ -44,7 +44,7 @@ def facts(
     source, quantized, recipe = provenance.source, provenance.quantized, provenance.recipe
     scores, generated, text = evidence.scores, evidence.generation, evidence.corpus
     ratio_limit, kld_limit = LIMITS[evidence.verdict.required]
-    framing = evidence.chat_framing
+    framing, pictures = evidence.chat_framing, evidence.pictures
     samples = generated.samples if generated else ()
     publisher, dataset = provenance.publisher, text.dataset if text else None
     return CardFacts(
@@ -125,6 +125,15 @@ def facts(
         chat_windows=framing.corpus.scored if framing else 0,
         chat_ratio=_interval(framing.scores.perplexity_ratio) if framing else None,
         chat_kld=_interval(framing.scores.kld.mean) if framing else None,
+        reads_pictures=evidence.reads_pictures,
+        processor=any(file.path in PROCESSOR_FILES for file in provenance.files),
+        picture_chat=pictures.chat if pictures else evidence.chat,
+        pictures=pictures.count if pictures else 0,
+        pictures_sha256=pictures.sha256 if pictures else "",
+        picture_tokens=sum(pictures.figures.tokens) if pictures else 0,
+        picture_kld=_interval(pictures.kld) if pictures else None,
+        picture_same_top=_interval(pictures.same_top) if pictures else None,
+        pictures_left_out=evidence.pictures_left_out,
         misread_on_cpu=len(evidence.misread_on_cpu),
         new_tokens=generated.new_tokens if generated else 0,
         seed=provenance.settings.seed,

@@ -19,7 +19,16 @@ from quantize.formats.bitsandbytes import checks as format_checks
 from quantize.formats.bitsandbytes import cpu_reading, loading
 from quantize.formats.bitsandbytes.config import ExpectedConfig
 from quantize.formats.safetensors import recorded_weight_bytes, weight_bytes
-from quantize.parity import companions, comparison, corpus, framing, generation, structure, verdict
+from quantize.parity import (
+    companions,
+    comparison,
+    corpus,
+    framing,
+    generation,
+    picture_prompts,
+    structure,
+    verdict,
+)
 from quantize.parity.comparison import Measurements
 from quantize.parity.models import ADVICE, Pair, load_tokenizer, text_config
 from quantize.progress import Progress
@@ -126,6 +135,7 @@ def unmeasured(
         unused_tensors=source_model.check_tensors(checkout),
         chat=framing.has_template(tokenizer),
         misread_on_cpu=cpu_reading.misread_in_files(candidate),
+        reads_pictures=picture_prompts.sees(checkout),
     )
 
 
@@ -154,6 +164,9 @@ def _evidence(
         chat=pair.chat,
         chat_framing=measured.chat_framing,
         misread_on_cpu=cpu_reading.misread_in_files(pair.folder),
+        reads_pictures=picture_prompts.sees(pair.checkout),
+        pictures=measured.pictures,
+        pictures_left_out=measured.pictures_left_out,
     )
     return verdict.judged(_finite(evidence), settings.require)
 

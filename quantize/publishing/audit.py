@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from quantize import __version__, package, pipeline
+from quantize.documents import read_json
 from quantize.errors import PackageError, ParityRefused
 from quantize.evidence import Evidence
 from quantize.files import CARD, CONFIG, PARITY, PROVENANCE
 from quantize.formats import experts, remote_code
 from quantize.formats.bitsandbytes import recount
+from quantize.formats.model_class import reads_pictures
 from quantize.formats.safetensors import recorded_weight_bytes, weight_bytes
 from quantize.package import Package
 from quantize.parity import consistency
@@ -61,7 +63,11 @@ def _contradictions(sealed: Package) -> Iterator[str]:
     evidence, provenance = sealed.evidence, sealed.provenance
     parameters = evidence.sizes.parameters
     parts = {
-        PARITY: (consistency.contradictions(evidence, provenance.recipe, provenance.settings), _sizes(sealed)),
+        PARITY: (
+            consistency.contradictions(evidence, provenance.recipe, provenance.settings),
+            _sizes(sealed),
+            _senses(sealed),
+        ),
         PROVENANCE: (
             _records(provenance, evidence),
             _code(sealed),
@@ -81,6 +87,11 @@ def _sizes(sealed: Package) -> Iterator[str]:
         yield f"it says {sizes.package_bytes:,} of {sizes.source_bytes:,} bytes, and {held:,} of {original:,} are there"
     if abs(sizes.bits_per_parameter - 8 * held / sizes.parameters) > 1e-3:
         yield f"{held:,} bytes for {sizes.parameters:,} parameters are not {sizes.bits_per_parameter} bits each"
+
+
+def _senses(sealed: Package) -> Iterator[str]:
+    if sealed.evidence.reads_pictures != reads_pictures(read_json(sealed.folder / CONFIG, CONFIG, PackageError)):
+        yield f"by its {CONFIG} the model reads pictures, or reads none, and its evidence says otherwise"
 
 
 def _records(provenance: Provenance, evidence: Evidence) -> Iterator[str]:
