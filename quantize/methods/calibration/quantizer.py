@@ -331,7 +331,7 @@ def _load_source(checkout: Checkout, dtype: str, budget: Budget) -> Any:
     budget.require("loading weights", checkout.source.parameters * (4 if in_float32 else 2))
     if experts.has_linear_experts(experts.unstacked(source_model.skeleton(checkout))):
         raise UnsupportedModel(
-            f"{checkout.source.name} is a mixture of experts: the calibrated recipe does not support it, and --recipe rtn "
+            f"{checkout.source.name} is a mixture of experts: the calibrated recipe does not support it, --recipe rtn "
             f"does"
         )
     model = source_model.load(
