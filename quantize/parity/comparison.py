@@ -18,6 +18,7 @@ from quantize.evidence import (
     Framing,
     Generation,
     LookPlan,
+    Pictures,
     Scores,
     StandardPerplexity,
     WindowFigures,
@@ -27,6 +28,7 @@ from quantize.formats.bitsandbytes import cpu_reading
 from quantize.formats.safetensors import weight_bytes
 from quantize.grades import GRADES, grade_of
 from quantize.parity import (
+    answers,
     corpus,
     decoding,
     framing,
@@ -67,6 +69,8 @@ class Measurements:
     standard_perplexities: tuple[StandardPerplexity, ...] = ()
     generation: Generation | None = None
     chat_framing: Framing | None = None
+    pictures: Pictures | None = None
+    pictures_left_out: str = ""
 
 
 @dataclass(frozen=True)
@@ -116,15 +120,18 @@ def compare(
         chat_framing, check = _chat_framing(pair, text, settings, progress, reference_cache, attempts)
         checks.append(check)
     scored = windows[: len(scores.window_figures.kld)]
+    answered = answers.compare(pair, settings, plan.error, progress)
     generated = _generate(comparison)
     return Measurements(
-        (*checks, *generated.checks),
+        (*checks, *answered.checks, *generated.checks),
         dataclasses.replace(record, scored=len(scored)),
         scores,
         plan,
         reference_cache=cache.record(len(scored)) if cache else None,
         generation=generated.record,
         chat_framing=chat_framing,
+        pictures=answered.record,
+        pictures_left_out=answered.left_out,
         standard_perplexities=_standard_perplexities(comparison, text) if settings.standard_perplexities else (),
         controls=_controls(comparison, controls, scored, record.prefix),
     )

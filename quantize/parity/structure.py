@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.evidence import Check
-from quantize.formats import remote_code
+from quantize.formats import experts, remote_code
 from quantize.formats.bitsandbytes import checks
 from quantize.formats.bitsandbytes.config import ExpectedConfig
 from quantize.formats.ties import is_tied
@@ -18,15 +18,26 @@ NOISE_FACTOR = 3.0
 """Times the shift of the original, from which that of a package may differ by chance and by kernels."""
 
 
+def trusts(checkout: Checkout, candidate: Path) -> bool:
+    """Whether code that the candidate brings may run: the package's own, or the source's where that was trusted."""
+    own = experts.names_only_own_code(candidate)
+    return (checkout.source.remote_code or own) and same_code(checkout, candidate)
+
+
 def same_code(checkout: Checkout, candidate: Path) -> bool:
-    """Whether the candidate brings and names no other code than the source's, which alone was trusted."""
-    source, own = checkout.folder, f"{checkout.source.repo_id}--"
+    """Whether the candidate brings and names no other code than the source's, which alone was trusted, and our own."""
+    own = f"{checkout.source.repo_id}--"
     named = {name.removeprefix(own) for name in remote_code.classes(candidate)}
-    return named <= remote_code.classes(source) and all(
-        (source / path.relative_to(candidate)).is_file()
-        and (source / path.relative_to(candidate)).read_bytes() == path.read_bytes()
-        for path in candidate.rglob("*.py")
-    )
+    known = remote_code.classes(checkout.folder) | experts.own_classes(candidate)
+    return named <= known and all(_is_known(path, candidate, checkout.folder) for path in candidate.rglob("*.py"))
+
+
+def _is_known(path: Path, candidate: Path, source: Path) -> bool:
+    """Whether a file of code is the source's at the same place, or the package's own."""
+    name = path.relative_to(candidate)
+    if (source / name).is_file() and (source / name).read_bytes() == path.read_bytes():
+        return True
+    return str(name) == experts.MODELING and experts.has_own_code(candidate)
 
 
 def check_models(reference: Any, candidate: Any, folder: Path, expected: ExpectedConfig) -> list[Check]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from quantize.errors import CorruptModel, UnsupportedModel
-from quantize.formats import remote_code, source_model
+from quantize.formats import experts, remote_code, source_model
 from quantize.formats.bitsandbytes import coverage
 from quantize.formats.bitsandbytes.config import quantization_method
 from quantize.formats.bitsandbytes.modules import require_mostly_linear
@@ -54,7 +54,7 @@ def check_model(config: Mapping[str, Any], name: str) -> None:
     Of a model with code of its own nothing is known before that is here.
     """
     if not needs_remote_code(config):
-        model = source_model.promised(config, name)
+        model = experts.unstacked(source_model.promised(config, name))
         require_mostly_linear(model, name)
         coverage.require(model, Recipe(), name)
 

@@ -19,6 +19,7 @@ from quantize.formats.bitsandbytes.modules import (
     matrix,
     names_holding_codes,
     read_directly,
+    routers,
     towers,
 )
 from quantize.formats.bitsandbytes.sizes import ROW_SCALES, MatrixFormat
@@ -97,6 +98,7 @@ def due_names(reference: Any, expected: ExpectedConfig) -> set[str]:
     skip_list += reference._keep_in_fp32_modules or []
     skip_list += towers(reference) if expected.skips_towers else []
     skip_list += read_directly(reference) if expected.skips_head else []
+    skip_list += routers(reference) if expected.skips_routers else []
     return {name for name in linear_names(reference) if not (expected.skips(name) or is_listed(name, skip_list))}
 
 

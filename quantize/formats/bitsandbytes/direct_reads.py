@@ -20,23 +20,20 @@ def names(model: Any, linear: Iterable[str]) -> tuple[str, ...]:
     Mamba multiplies by the weight of `dt_proj`, to add the bias elsewhere; RWKV divides weights, and would round codes
     again, to FP4. Shapes show it: nothing is computed.
     """
-    with torch.device("meta"):  # a model like it: running changes some
-        shapes = type(model)(copy.deepcopy(model.config)).eval()
-    reads = _Reads({id(shapes.get_submodule(name).weight): name for name in linear})
-    hooks = [
-        hook
-        for name in reads.owners.values()
-        for hook in (
-            shapes.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: reads.running.add(name)),
-            shapes.get_submodule(name).register_forward_hook(lambda *_, name=name: reads.running.discard(name)),
-        )
-    ]
+    try:
+        with torch.device("meta"):  # a model like it: running changes some
+            shapes = type(model)(copy.deepcopy(model.config)).eval()
+    except Exception:  # noqa: BLE001 - code of a model's own may want its weights at once
+        return ()
+    known = dict(shapes.named_modules())
+    reads = _Reads({id(known[name].weight): name for name in linear if name in known})
+    for name in reads.owners.values():
+        known[name].register_forward_pre_hook(lambda *_, name=name: reads.running.add(name))
+        known[name].register_forward_hook(lambda *_, name=name: reads.running.discard(name))
     quiet = (warnings.catch_warnings(), contextlib.suppress(Exception))  # it is foreign code
     with quiet[0], quiet[1], _said_to_be_quantized(shapes), torch.no_grad(), reads:
         warnings.simplefilter("ignore")
         shapes(torch.zeros(1, TOKENS, dtype=torch.int64, device="meta"), use_cache=False)
-    for hook in hooks:
-        hook.remove()
     return tuple(name for name in reads.owners.values() if name in reads.found)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from quantize import devices
 from quantize.errors import UnsupportedModel
+from quantize.formats.bitsandbytes.modules import towers
 
 CHECKED_WINDOWS, CHECKED_TOKENS = 2, 64
 """Of each of the two micro-batches on which the walk is compared with the whole model."""
@@ -33,8 +34,10 @@ class DecoderLayers:
 
     @classmethod
     def of(cls, model: torch.nn.Module, linear: Iterable[str]) -> DecoderLayers:
-        """The list of modules that holds most of the modules named in `linear`; raises UnsupportedModel."""
-        names = list(linear)
+        """The list of modules that holds most of the modules named in `linear`, in the language model of one that has
+        towers as well; raises UnsupportedModel."""
+        outside = tuple(f"{tower}." for tower in towers(model))
+        names = [name for name in linear if not name.startswith(outside)]
         lists = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)}
         counts = {name: sum(linear_name.startswith(f"{name}.") for linear_name in names) for name in lists}
         best = max(counts, key=lambda name: (counts[name], -len(name)), default="")

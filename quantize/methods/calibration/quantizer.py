@@ -21,7 +21,7 @@ import torch
 from quantize import devices
 from quantize.errors import UnsupportedModel
 from quantize.files import require_space
-from quantize.formats import source_model
+from quantize.formats import experts, source_model
 from quantize.formats.bitsandbytes import checkpoint, packing
 from quantize.formats.bitsandbytes.modules import laid_out, matrix
 from quantize.methods.calibration import allocation, calibration_text
@@ -333,6 +333,11 @@ def _load_source(checkout: Checkout, dtype: str, budget: Budget) -> Any:
     small = checkout.source.parameters * 4 <= MAX_OUTPUT_HESSIAN_BYTES
     in_float32 = small or devices.kind(budget.device) == "cpu"
     budget.require("loading weights", checkout.source.parameters * (4 if in_float32 else 2))
+    if experts.has_linear_experts(experts.unstacked(source_model.skeleton(checkout))):
+        raise UnsupportedModel(
+            f"{checkout.source.name} is a mixture of experts: the calibrated recipe does not support it, --recipe rtn "
+            f"does"
+        )
     model = source_model.load(
         checkout.folder,
         checkout.source.name,
