@@ -21,27 +21,27 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-from quantize import methods, pipeline
+from quantize import methods, source
 from quantize.errors import QuantizeError
-from quantize.evidence import Evidence
-from quantize.parity import figures, generation
+from quantize.formats import experts, source_model
+from quantize.formats.bitsandbytes import checks, coverage, modules
+from quantize.formats.bitsandbytes.config import ExpectedConfig
+from quantize.formats.model_class import auto_class
 from quantize.progress import Silent
-from quantize.records import EvaluationSettings, Recipe
+from quantize.records import Checkout, Recipe
 from tests.models import tiny
 
 ROOT = Path(__file__).parents[1]
 PAGE, RECORD = ROOT / "docs/architectures.md", ROOT / "docs/architectures.json"
 SECONDS, MEMORY = 180, 8 << 30
 """That one architecture may take."""
-FIRST, PROMPTS = "llama", ("The function", "A list is")
+FIRST, TOKENS = "llama", 16
 LIBRARIES = ("transformers", "bitsandbytes", "torch")
-SETTINGS = EvaluationSettings(max_windows=8, window=32, new_tokens=2, require="degraded")
 RTN = Recipe(name="rtn")
 CALIBRATED = methods.recipe_of({"name": "calibrated", "calibration_windows": 8, "calibration_length": 16, "passes": 0})
 WORKS, FALLS_BACK, REFUSED, NOT_MADE, FAILS = "works", "falls back", "refused", "not made", "fails"
-EQUAL, YES = "equal", "yes"
+EQUAL, BESIDES, YES = "equal", "equal besides experts", "yes"
 MEANINGS = {
     WORKS: "a package is made, tensor by tensor",
     FALLS_BACK: "a package is made, for which the model is loaded as a whole",
@@ -94,6 +94,12 @@ class Notes(Silent):
     def note(self, text: str) -> None:
         self.texts.append(text)
 
+    @property
+    def whole(self) -> str:
+        """Why the model was loaded as a whole, nothing where it was not."""
+        ending = ": the model is loaded as a whole"
+        return "".join(text.removesuffix(ending) for text in self.texts if text.endswith(ending))
+
 
 def main(names: list[str]) -> None:
     import torch
@@ -103,17 +109,13 @@ def main(names: list[str]) -> None:
     if unknown:
         sys.exit(f"transformers {version('transformers')} has no {', '.join(sorted(unknown))}")
     held = {trial.name: trial for trial in read()} if names else {}
-    with (
-        mock.patch.object(figures, "draw"),  # they cost much, and tell nothing of an architecture
-        mock.patch.object(generation, "prompts", lambda chat: PROMPTS),
-        tempfile.TemporaryDirectory() as place,
-    ):
+    with tempfile.TemporaryDirectory() as place:
         trial(FIRST, Path(place))  # here, so that what every trial imports is there
-        for name in names or tiny.architectures():
-            started = time.monotonic()
-            held[name] = tried(name)
-            print(f"{time.monotonic() - started:6.1f} s  {line(held[name])}", flush=True)
-            write(held.values())
+    for name in names or tiny.architectures():
+        started = time.monotonic()
+        held[name] = tried(name)
+        print(f"{time.monotonic() - started:6.1f} s  {line(held[name])}", flush=True)
+        write(held.values())
 
 
 def tried(name: str) -> Trial:
@@ -145,55 +147,69 @@ def _try(name: str, place: Path) -> None:
 
 def trial(name: str, place: Path) -> Trial:
     """Make a tiny model of an architecture in the folder `place`, and try everything on it."""
+    import torch
+
     try:
-        source = tiny.save(name, place / name)
+        with torch.inference_mode():
+            tiny.build(name)(torch.arange(TOKENS)[None])
+        folder = tiny.save(name, place / name)
     except Exception as error:  # noqa: BLE001 - whatever transformers says of sizes that do not fit together
         return Trial(name, NOT_MADE, reason=_said(error))
     notes = Notes()
     try:
-        evidence = _package(source, place / "rtn", RTN, notes, unverified=False)
+        checkout = source.fetch(str(folder), revision=None, trust_remote_code=False, progress=Silent())
+        source_model.check_tensors(checkout)
+        model = experts.unstacked(source_model.skeleton(checkout))
+        coverage.require(model, RTN, name)
+        share, failed = _packaged(checkout, place / "rtn", RTN, notes, model)
     except QuantizeError as error:
-        return Trial(name, REFUSED, reason=_without_name(str(error), name))
+        return Trial(name, REFUSED, reason=without_name(str(error), name))
     except Exception as error:  # noqa: BLE001 - a fault, which the page tells
         traceback.print_exc()
         return Trial(name, FAILS, reason=_said(error))
-    whole = [note for note in notes.texts if note.endswith(": the model is loaded as a whole")]
-    failed = [f"the check {check.name} failed: {check.detail}" for check in evidence.checks if not check.passed]
     return Trial(
         name,
-        FAILS if failed else FALLS_BACK if whole else WORKS,
-        share=evidence.coverage.quantized if evidence.coverage else None,
-        stock=_like_stock(source, next(place.glob("rtn*")), place / "stock"),
-        calibrated=_calibrated(source, place, name),
-        reason="; ".join(failed) or "".join(whole).partition(": the model is")[0],
+        FAILS if failed else FALLS_BACK if notes.whole else WORKS,
+        share=share,
+        stock=_like_stock(folder, place / "rtn", place / "stock"),
+        calibrated=_calibrated(checkout, place / "calibrated", name, model),
+        reason=failed or notes.whole,
     )
 
 
-def _package(source: Path, output: Path, recipe: Recipe, notes: Notes, *, unverified: bool) -> Evidence:
-    request = pipeline.RunRequest(
-        str(source), output=output, recipe=recipe, settings=SETTINGS, device="cpu", unverified=unverified
-    )
-    return pipeline.run(request, notes).package.evidence
-
-
-def _calibrated(source: Path, place: Path, name: str) -> str:
-    """Whether the calibrated recipe makes a package that stock transformers loads and that computes numbers."""
+def _packaged(checkout: Checkout, output: Path, recipe: Recipe, notes: Notes, source_shape: Any) -> tuple[float, str]:
+    """The share in 4 bits of a package that a recipe makes, and what is wrong with it as stock transformers runs it."""
     import torch
 
+    output.mkdir()
+    methods.quantize(methods.Job(checkout, output, recipe, "cpu", notes))
+    expected = ExpectedConfig.of(recipe)
+    model = auto_class(checkout.folder).from_pretrained(
+        output, local_files_only=True, trust_remote_code=experts.has_own_code(output)
+    )
+    checked = [*checks.check_files(output, expected), checks.module_check(source_shape, model, expected)]
+    failed = [f"the check {check.name} failed: {check.detail}" for check in checked if not check.passed]
+    with torch.inference_mode():
+        logits = model.eval()(torch.arange(TOKENS)[None]).logits
+    if not bool(logits.isfinite().all()):
+        failed.append("its logits are no numbers")
+    share = coverage.of(source_shape, modules.names_holding_codes(model, recipe.bits)).quantized
+    return share, "; ".join(failed)
+
+
+def _calibrated(checkout: Checkout, output: Path, name: str, source_shape: Any) -> str:
+    """Whether the calibrated recipe makes a package that stock transformers runs."""
     try:
-        _package(source, place / "calibrated", CALIBRATED, Notes(), unverified=True)
-        model = _stock_class(source).from_pretrained(place / "calibrated", local_files_only=True).eval()
-        with torch.inference_mode():
-            logits = model(torch.arange(16)[None]).logits
-        return YES if bool(logits.isfinite().all()) else f"{FAILS}: its logits are no numbers"
+        _, failed = _packaged(checkout, output, CALIBRATED, Notes(), source_shape)
+        return f"{FAILS}: {failed}" if failed else YES
     except QuantizeError as error:
-        return _without_name(str(error), name)
+        return without_name(str(error), name)
     except Exception as error:  # noqa: BLE001 - a fault, which the page tells
         traceback.print_exc()
         return f"{FAILS}: {_said(error)}"
 
 
-def _like_stock(source: Path, package: Path, output: Path) -> str:
+def _like_stock(folder: Path, package: Path, output: Path) -> str:
     """Whether a package holds the very tensors that three lines of stock transformers and bitsandbytes write."""
     import torch
     from safetensors.torch import load_file
@@ -208,8 +224,8 @@ def _like_stock(source: Path, package: Path, output: Path) -> str:
         llm_int8_skip_modules=own["llm_int8_skip_modules"],
     )
     try:
-        model = _stock_class(source).from_pretrained(
-            source, quantization_config=asked, dtype=torch.bfloat16, device_map={"": "cpu"}, local_files_only=True
+        model = auto_class(folder).from_pretrained(
+            folder, quantization_config=asked, dtype=torch.bfloat16, device_map={"": "cpu"}, local_files_only=True
         )
         model.save_pretrained(output)
     except Exception as error:  # noqa: BLE001 - whatever stock does
@@ -224,22 +240,18 @@ def _like_stock(source: Path, package: Path, output: Path) -> str:
 
 
 def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """What is otherwise in one of two files; experts that stock leaves in half precision are none of it."""
     import torch
 
-    for name in sorted(ours.keys() ^ theirs.keys()):
-        return f"{name} is in {'ours' if name in ours else 'theirs'} alone"
-    for name, tensor in theirs.items():
-        if (ours[name].dtype, ours[name].shape) != (tensor.dtype, tensor.shape):
+    compared = [name for name in sorted(ours.keys() | theirs.keys()) if ".experts." not in name]
+    for name in compared:
+        if name not in ours or name not in theirs:
+            return f"{name} is in {'ours' if name in ours else 'theirs'} alone"
+        if (ours[name].dtype, ours[name].shape) != (theirs[name].dtype, theirs[name].shape):
             return f"{name} has another type or shape"
-        if not torch.equal(*(one.reshape(-1).view(torch.uint8) for one in (ours[name], tensor))):
+        if not torch.equal(*(held[name].reshape(-1).view(torch.uint8) for held in (ours, theirs))):
             return f"{name} has other bytes"
-    return EQUAL
-
-
-def _stock_class(source: Path) -> Any:
-    from quantize.formats.model_class import auto_class
-
-    return auto_class(source)
+    return EQUAL if len(compared) == len(theirs) else BESIDES
 
 
 def _said(error: Exception) -> str:
@@ -248,7 +260,7 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:200]
 
 
-def _without_name(text: str, name: str) -> str:
+def without_name(text: str, name: str) -> str:
     """A message without the folder and the name of the tiny model, which the table names already."""
     words = [word for word in text.split(" ") if "quantize-architectures-" not in word]
     return " ".join(words).replace(f" {name} ", " this model ").strip(": ")
@@ -277,7 +289,7 @@ def page(record: dict[str, Any]) -> str:
     text = TEXT.format(
         tried=len(trials),
         packaged=len(packaged),
-        equal=sum(trial.stock == EQUAL for trial in packaged),
+        equal=sum(trial.stock in (EQUAL, BESIDES) for trial in packaged),
         calibrated=sum(trial.calibrated == YES for trial in packaged),
         refused=states[REFUSED],
         not_made=states[NOT_MADE],
