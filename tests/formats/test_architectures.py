@@ -15,9 +15,8 @@ from quantize.formats.bitsandbytes import checks, coverage
 from quantize.formats.bitsandbytes.config import ExpectedConfig
 from quantize.progress import Silent
 from quantize.records import Recipe
-from scripts import architectures
-from scripts.architectures import FALLS_BACK, REFUSED, WORKS, Notes, Trial
-from tests.models import tiny
+from tests.models import architectures, tiny
+from tests.models.architectures import FALLS_BACK, REFUSED, WORKS, Notes, Trial
 
 RECORD = json.loads(architectures.RECORD.read_text())
 TRIALS = {row["name"]: Trial(**row) for row in RECORD["trials"]}

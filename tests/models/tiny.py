@@ -43,7 +43,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), HEADS),
     **dict.fromkeys(("image_size", "video_size"), 56),
     **{"vocab_size": VOCABULARY, "time_step_rank": 8, "mamba_expand": 2, "mamba_d_ssm": 256, "expand": 2},
-    **{"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 16, "laurel_rank": 8},
+    **{"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 16, "laurel_rank": 8, "rotary_dim": 16},
     **{"first_k_dense_replace": 1, "num_kv_shared_layers": 0, "patch_size": 14, "spatial_merge_size": 2},
 }
 """By the names of config fields, in whatever part of a config."""
@@ -52,7 +52,24 @@ TOWER: dict[str, Any] = {
     "num_key_value_heads": HEADS,
 }
 """What is otherwise in the part of a config by which pictures or sounds are read."""
+FOUR_LAYERS = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid", "bailing_hybrid", "lfm3", "lfm3_text")
+"""Types of which the fourth layer is the first that attends."""
+SECTIONS = {
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text"), (6, 5, 5)),
+    **dict.fromkeys(("qwen2_5_omni_text", "qwen3_omni_moe_text", "paddleocr_vl_text"), (6, 5, 5)),
+    **dict.fromkeys(("glm4v_text", "glm4v_moe_text", "glm_ocr_text", "glmga_text"), (6, 5, 5)),
+}
+"""Of rotary embeddings for time, height and width, by the types of texts that have them."""
 KINDS: dict[str, dict[str, Any]] = {
+    **{kind: {"num_hidden_layers": 4} for kind in FOUR_LAYERS},
+    **{
+        kind: {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sections)}}
+        for kind, sections in SECTIONS.items()
+    },
+    **{kind: {"vision_config": {"num_position_embeddings": 16}} for kind in ("qwen3_vl", "qwen3_5")},
+    **{kind: {"vision_config": {"num_position_embeddings": 16}} for kind in ("qwen3_vl_moe", "qwen3_5_moe")},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "zaya": {"num_experts_per_tok": 1},
     "mamba2": {"num_heads": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "bamba": {"attn_layer_indices": [1]},
@@ -144,6 +161,8 @@ def _small(chosen: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in {**SIZES, **sizes}.items()
         if name in defaults and aliases.get(name) not in defaults
     }
+    if "kv_lora_rank" in defaults:  # latent attention gives each head keys of its own
+        values["num_key_value_heads"] = HEADS
     for name, value in defaults.items():
         if isinstance(value, list | tuple) and "layer" in name and len(value) > LAYERS:
             values[name] = list(value)[: values.get("num_hidden_layers", LAYERS)]
