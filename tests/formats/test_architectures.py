@@ -21,8 +21,8 @@ from tests.models.architectures import FALLS_BACK, REFUSED, WORKS, Notes, Trial
 RECORD = json.loads(architectures.RECORD.read_text())
 TRIALS = {row["name"]: Trial(**row) for row in RECORD["trials"]}
 SELECTION = (
-    *("llama", "gpt2", "qwen3", "gemma2", "gemma3n_text", "phi3", "opt", "bloom", "falcon", "mixtral", "t5gemma2"),
-    *("mamba", "mamba2", "rwkv", "recurrent_gemma", "zamba2", "openai-gpt", "nemotron_h", "llava", "qwen2_vl"),
+    *("llama", "gpt2", "qwen3", "gemma3", "gemma3n_text", "gemma4_text", "phi3", "openai-gpt", "falcon", "aria_text"),
+    *("mamba", "falcon_mamba", "rwkv", "recurrent_gemma", "xlstm", "bamba", "zamba2", "nemotron_h", "lfm2", "llava"),
 )
 RTN = Recipe(name="rtn")
 CASES = [name if name in SELECTION else pytest.param(name, marks=pytest.mark.slow) for name in TRIALS]
