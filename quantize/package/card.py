@@ -23,6 +23,7 @@ from model_card import (
 from quantize import hub, methods
 from quantize.evidence import Attempt, Estimate, Evidence
 from quantize.files import FIGURES, PROCESSOR_FILES
+from quantize.formats import experts
 from quantize.formats.source_model import grouped
 from quantize.grades import LIMITS, UNMEASURED
 from quantize.options import Option
@@ -69,6 +70,8 @@ def facts(
         block_32_modules=len(quantized.block_32_modules),
         half_precision_modules=len(quantized.half_precision_modules),
         kept_modules=_summarized(quantized.kept_modules),
+        quantized_share=evidence.coverage.quantized if evidence.coverage else None,
+        kept_shares=tuple(evidence.coverage.kept.items()) if evidence.coverage else (),
         copied_files=_copied(provenance),
         unused_tensors=tuple(grouped(evidence.unused_tensors).items()),
         source_bytes=evidence.sizes.source_bytes,
@@ -149,6 +152,7 @@ def facts(
         least_versions=least_versions(source, quantized, evidence.environment.versions),
         remote_code=source.remote_code,
         code_left_out=source.code_left_out,
+        own_code=_own_code(provenance),
         tool_version=provenance.tool_version,
         created=provenance.created,
         command=command(source, recipe, provenance.settings, measured=evidence.verdict.grade != UNMEASURED),
@@ -197,6 +201,12 @@ def _copied(provenance: Provenance) -> tuple[str, ...]:
     """The files that a package holds byte for byte as its source does."""
     held = {(file.path, file.sha256) for file in provenance.files}
     return tuple(file.path for file in provenance.source.files if (file.path, file.sha256) in held)
+
+
+def _own_code(provenance: Provenance) -> str:
+    """The package's own file of code, empty where it has none."""
+    own = experts.own_record()
+    return own.path if own in provenance.files else ""
 
 
 def _summarized(modules: tuple[str, ...]) -> tuple[str, ...]:

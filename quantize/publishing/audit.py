@@ -13,6 +13,7 @@ from quantize.documents import read_json
 from quantize.errors import PackageError, ParityRefused
 from quantize.evidence import Evidence
 from quantize.files import CARD, CONFIG, PARITY, PROVENANCE
+from quantize.formats import experts, remote_code
 from quantize.formats.bitsandbytes import recount
 from quantize.formats.model_class import reads_pictures
 from quantize.formats.safetensors import recorded_weight_bytes, weight_bytes
@@ -69,6 +70,7 @@ def _contradictions(sealed: Package) -> Iterator[str]:
         ),
         PROVENANCE: (
             _records(provenance, evidence),
+            _code(sealed),
             recount.contradictions(sealed.folder, provenance.recipe, provenance.quantized, parameters),
         ),
         CARD: (_card(sealed),),
@@ -105,6 +107,18 @@ def _records(provenance: Provenance, evidence: Evidence) -> Iterator[str]:
         yield "several recipes were tried, and none is said to have been asked for"
     if not _is_recorded(source, provenance.source_card):
         yield f"the original's {CARD} is not the one that was recorded"
+
+
+def _code(sealed: Package) -> Iterator[str]:
+    """Code that is neither the original's, where that was allowed, nor the package's own."""
+    source = sealed.provenance.source
+    known = {experts.own_record(), *(source.files if source.remote_code else ())}
+    for file in sealed.provenance.files:
+        if file.path.endswith(".py") and file not in known:
+            yield f"{file.path} is code neither of the original nor of this version of quantize"
+    foreign = remote_code.classes(sealed.folder) - experts.own_classes(sealed.folder)
+    if foreign and not source.remote_code:
+        yield f"{CONFIG} names {min(foreign)}, and nobody allowed that code"
 
 
 def _is_recorded(source: Source, text: str | None) -> bool:
