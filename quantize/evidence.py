@@ -283,6 +283,14 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Coverage:
+    """Shares of the parameters, ties counted once: those in quantized matrices, and by kind those in half precision."""
+
+    quantized: float
+    kept: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Attempt:
     """One recipe that `auto` tried, and what it gave; measured values are None where structure refused it.
 
@@ -309,7 +317,8 @@ class Evidence:
     reference's weights. `unused_tensors` lie in the source's files, and its model has no place for them. A `chat` model
     has a chat template, through which prompts went, and windows as well (`chat_framing`). Modules that are
     `misread_on_cpu`, by those with AVX-512, were measured at their real values. Of a model that `reads_pictures` either
-    `pictures` were measured as well, or `pictures_left_out` says why not.
+    `pictures` were measured as well, or `pictures_left_out` says why not. `coverage` is None where a structural check
+    failed before the weights were compared.
     """
 
     reference_dtype: str
@@ -334,6 +343,7 @@ class Evidence:
     chat: bool = False
     chat_framing: Framing | None = None
     misread_on_cpu: tuple[str, ...] = ()
+    coverage: Coverage | None = None
     reads_pictures: bool = False
     pictures: Pictures | None = None
     pictures_left_out: str = ""

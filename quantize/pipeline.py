@@ -25,6 +25,7 @@ from quantize.errors import (
 from quantize.evidence import Evidence
 from quantize.folders import write_text
 from quantize.formats import experts, source_model
+from quantize.formats.bitsandbytes import coverage
 from quantize.formats.bitsandbytes.config import ExpectedConfig
 from quantize.formats.safetensors import recorded_weight_bytes
 from quantize.grades import UNMEASURED
@@ -285,6 +286,7 @@ def _check(request: RunRequest, checkout: Checkout, staging: Path, progress: Pro
     unused = source_model.grouped(source_model.check_tensors(checkout))
     if unused:
         progress.note(f"the model has no place for these tensors in its files: {', '.join(unused)}")
+    coverage.require(experts.unstacked(source_model.skeleton(checkout)), request.recipe, checkout.source.name)
     check_inputs(checkout, request.settings)
     if reason := picture_problem(checkout):
         progress.note(f"only text will be measured, no pictures: {reason}")

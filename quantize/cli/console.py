@@ -17,7 +17,7 @@ from model_card import nats, split
 from quantize.cli.visible_console import VisibleConsole
 from quantize.diagnostics import Diagnostics
 from quantize.errors import printable
-from quantize.evidence import Estimate, Evidence
+from quantize.evidence import Coverage, Estimate, Evidence
 from quantize.files import CARD
 from quantize.grades import LIMITS, UNMEASURED
 from quantize.package import Package
@@ -100,7 +100,14 @@ def show_package(console: Console, package: Package) -> None:
     shrunk = f"{sizes.source_bytes / 1e6:.1f} MB -> {sizes.package_bytes / 1e6:.1f} MB"
     average = f"{sizes.bits_per_parameter:.2f} bits per parameter with unquantized layers"
     console.print(f"{package.provenance.source.name} in {bits} bits: {shrunk}, {average}", soft_wrap=True)
+    if package.evidence.coverage is not None:
+        console.print(_coverage(package.evidence.coverage, bits), soft_wrap=True)
     console.print(f"package: {package.folder}", soft_wrap=True)
+
+
+def _coverage(coverage: Coverage, bits: int) -> str:
+    kept = ", ".join(f"{printable(kind)} {share:.1%}" for kind, share in coverage.kept.items())
+    return f"{coverage.quantized:.1%} of the parameters are in {bits} bits; in half precision stay: {kept or 'none'}"
 
 
 def show_card(console: Console, package: Package, preview: bool) -> None:

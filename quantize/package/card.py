@@ -70,6 +70,8 @@ def facts(
         block_32_modules=len(quantized.block_32_modules),
         half_precision_modules=len(quantized.half_precision_modules),
         kept_modules=_summarized(quantized.kept_modules),
+        quantized_share=evidence.coverage.quantized if evidence.coverage else None,
+        kept_shares=tuple(evidence.coverage.kept.items()) if evidence.coverage else (),
         copied_files=_copied(provenance),
         unused_tensors=tuple(grouped(evidence.unused_tensors).items()),
         source_bytes=evidence.sizes.source_bytes,

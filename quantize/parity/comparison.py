@@ -145,13 +145,21 @@ def _arithmetic_check(pair: Pair, windows: torch.Tensor) -> Check:
     tokens = max(2, min(ARITHMETIC_TOKENS, ARITHMETIC_LOGITS // (ARITHMETIC_WINDOWS * pair.vocabulary)))
     batch, sequence = windows[:ARITHMETIC_WINDOWS, :tokens], windows[:1, :CACHED_TOKENS].to(pair.device)
     at_once = scoring.KeptLogits.of(pair.candidate, batch, pair.device)
-    one_by_one = _read_one_by_one(pair.candidate, sequence)
+    one_by_one, dtype = _read_one_by_one(pair.candidate, sequence), pair.candidate_dtype
     pair.upcast()
     shift = scoring.score(at_once, pair.candidate, batch, pair.device, lambda amount: None).kld.mean()
     again = _read_one_by_one(pair.candidate, sequence)
-    if one_by_one is None or again is None:
-        return structure.arithmetic_check(float(shift), None)
-    return structure.arithmetic_check(float(shift), scoring.mean_kld(one_by_one, again))
+    alone = None if one_by_one is None or again is None else scoring.mean_kld(one_by_one, again)
+    check = structure.arithmetic_check(float(shift), alone)
+    return check if check.passed else structure.arithmetic_check(float(shift), alone, _half_noise(pair, batch, dtype))
+
+
+def _half_noise(pair: Pair, windows: torch.Tensor, dtype: str) -> float:
+    """Mean KLD (nats) of the original in the type `dtype` of the package from the original in float32."""
+    exact = scoring.KeptLogits.of(pair.reference, windows, pair.device)
+    half = pair.another(pair.checkout.folder, dtype=dtype)
+    noise = float(scoring.score(exact, half, windows, pair.device, lambda amount: None).kld.mean())
+    return noise if math.isfinite(noise) else 0.0
 
 
 def _read_one_by_one(model: Any, sequence: torch.Tensor) -> torch.Tensor | None:

@@ -13,11 +13,12 @@ from typing import Any
 
 from quantize import devices
 from quantize.errors import CorruptModel, DeviceError, memory_errors
-from quantize.evidence import Check, Evidence, Sizes
+from quantize.evidence import Check, Coverage, Evidence, Sizes
 from quantize.formats import experts, source_model, ties
 from quantize.formats.bitsandbytes import checks as format_checks
-from quantize.formats.bitsandbytes import cpu_reading, loading
+from quantize.formats.bitsandbytes import coverage, cpu_reading, loading
 from quantize.formats.bitsandbytes.config import ExpectedConfig
+from quantize.formats.bitsandbytes.modules import names_holding_codes
 from quantize.formats.safetensors import recorded_weight_bytes, weight_bytes
 from quantize.parity import (
     companions,
@@ -45,6 +46,7 @@ class _Structure:
     checks: tuple[Check, ...]
     weight_errors: dict[str, float]
     parameters: int
+    coverage: Coverage | None = None
 
 
 def check_inputs(checkout: Checkout, settings: EvaluationSettings) -> None:
@@ -113,7 +115,7 @@ def unmeasured(
     started = time.monotonic()
     checks = format_checks.check_files(candidate, expected)
     trust = structure.trusts(checkout, candidate)
-    tokenizer = source_tokenizer(checkout)
+    tokenizer, model = source_tokenizer(checkout), experts.unstacked(source_model.skeleton(checkout))
     checks += companions.checks(checkout.folder, tokenizer, candidate, trust)
     return Evidence(
         reference_dtype="none",
@@ -135,6 +137,7 @@ def unmeasured(
         unused_tensors=source_model.check_tensors(checkout),
         chat=framing.has_template(tokenizer),
         misread_on_cpu=cpu_reading.misread_in_files(candidate),
+        coverage=coverage.of(model, format_checks.due_names(model, expected)),
         reads_pictures=picture_prompts.sees(checkout),
     )
 
@@ -164,6 +167,7 @@ def _evidence(
         chat=pair.chat,
         chat_framing=measured.chat_framing,
         misread_on_cpu=cpu_reading.misread_in_files(pair.folder),
+        coverage=examined.coverage,
         reads_pictures=picture_prompts.sees(pair.checkout),
         pictures=measured.pictures,
         pictures_left_out=measured.pictures_left_out,
@@ -211,7 +215,8 @@ def _examine(pair: Pair, expected: ExpectedConfig | None) -> _Structure:
         checks += companions.checks(pair.checkout.folder, pair.tokenizer, pair.folder, pair.trust)
         errors = loading.weight_errors(reference, candidate)
         checks.append(format_checks.weight_check(errors, expected.bits))
-        return _Structure(tuple(checks), errors, ties.distinct_count(reference))
+        covered = coverage.of(reference, names_holding_codes(candidate, expected.bits))
+        return _Structure(tuple(checks), errors, ties.distinct_count(reference), covered)
 
 
 def _loads_check(pair: Pair) -> Check:

@@ -16,6 +16,7 @@ from quantize.formats import experts, safetensors, source_model
 from quantize.formats.bitsandbytes import config, modules, tensor_plan, writer
 from quantize.formats.bitsandbytes.tensor_plan import NotKnown, PrecomputedTensors
 from quantize.formats.bitsandbytes.writer import MatrixRounding
+from quantize.formats.bounds import are_bounds
 from quantize.progress import Progress
 from quantize.records import Checkout, Recipe
 from quantize.resume import ResumeFolder
@@ -213,9 +214,10 @@ def load_quantized(checkout: Checkout, recipe: Recipe, dtype: str, device: str) 
 
 
 def _quantization_config(model: Any, checkout: Checkout, recipe: Recipe, dtype: str) -> Any:
-    """The skip list is left to transformers unless the recipe has one, or the model has towers or routers."""
-    kept = modules.routers(model) or (modules.towers(model) and not recipe.quantize_towers)
-    own_list = recipe.skip_modules or kept
+    """The skip list is left to transformers unless more stays as it is than it leaves alone itself."""
+    kept = modules.routers(model) or modules.read_directly(model)
+    towers = modules.towers(model) and not recipe.quantize_towers
+    own_list = recipe.skip_modules or kept or towers
     skip_list = modules.to_skip(model, recipe, checkout.source.name) if own_list else None
     return config.build(recipe, dtype, skip_list)
 
@@ -228,9 +230,9 @@ def _largest_weight(checkout: Checkout, progress: Progress) -> tuple[str, float]
             for name, values in safetensors.parts(checkout.folder / shard):
                 if values.is_floating_point() and values.numel():
                     bound = float(values.abs().max())
-                    if not bound < float("inf"):
+                    if bound < float("inf"):
+                        largest = max(largest, (f"{name} in {shard}", bound), key=lambda named: named[1])
+                    elif not are_bounds(values):
                         raise CorruptModel(f"{name} in {shard} holds NaN or infinity: the source is damaged")
-                    if bound > largest[1]:
-                        largest = (f"{name} in {shard}", bound)
                 advance(values.numel())
     return largest

@@ -80,8 +80,8 @@ def to_quantize(model: Any, recipe: Recipe, model_name: str) -> tuple[str, ...]:
 
 
 def to_skip(model: Any, recipe: Recipe, model_name: str) -> list[str]:
-    """Full names of what stays as it is: the head, what is tied to it, and routers, always; towers, unless the recipe
-    quantizes them; and what the recipe skips.
+    """Full names of what stays as it is: the head, what is tied to it, routers, and weights that are read directly,
+    always; towers, unless the recipe quantizes them; and what the recipe skips.
 
     Raises UnsupportedModel where the recipe skips what is not there.
     """
@@ -90,7 +90,8 @@ def to_skip(model: Any, recipe: Recipe, model_name: str) -> list[str]:
         if not any(map(Recipe(skip_modules=(name,)).skips, linear)):
             raise UnsupportedModel(f"--skip-modules {name}: {model_name} has no linear module of that name")
     kept = () if recipe.quantize_towers else towers(model)
-    return sorted({*kept_by_default(model), *routers(model), *kept, *filter(recipe.skips, linear)})
+    always = (*kept_by_default(model), *routers(model), *read_directly(model))
+    return sorted({*always, *kept, *filter(recipe.skips, linear)})
 
 
 def kept_by_default(model: Any) -> list[str]:
@@ -103,6 +104,14 @@ def kept_by_default(model: Any) -> list[str]:
     last = list(dict(model.named_parameters(remove_duplicate=False)))[-1]
     heads = (name for name, module in model.named_modules() if head is not None and module is head)
     return sorted({name.removesuffix(".weight") for name in (*ties, *ties.values(), last, *heads)})
+
+
+def read_directly(model: Any) -> tuple[str, ...]:
+    """Linear modules, besides the head, whose weights the model multiplies by itself, which it cannot with codes."""
+    from quantize.formats.bitsandbytes import direct_reads
+
+    kept = set(kept_by_default(model))
+    return direct_reads.names(model, (name for name in linear_names(model) if name not in kept))
 
 
 def routers(model: Any) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from quantize.formats import safetensors
 from quantize.formats.bitsandbytes import packing
 from quantize.formats.bitsandbytes.sizes import ROW_FORMAT, ROW_SCALES
 from quantize.formats.bitsandbytes.tensor_plan import TensorPlan, module_of
+from quantize.formats.bounds import are_bounds
 from quantize.formats.safetensors import Shard
 from quantize.progress import Progress
 from quantize.records import Recipe
@@ -122,7 +123,7 @@ def _results(step: Step, values: torch.Tensor, device: str, rounding: MatrixRoun
     try:
         if not plan.rounded:
             kept = plan.laid_out(values) if plan.whole else values
-            return {plan.name: _finite(kept.to(plan.dtype))}
+            return {plan.name: _finite_or_bounds(kept, plan.dtype)}
         matrix = plan.laid_out(values).to(device, non_blocking=True).to(plan.dtype)
         parts = rounding(matrix.T if plan.transposed else matrix)
     except packing.NotFinite as error:
@@ -175,6 +176,16 @@ def _finite(values: torch.Tensor) -> torch.Tensor:
         if not bool(largest.isfinite()):
             raise packing.NotFinite
     return values
+
+
+def _finite_or_bounds(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`values` as `dtype`, or NotFinite: also where they are finite, and infinite as `dtype`."""
+    try:
+        return _finite(values.to(dtype))
+    except packing.NotFinite:
+        if are_bounds(values):
+            return values.to(dtype)
+        raise
 
 
 def _steps(plans: list[TensorPlan]) -> Iterator[Step]:

@@ -327,5 +327,5 @@ def _move_rest(model: torch.nn.Module, decoder: DecoderLayers, device: str) -> N
 
 
 def _tensor(output: Any) -> torch.Tensor:
-    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden

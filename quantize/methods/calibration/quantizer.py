@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from quantize import devices
+from quantize.errors import UnsupportedModel
 from quantize.files import require_space
 from quantize.formats import experts, source_model
 from quantize.formats.bitsandbytes import checkpoint, packing
@@ -37,6 +38,8 @@ from quantize.methods.rounding.gptq import GptqOptions
 from quantize.methods.rounding.stored import compensated
 from quantize.records import CalibrationText, Checkout, Quantized, Recipe
 
+WEIGHT_TOLERANCE = 1e-3
+"""Of the norm of a matrix before and after the model ran, possibly on two devices."""
 TOKENS_AT_ONCE = {"cpu": 1024, "gpu": 4096}
 """Tokens that run through a decoder layer together: a CPU gains nothing from more. The number does not depend on what
 memory is free, so that the same recipe always gives the same bytes."""
@@ -145,10 +148,12 @@ def _quantize_model(
     by_gradient = _reads_gradients(job, options, ablation, model, decoder, names)
     require_memory(budget, model, decoder, names, options, tokens_at_once, by_gradient)
     bfloat16 = next(model.parameters()).dtype == torch.float32 and _computes_bfloat16(device)
+    sizes = _sizes(model, names)
     model.to(device)
     tokens, record = finished.text(lambda: _calibration_text(job, options, model, bfloat16, ablation))
     batch = math.gcd(len(tokens), max(1, tokens_at_once // tokens.shape[1]))
     check_walk(model, decoder, tokens, device, bfloat16)
+    _require_unchanged(sizes, _sizes(model, names))
     model.to(device)
     if by_gradient and not finished.has_gradients:
         require_space(finished.folder, output_hessian_bytes(model, names, len(decoder.layers)), "gradients")
@@ -347,7 +352,22 @@ def _load_source(checkout: Checkout, dtype: str, budget: Budget) -> Any:
         dtype=torch.float32 if in_float32 else getattr(torch, dtype),
         trust_remote_code=checkout.source.remote_code,
     )
+    if hasattr(model.config, "rescale_every"):
+        model.config.rescale_every = 0  # RWKV would halve weights when it runs, and again when the package is loaded
     return experts.unstacked(model.eval().requires_grad_(False))
+
+
+def _sizes(model: Any, names: list[str]) -> list[float]:
+    """The norms of the named matrices."""
+    return [float(model.get_submodule(name).weight.float().norm()) for name in names]
+
+
+def _require_unchanged(before: list[float], after: list[float]) -> None:
+    """Raise UnsupportedModel where running the model has changed its matrices: the files would hold them changed."""
+    if not all(math.isclose(*pair, rel_tol=WEIGHT_TOLERANCE) for pair in zip(before, after, strict=True)):
+        raise UnsupportedModel(
+            "the model changes its weights when it runs: the calibrated recipe does not support it; use --recipe rtn"
+        )
 
 
 def _calibration_text(
