@@ -140,6 +140,7 @@ def test_force_replaces_and_leaves_nothing_behind(package_copy: Path) -> None:
     assert same["model.safetensors"] == again["model.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_refused_package_keeps_its_evidence_under_a_name_that_shows_it(
     tmp_path: Path, command: Callable[..., Outcome]
 ) -> None:
@@ -165,10 +166,9 @@ def test_a_refused_package_keeps_its_evidence_under_a_name_that_shows_it(
     [
         {"quant_type": "fp4", "double_quant": False},
         {"bits": 8},
-        {"compute_dtype": "bfloat16"},
-        {"skip_modules": ("h.0.attn", "mlp.c_proj")},
+        {"compute_dtype": "bfloat16", "skip_modules": ("h.0.attn", "mlp.c_proj")},
     ],
-    ids=["fp4", "int8", "bfloat16", "skip"],
+    ids=["fp4", "int8", "bfloat16-skip"],
 )
 @pytest.mark.slow
 def test_other_recipes(tmp_path: Path, recipe: dict[str, Any]) -> None:
