@@ -66,7 +66,7 @@ def test_pictures_follow_from_the_seed_alone() -> None:
     assert [item.kind for item in few] == ["shapes", "numbers", "charts", "text"]
     for item in more:
         assert item.pixels.shape == (pictures.SIDE, pictures.SIDE, 3) and item.pixels.dtype == np.uint8
-        assert len(np.unique(item.pixels.reshape(-1, 3), axis=0)) > 1 and item.question and item.answer
+        assert len(np.unique(item.pixels.reshape(-1, 3), axis=0)) > 1 and item.question in dict(item.exercises)
 
 
 def test_a_users_own_style_changes_no_picture() -> None:
@@ -109,6 +109,36 @@ def test_the_figures_are_those_of_whole_logits(model: Path, measured: package.Pa
     assert record.figures.tokens[0] == whole.shape[1] - length
     assert record.figures.kld[0] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
     assert record.figures.same_top[0] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+
+
+def test_what_a_processor_says_of_each_position_goes_on_along_the_answer() -> None:
+    """Types of tokens and places in a grid of patches, by which Qwen's models count positions; as `generate` does."""
+    from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
+
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    text = {**vision.TEXT, "model_type": "qwen2_5_vl_text", "rope_parameters": rope}
+    tower = {"depth": 2, "num_heads": 4, "hidden_size": 64, "intermediate_size": 128, "out_hidden_size": 64}
+    marks = {"vision_start_token_id": 4092, "vision_end_token_id": 4093, "video_token_id": 4094}
+    config = AutoConfig.for_model(
+        "qwen2_5_vl", text_config=text, vision_config=tower, image_token_id=vision.IMAGE_ID, **marks
+    )
+    model = AutoModelForImageTextToText.from_config(config).float().eval()
+    ids = torch.tensor([[5, 4092, *[vision.IMAGE_ID] * 6, 4093, 7, 8, 9]])
+    given = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == vision.IMAGE_ID).long(),
+        "pixel_values": torch.randn(24, 3 * 2 * 14 * 14),
+        "image_grid_thw": torch.tensor([[1, 4, 6]]),
+    }
+    settings = GenerationConfig(
+        max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True, pad_token_id=0
+    )
+    written = model.generate(**given, generation_config=settings)
+    steps = torch.cat(written.logits)
+    logits = answers._logits(model, given, written.sequences[0, ids.shape[1] :].tolist())
+    assert torch.allclose(logits, steps.float(), atol=1e-5) and given["input_ids"] is ids and ids.shape[1] == 12
 
 
 def test_one_model_at_a_time_gives_the_same_figures(model: Path, measured: package.Package) -> None:
