@@ -89,10 +89,14 @@ class ActivationStream:
 
     def inputs(self, index: int, name: str) -> Iterator[torch.Tensor]:
         """The inputs of the module `name` of a layer, micro-batch after micro-batch, float [tokens, inputs]."""
-        captured: list[torch.Tensor] = []
+        return (arguments[0].flatten(0, -2).float() for arguments in self.arguments(index, name))
+
+    def arguments(self, index: int, name: str) -> Iterator[tuple[torch.Tensor, ...]]:
+        """What the module `name` of a layer is called with, micro-batch after micro-batch."""
+        captured: list[tuple[torch.Tensor, ...]] = []
 
         def capture(_: Any, arguments: tuple[torch.Tensor, ...]) -> None:
-            captured.append(arguments[0])
+            captured.append(arguments)
             raise _StopForward
 
         hook = self.decoder.layers[index].get_submodule(name).register_forward_pre_hook(capture)
@@ -101,7 +105,7 @@ class ActivationStream:
                 with contextlib.suppress(_StopForward):
                     self._run(index, part)
                 if captured:
-                    yield captured.pop().flatten(0, -2).float()
+                    yield captured.pop()
         finally:
             hook.remove()
 
