@@ -107,6 +107,12 @@ class CardFacts:
     are layers of the source's files that its model has no place for, each with its number of tensors. A `chat` model
     has a chat template, which its prompts went through; `chat_ratio` and `chat_kld` are those of `chat_windows` in it.
     CPUs with AVX-512 misread as many layers as `misread_on_cpu`. `copied_files` are the same bytes as the original's.
+    Of the parameters `quantized_share` lies in quantized layers, None where that was not counted, and `kept_shares` in
+    each kind of what stays in half precision.
+    `own_code` is the file of code without which the experts of this model are not loaded, empty where there is none.
+    A model that `reads_pictures` is asked about them through its `processor`, where there is one, and in its chat
+    template where it has one for pictures (`picture_chat`). Where it was not asked about any, `pictures_left_out` may
+    say why; figures are those of the `picture_tokens` of its answers about so many `pictures`.
     """
 
     publisher: CardPublisher | None
@@ -132,6 +138,8 @@ class CardFacts:
     half_precision_modules: int
     copied_files: tuple[str, ...]
     kept_modules: tuple[str, ...]
+    quantized_share: float | None
+    kept_shares: tuple[tuple[str, float], ...]
     unused_tensors: tuple[tuple[str, int], ...]
     source_bytes: int
     package_bytes: int
@@ -172,6 +180,15 @@ class CardFacts:
     chat_windows: int
     chat_ratio: Interval | None
     chat_kld: Interval | None
+    reads_pictures: bool
+    processor: bool
+    picture_chat: bool
+    pictures: int
+    pictures_sha256: str
+    picture_tokens: int
+    picture_kld: Interval | None
+    picture_same_top: Interval | None
+    pictures_left_out: str
     misread_on_cpu: int
     new_tokens: int
     seed: int
@@ -183,6 +200,7 @@ class CardFacts:
     least_versions: dict[str, str]
     remote_code: bool
     code_left_out: bool
+    own_code: str
     tool_version: str
     created: str
     command: str

@@ -37,6 +37,8 @@ def build(facts: CardFacts, source: SourceCard) -> dict[str, Any]:
     metadata, _ = inherited(source)
     if "license_link" in metadata:
         metadata["license_link"] = _reachable(metadata["license_link"], facts)
+    if facts.reads_pictures and not _is_pipeline(source.metadata.get("pipeline_tag")):
+        metadata["pipeline_tag"] = "image-text-to-text"
     metadata["library_name"] = "transformers"
     if facts.source_repo_id:
         metadata["base_model"] = facts.source_repo_id
@@ -114,7 +116,11 @@ def _words(value: Any) -> str | list[str]:
 
 
 def _pipeline(value: Any) -> str:
-    return value if isinstance(value, str) and PIPELINE.fullmatch(value) else "text-generation"
+    return str(value) if _is_pipeline(value) else "text-generation"
+
+
+def _is_pipeline(value: Any) -> bool:
+    return isinstance(value, str) and PIPELINE.fullmatch(value) is not None
 
 
 def _widget(value: Any) -> list[Any]:

@@ -139,6 +139,38 @@ class Framing:
 
 
 @dataclass(frozen=True)
+class PictureFigures:
+    """Of each picture in their order: its kind, its answer's tokens, their mean KLD (nats), and the share of them whose
+    most likely token is the same."""
+
+    kinds: tuple[str, ...] = ()
+    tokens: tuple[int, ...] = ()
+    kld: tuple[float, ...] = ()
+    same_top: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Drawn pictures with a question each, which the reference answered greedily in up to `new_tokens` tokens.
+
+    Both models then read its answers; in a `chat` template where there is one. `sha256` is that of pixels and
+    questions. The intervals are over pictures and follow from `figures`.
+    """
+
+    seed: int
+    sha256: str
+    new_tokens: int
+    chat: bool
+    figures: PictureFigures
+    kld: Estimate
+    same_top: Estimate
+
+    @property
+    def count(self) -> int:
+        return len(self.figures.kld)
+
+
+@dataclass(frozen=True)
 class Control:
     """Another version of the source, scored on the same windows: what noise and the alternatives would give.
 
@@ -251,6 +283,14 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Coverage:
+    """Shares of the parameters, ties counted once: those in quantized matrices, and by kind those in half precision."""
+
+    quantized: float
+    kept: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Attempt:
     """One recipe that `auto` tried, and what it gave; measured values are None where structure refused it.
 
@@ -276,7 +316,9 @@ class Evidence:
     in float32 after a check that this makes no difference. `reference_devices` are the devices that held the
     reference's weights. `unused_tensors` lie in the source's files, and its model has no place for them. A `chat` model
     has a chat template, through which prompts went, and windows as well (`chat_framing`). Modules that are
-    `misread_on_cpu`, by those with AVX-512, were measured at their real values.
+    `misread_on_cpu`, by those with AVX-512, were measured at their real values. Of a model that `reads_pictures` either
+    `pictures` were measured as well, or `pictures_left_out` says why not. `coverage` is None where a structural check
+    failed before the weights were compared.
     """
 
     reference_dtype: str
@@ -301,7 +343,18 @@ class Evidence:
     chat: bool = False
     chat_framing: Framing | None = None
     misread_on_cpu: tuple[str, ...] = ()
+    coverage: Coverage | None = None
+    reads_pictures: bool = False
+    pictures: Pictures | None = None
+    pictures_left_out: str = ""
     format_version: int = FORMAT_VERSION
+
+    @property
+    def modalities(self) -> str:
+        """What was measured of all that the model reads."""
+        if not self.reads_pictures:
+            return "text"
+        return "text and pictures" if self.pictures else f"text only: {self.pictures_left_out or 'nothing was asked'}"
 
     @property
     def confidence(self) -> float:

@@ -24,12 +24,13 @@ from quantize.errors import (
 )
 from quantize.evidence import Evidence
 from quantize.folders import write_text
-from quantize.formats import source_model
+from quantize.formats import experts, source_model
+from quantize.formats.bitsandbytes import coverage
 from quantize.formats.bitsandbytes.config import ExpectedConfig
 from quantize.formats.safetensors import recorded_weight_bytes
 from quantize.grades import UNMEASURED
 from quantize.package import Package, card
-from quantize.parity import check_inputs, corpus_text, figures, measure, unmeasured
+from quantize.parity import check_inputs, corpus_text, figures, measure, picture_problem, unmeasured
 from quantize.progress import Progress, Silent
 from quantize.records import (
     Checkout,
@@ -153,7 +154,7 @@ def verify(request: VerifyRequest, progress: Progress) -> Evidence:
     progress.stage(f"checkpoint {request.checkpoint}")
     folder = source.fetch_checkpoint(
         request.checkpoint,
-        (files.PROVENANCE, files.PARITY),
+        (files.PROVENANCE, files.PARITY, experts.MODELING),
         progress,
         trust_remote_code=request.trust_remote_code,
     )
@@ -285,7 +286,10 @@ def _check(request: RunRequest, checkout: Checkout, staging: Path, progress: Pro
     unused = source_model.grouped(source_model.check_tensors(checkout))
     if unused:
         progress.note(f"the model has no place for these tensors in its files: {', '.join(unused)}")
+    coverage.require(experts.unstacked(source_model.skeleton(checkout)), request.recipe, checkout.source.name)
     check_inputs(checkout, request.settings)
+    if reason := picture_problem(checkout):
+        progress.note(f"only text will be measured, no pictures: {reason}")
     methods.check(checkout, request.recipe, corpus_text(request.settings))
     files.require_space(staging, recorded_weight_bytes(checkout.source.files), "the package")
 

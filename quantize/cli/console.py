@@ -17,7 +17,7 @@ from model_card import nats, split
 from quantize.cli.visible_console import VisibleConsole
 from quantize.diagnostics import Diagnostics
 from quantize.errors import printable
-from quantize.evidence import Estimate, Evidence
+from quantize.evidence import Coverage, Estimate, Evidence
 from quantize.files import CARD
 from quantize.grades import LIMITS, UNMEASURED
 from quantize.package import Package
@@ -53,7 +53,7 @@ class Terminal:
             BarColumn(),
             *(
                 [MofNCompleteColumn()]
-                if unit in ("windows", "prompts", "segments")
+                if unit in ("windows", "prompts", "segments", "pictures")
                 else [TextColumn("{task.percentage:>3.0f} %")]
             ),
             TimeRemainingColumn(),
@@ -87,6 +87,8 @@ def show_evidence(console: Console, evidence: Evidence) -> None:
     )
     for reason in verdict.reasons:
         console.print(f"    {reason}", soft_wrap=True)
+    if evidence.reads_pictures and evidence.scores is not None:
+        console.print(f"measured on {evidence.modalities}", soft_wrap=True)
     for attempt in evidence.attempts:
         if attempt.failure:
             console.print(f"    not made: {attempt.recipe.name}: {attempt.failure}", soft_wrap=True)
@@ -98,7 +100,14 @@ def show_package(console: Console, package: Package) -> None:
     shrunk = f"{sizes.source_bytes / 1e6:.1f} MB -> {sizes.package_bytes / 1e6:.1f} MB"
     average = f"{sizes.bits_per_parameter:.2f} bits per parameter with unquantized layers"
     console.print(f"{package.provenance.source.name} in {bits} bits: {shrunk}, {average}", soft_wrap=True)
+    if package.evidence.coverage is not None:
+        console.print(_coverage(package.evidence.coverage, bits), soft_wrap=True)
     console.print(f"package: {package.folder}", soft_wrap=True)
+
+
+def _coverage(coverage: Coverage, bits: int) -> str:
+    kept = ", ".join(f"{printable(kind)} {share:.1%}" for kind, share in coverage.kept.items())
+    return f"{coverage.quantized:.1%} of the parameters are in {bits} bits; in half precision stay: {kept or 'none'}"
 
 
 def show_card(console: Console, package: Package, preview: bool) -> None:
@@ -211,6 +220,11 @@ def _scores_table(evidence: Evidence) -> Table:
             f"{kld_limit}",
             _mark(kld, kld_limit),
         )
+    if (pictures := evidence.pictures) is not None:
+        kld, same = pictures.kld, pictures.same_top
+        values = ("0", nats(kld.value), _range_in_nats(kld), f"{kld_limit}", _mark(kld, kld_limit))
+        table.add_row("  pictures: KLD", *values)
+        table.add_row("  pictures: same next token", "1", f"{same.value:.4f}", _range(same))
     table.add_row("same most likely token", "1", f"{top.value:.4f}", _range(top) + own)
     table.add_row("RMS change of p(token)", "0", f"{scores.delta_p_rms.value:.4f}", _range(scores.delta_p_rms) + own)
     for control in evidence.controls:
@@ -236,6 +250,8 @@ def _caption(evidence: Evidence) -> str:
     assert corpus is not None
     scored = f"scored {corpus.scored} of {corpus.windows} windows of {corpus.window} tokens of {corpus.name}"
     lines = [f"{scored}, enough for the verdict" if evidence.stopped_early else scored]
+    if (pictures := evidence.pictures) is not None:
+        lines.append(f"asked about {pictures.count} drawn pictures, {sum(pictures.figures.tokens)} tokens of answers")
     if corpus.repeated:
         lines.append(f"{corpus.repeated} windows were passed over because they repeat others")
     lines.append(f"text that fills less than {100 * evidence.missed_share:.2g} % of windows can have been missed")

@@ -6,7 +6,7 @@ import copy
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +161,7 @@ def require_known_tokens(ids: torch.Tensor, vocabulary: int, name: str) -> None:
         )
 
 
-def renaming(model: Any, expected: Mapping[str, Any]) -> Callable[[str], Renamed]:
+def renaming(model: Any, expected: Container[str]) -> Callable[[str], Renamed]:
     """Tells what `model` calls a tensor of its files, out of the names in `expected`.
 
     Names may lack the model's prefix, or have it too much, and some architectures have had others.

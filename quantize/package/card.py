@@ -22,7 +22,8 @@ from model_card import (
 )
 from quantize import hub, methods
 from quantize.evidence import Attempt, Estimate, Evidence
-from quantize.files import FIGURES
+from quantize.files import FIGURES, PROCESSOR_FILES
+from quantize.formats import experts
 from quantize.formats.source_model import grouped
 from quantize.grades import LIMITS, UNMEASURED
 from quantize.options import Option
@@ -43,7 +44,7 @@ def facts(
     source, quantized, recipe = provenance.source, provenance.quantized, provenance.recipe
     scores, generated, text = evidence.scores, evidence.generation, evidence.corpus
     ratio_limit, kld_limit = LIMITS[evidence.verdict.required]
-    framing = evidence.chat_framing
+    framing, pictures = evidence.chat_framing, evidence.pictures
     samples = generated.samples if generated else ()
     publisher, dataset = provenance.publisher, text.dataset if text else None
     return CardFacts(
@@ -69,6 +70,8 @@ def facts(
         block_32_modules=len(quantized.block_32_modules),
         half_precision_modules=len(quantized.half_precision_modules),
         kept_modules=_summarized(quantized.kept_modules),
+        quantized_share=evidence.coverage.quantized if evidence.coverage else None,
+        kept_shares=tuple(evidence.coverage.kept.items()) if evidence.coverage else (),
         copied_files=_copied(provenance),
         unused_tensors=tuple(grouped(evidence.unused_tensors).items()),
         source_bytes=evidence.sizes.source_bytes,
@@ -124,6 +127,15 @@ def facts(
         chat_windows=framing.corpus.scored if framing else 0,
         chat_ratio=_interval(framing.scores.perplexity_ratio) if framing else None,
         chat_kld=_interval(framing.scores.kld.mean) if framing else None,
+        reads_pictures=evidence.reads_pictures,
+        processor=any(file.path in PROCESSOR_FILES for file in provenance.files),
+        picture_chat=pictures.chat if pictures else evidence.chat,
+        pictures=pictures.count if pictures else 0,
+        pictures_sha256=pictures.sha256 if pictures else "",
+        picture_tokens=sum(pictures.figures.tokens) if pictures else 0,
+        picture_kld=_interval(pictures.kld) if pictures else None,
+        picture_same_top=_interval(pictures.same_top) if pictures else None,
+        pictures_left_out=evidence.pictures_left_out,
         misread_on_cpu=len(evidence.misread_on_cpu),
         new_tokens=generated.new_tokens if generated else 0,
         seed=provenance.settings.seed,
@@ -140,6 +152,7 @@ def facts(
         least_versions=least_versions(source, quantized, evidence.environment.versions),
         remote_code=source.remote_code,
         code_left_out=source.code_left_out,
+        own_code=_own_code(provenance),
         tool_version=provenance.tool_version,
         created=provenance.created,
         command=command(source, recipe, provenance.settings, measured=evidence.verdict.grade != UNMEASURED),
@@ -188,6 +201,12 @@ def _copied(provenance: Provenance) -> tuple[str, ...]:
     """The files that a package holds byte for byte as its source does."""
     held = {(file.path, file.sha256) for file in provenance.files}
     return tuple(file.path for file in provenance.source.files if (file.path, file.sha256) in held)
+
+
+def _own_code(provenance: Provenance) -> str:
+    """The package's own file of code, empty where it has none."""
+    own = experts.own_record()
+    return own.path if own in provenance.files else ""
 
 
 def _summarized(modules: tuple[str, ...]) -> tuple[str, ...]:

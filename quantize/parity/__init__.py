@@ -5,6 +5,7 @@ The protocol is described in docs/parity.md.
 
 from quantize.parity.corpus import corpus_text
 from quantize.parity.measure import check_inputs, measure, unmeasured
+from quantize.parity.picture_prompts import problem as picture_problem
 from quantize.parity.remeasure import differs, figures_again
 from quantize.parity.sample import sample_loss
 from quantize.parity.verdict import gate, judged
@@ -17,6 +18,7 @@ __all__ = [
     "gate",
     "judged",
     "measure",
+    "picture_problem",
     "sample_loss",
     "unmeasured",
 ]

@@ -18,6 +18,7 @@ from quantize.evidence import (
     Framing,
     Generation,
     LookPlan,
+    Pictures,
     Scores,
     StandardPerplexity,
     WindowFigures,
@@ -27,6 +28,7 @@ from quantize.formats.bitsandbytes import cpu_reading
 from quantize.formats.safetensors import weight_bytes
 from quantize.grades import GRADES, grade_of
 from quantize.parity import (
+    answers,
     corpus,
     decoding,
     framing,
@@ -67,6 +69,8 @@ class Measurements:
     standard_perplexities: tuple[StandardPerplexity, ...] = ()
     generation: Generation | None = None
     chat_framing: Framing | None = None
+    pictures: Pictures | None = None
+    pictures_left_out: str = ""
 
 
 @dataclass(frozen=True)
@@ -129,15 +133,18 @@ def compare(
         chat_framing, check = _chat_framing(pair, text, settings, progress, reference_cache, attempts)
         checks.append(check)
     scored = windows[: len(scores.window_figures.kld)]
+    answered = answers.compare(pair, settings, plan.error, progress)
     generated = _generate(comparison)
     return Measurements(
-        (*checks, *generated.checks),
+        (*checks, *answered.checks, *generated.checks),
         dataclasses.replace(record, scored=len(scored)),
         scores,
         plan,
         reference_cache=cache.record(len(scored)) if cache else None,
         generation=generated.record,
         chat_framing=chat_framing,
+        pictures=answered.record,
+        pictures_left_out=answered.left_out,
         standard_perplexities=_standard_perplexities(comparison, text) if settings.standard_perplexities else (),
         controls=_controls(comparison, controls, scored, record.prefix),
     )
@@ -151,13 +158,21 @@ def _arithmetic_check(pair: Pair, windows: torch.Tensor) -> Check:
     tokens = max(2, min(ARITHMETIC_TOKENS, ARITHMETIC_LOGITS // (ARITHMETIC_WINDOWS * pair.vocabulary)))
     batch, sequence = windows[:ARITHMETIC_WINDOWS, :tokens], windows[:1, :CACHED_TOKENS].to(pair.device)
     at_once = scoring.KeptLogits.of(pair.candidate, batch, pair.device)
-    one_by_one = _read_one_by_one(pair.candidate, sequence)
+    one_by_one, dtype = _read_one_by_one(pair.candidate, sequence), pair.candidate_dtype
     pair.upcast()
     shift = scoring.score(at_once, pair.candidate, batch, pair.device, lambda amount: None).kld.mean()
     again = _read_one_by_one(pair.candidate, sequence)
-    if one_by_one is None or again is None:
-        return structure.arithmetic_check(float(shift), None)
-    return structure.arithmetic_check(float(shift), scoring.mean_kld(one_by_one, again))
+    alone = None if one_by_one is None or again is None else scoring.mean_kld(one_by_one, again)
+    check = structure.arithmetic_check(float(shift), alone)
+    return check if check.passed else structure.arithmetic_check(float(shift), alone, _half_noise(pair, batch, dtype))
+
+
+def _half_noise(pair: Pair, windows: torch.Tensor, dtype: str) -> float:
+    """Mean KLD (nats) of the original in the type `dtype` of the package from the original in float32."""
+    exact = scoring.KeptLogits.of(pair.reference, windows, pair.device)
+    half = pair.another(pair.checkout.folder, dtype=dtype)
+    noise = float(scoring.score(exact, half, windows, pair.device, lambda amount: None).kld.mean())
+    return noise if math.isfinite(noise) else 0.0
 
 
 def _read_one_by_one(model: Any, sequence: torch.Tensor) -> torch.Tensor | None:

@@ -12,6 +12,8 @@ from quantize.evidence import Attempt, Control, Estimate, Evidence, Generation, 
 from quantize.formats.bitsandbytes.checks import STATE_CHECK, weight_check
 from quantize.grades import grade_of
 from quantize.parity import sequential
+from quantize.parity.answers import CHECK as PICTURES_CHECK
+from quantize.parity.answers import number_of
 from quantize.parity.corpus import BUILTIN, WIKITEXT, WIKITEXT_REPO, load
 from quantize.parity.generation import share_identical
 from quantize.parity.generation_checks import DECODING, ENDS, GENERATION, REPETITION
@@ -36,6 +38,7 @@ def contradictions(evidence: Evidence, recipe: Recipe, settings: EvaluationSetti
     yield from _verdict(evidence, settings)
     if evidence.scores is not None:
         yield from _scores(evidence.scores, evidence)
+    yield from _pictures(evidence, settings)
     yield from _controls(evidence, settings)
     if bool(evidence.standard_perplexities) != settings.standard_perplexities:
         yield "standard perplexities are there, or are not, against what was asked for"
@@ -51,6 +54,7 @@ def _checks(evidence: Evidence, recipe: Recipe) -> Iterator[str]:
         *(FOUR_BIT if recipe.bits == 4 else ()),
         *(ON_CPU if evidence.environment.device == "cpu" else ()),
         *(OF_TEXTS if evidence.generation is not None else ()),
+        *((PICTURES_CHECK,) if evidence.pictures is not None else ()),
     ]
     for name in needed:
         if name not in names:
@@ -88,7 +92,7 @@ def _verdict(evidence: Evidence, settings: EvaluationSettings) -> Iterator[str]:
     if evidence.verdict.required != settings.require:
         yield f"it is judged by {evidence.verdict.required}, and {settings.require} was asked for"
     again = judged(evidence, settings.require)
-    for name in ("scores", "looks", "chat_framing", "verdict"):
+    for name in ("scores", "looks", "chat_framing", "pictures", "verdict"):
         if not _same(getattr(again, name), getattr(evidence, name)):
             yield f"{name} do not follow from the recorded figures and checks"
 
@@ -109,6 +113,24 @@ def _scores(scores: Scores, evidence: Evidence) -> Iterator[str]:
         yield "the share of equal most likely tokens is no share"
     if evidence.corpus is not None and sum(scores.kld_histogram.counts) != evidence.corpus.scored_tokens:
         yield "the histogram does not count the tokens of all windows"
+
+
+def _pictures(evidence: Evidence, settings: EvaluationSettings) -> Iterator[str]:
+    """Whether as many pictures were asked about as belong to these settings, or a reason says why none."""
+    pictures = evidence.pictures
+    if evidence.reads_pictures != (pictures is not None or bool(evidence.pictures_left_out)):
+        yield "pictures were measured, or were not, against what the model reads"
+    if pictures is None:
+        return
+    figures, due = pictures.figures, number_of(settings)
+    if {len(getattr(figures, item.name)) for item in dataclasses.fields(figures)} != {due}:
+        yield f"{pictures.count} pictures have figures, and {due} are asked about"
+    if (pictures.seed, pictures.new_tokens) != (settings.seed, settings.new_tokens):
+        yield "pictures were drawn, or answers written, with other settings than were asked for"
+    if not all(0 < tokens <= settings.new_tokens for tokens in figures.tokens) or min(figures.kld) < 0:
+        yield "an answer about a picture has figures that cannot be"
+    if not all(0 <= share <= 1 for share in figures.same_top):
+        yield "a share of equal most likely tokens of an answer is none"
 
 
 def _controls(evidence: Evidence, settings: EvaluationSettings) -> Iterator[str]:

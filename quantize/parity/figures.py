@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantize.evidence import Evidence, Scores
+from quantize.evidence import Evidence, Pictures, Scores
 from quantize.grades import IMPLAUSIBLE_RATIO, LIMITS
 
 if TYPE_CHECKING:
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT, DPI = 6.0, 3.4, 150
 INK, ACCENT = "#1f2933", "#2b6cb0"
+SPREAD, GOLDEN = 0.5, 0.618
+"""How wide a column of points is, and the step that puts neighbours apart in it."""
 GRADE_COLOURS = {"lossless": "#2f855a", "parity": "#68a357", "good": "#b7b04a", "degraded": "#d08c3f"}
 
 
@@ -30,6 +32,8 @@ def draw(evidence: Evidence, folder: Path) -> tuple[str, ...]:
     }
     if evidence.weight_errors:
         drawings["weight-errors.png"] = _weight_errors(evidence.weight_errors)
+    if evidence.pictures is not None:
+        drawings["kld-by-picture.png"] = _kld_by_picture(evidence.pictures)
     for name, figure in drawings.items():
         (folder / name).unlink(missing_ok=True)  # a link of that name is replaced, not followed
         figure.savefig(folder / name, dpi=DPI, metadata={"Software": None})
@@ -112,6 +116,24 @@ def _weight_errors(errors: dict[str, float]) -> Figure:
     axes.legend(loc="lower right", frameon=False, ncols=4, fontsize=9)
     top = 100 * max(errors.values())
     axes.set(ylim=(0, top * 1.25 or 1.0), xlabel="layer, first to last", ylabel="relative error (%)")
+    return figure
+
+
+def _kld_by_picture(pictures: Pictures) -> Figure:
+    """How far answers about each picture diverge, by what is drawn on it."""
+    figure, axes = _canvas("KL divergence of answers about pictures")
+    figures, mean = pictures.figures, pictures.kld.value
+    kinds = list(dict.fromkeys(figures.kinds))
+    for column, kind in enumerate(kinds):
+        values = [value for value, drawn in zip(figures.kld, figures.kinds, strict=True) if drawn == kind]
+        beside = [column + SPREAD * ((place * GOLDEN) % 1 - 0.5) for place in range(len(values))]
+        axes.plot(beside, values, "o", ms=6, color=ACCENT, alpha=0.6)
+    axes.axhline(mean, color=INK, lw=1.4, label=f"mean {mean:.2g}")
+    axes.legend(loc="upper right", frameon=False)
+    axes.set_xticks(range(len(kinds)), kinds)
+    axes.set(
+        xlim=(-0.5, len(kinds) - 0.5), ylim=(0, 1.25 * max(figures.kld) or 1.0), ylabel="mean KL divergence (nats)"
+    )
     return figure
 
 

@@ -13,13 +13,23 @@ from typing import Any
 
 from quantize import devices
 from quantize.errors import CorruptModel, DeviceError, memory_errors
-from quantize.evidence import Check, Evidence, Sizes
-from quantize.formats import source_model, ties
+from quantize.evidence import Check, Coverage, Evidence, Sizes
+from quantize.formats import experts, source_model, ties
 from quantize.formats.bitsandbytes import checks as format_checks
-from quantize.formats.bitsandbytes import cpu_reading, loading
+from quantize.formats.bitsandbytes import coverage, cpu_reading, loading
 from quantize.formats.bitsandbytes.config import ExpectedConfig
+from quantize.formats.bitsandbytes.modules import names_holding_codes
 from quantize.formats.safetensors import recorded_weight_bytes, weight_bytes
-from quantize.parity import companions, comparison, corpus, framing, generation, structure, verdict
+from quantize.parity import (
+    companions,
+    comparison,
+    corpus,
+    framing,
+    generation,
+    picture_prompts,
+    structure,
+    verdict,
+)
 from quantize.parity.comparison import Measurements
 from quantize.parity.models import ADVICE, Pair, load_tokenizer, text_config
 from quantize.progress import Progress
@@ -36,6 +46,7 @@ class _Structure:
     checks: tuple[Check, ...]
     weight_errors: dict[str, float]
     parameters: int
+    coverage: Coverage | None = None
 
 
 def check_inputs(checkout: Checkout, settings: EvaluationSettings) -> None:
@@ -83,7 +94,7 @@ def measure(
     unused = source_model.check_tensors(checkout)
     text = corpus.load(settings.corpus)
     expected = expected or ExpectedConfig.read_if_possible(candidate)
-    trust = checkout.source.remote_code and structure.same_code(checkout, candidate)
+    trust = structure.trusts(checkout, candidate)
     tokenizer = source_tokenizer(checkout)
     alone = reference_cache is not None
     with (
@@ -103,8 +114,8 @@ def unmeasured(
     """What can be said about the checkpoint in `candidate` without loading it or its source: files and tokenizer."""
     started = time.monotonic()
     checks = format_checks.check_files(candidate, expected)
-    trust = checkout.source.remote_code and structure.same_code(checkout, candidate)
-    tokenizer = source_tokenizer(checkout)
+    trust = structure.trusts(checkout, candidate)
+    tokenizer, model = source_tokenizer(checkout), experts.unstacked(source_model.skeleton(checkout))
     checks += companions.checks(checkout.folder, tokenizer, candidate, trust)
     return Evidence(
         reference_dtype="none",
@@ -126,6 +137,8 @@ def unmeasured(
         unused_tensors=source_model.check_tensors(checkout),
         chat=framing.has_template(tokenizer),
         misread_on_cpu=cpu_reading.misread_in_files(candidate),
+        coverage=coverage.of(model, format_checks.due_names(model, expected)),
+        reads_pictures=picture_prompts.sees(checkout),
     )
 
 
@@ -154,6 +167,10 @@ def _evidence(
         chat=pair.chat,
         chat_framing=measured.chat_framing,
         misread_on_cpu=cpu_reading.misread_in_files(pair.folder),
+        coverage=examined.coverage,
+        reads_pictures=picture_prompts.sees(pair.checkout),
+        pictures=measured.pictures,
+        pictures_left_out=measured.pictures_left_out,
     )
     return verdict.judged(_finite(evidence), settings.require)
 
@@ -193,12 +210,13 @@ def _examine(pair: Pair, expected: ExpectedConfig | None) -> _Structure:
     checks.append(loads)
     if not loads.passed or expected is None:
         return _Structure(tuple(checks), {}, pair.checkout.source.parameters)
-    with pair.weights_beside_candidate() as (reference, candidate):
+    with pair.weights_beside_candidate() as (reference, candidate), experts.as_linear(reference):
         checks += structure.check_models(reference, candidate, pair.folder, expected)
         checks += companions.checks(pair.checkout.folder, pair.tokenizer, pair.folder, pair.trust)
         errors = loading.weight_errors(reference, candidate)
         checks.append(format_checks.weight_check(errors, expected.bits))
-        return _Structure(tuple(checks), errors, ties.distinct_count(reference))
+        covered = coverage.of(reference, names_holding_codes(candidate, expected.bits))
+        return _Structure(tuple(checks), errors, ties.distinct_count(reference), covered)
 
 
 def _loads_check(pair: Pair) -> Check:

@@ -13,7 +13,7 @@ from typing import Any
 
 from quantize import devices
 from quantize.errors import DeviceError, memory_errors
-from quantize.formats import source_model
+from quantize.formats import experts, source_model
 from quantize.formats.bitsandbytes import loading
 from quantize.formats.safetensors import weight_bytes
 from quantize.parity import framing, generation_settings
@@ -115,7 +115,8 @@ class Pair:
         """Another version of the source, which one at a time takes the place of both."""
         if self.alone:
             self._clear()
-        placed = load_candidate(folder, self.device, self.checkout.source.remote_code, dtype)
+        trust = self.checkout.source.remote_code or experts.names_only_own_code(folder)
+        placed = load_candidate(folder, self.device, trust, dtype)
         if self._upcast and dtype is None:
             loading.upcast(placed.model)
         return placed.model

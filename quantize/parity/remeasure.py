@@ -35,7 +35,7 @@ def figures_again(
     text = load(settings.corpus)
     if text.sha256 != record.sha256:
         raise CorpusError(f"the text {text.name} is not the one that was measured on")
-    trust = checkout.source.remote_code and structure.same_code(checkout, folder)
+    trust = structure.trusts(checkout, folder)
     tokenizer = source_tokenizer(checkout)
     with Pair(checkout, folder, device, trust=trust, tokenizer=tokenizer, alone=False) as pair:
         windows, _ = draw(text, tokenizer, record.window, settings.max_windows, settings.seed)

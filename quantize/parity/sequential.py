@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from quantize.evidence import Estimate, Look, LookPlan, WindowFigures
+from quantize.evidence import Estimate, Look, LookPlan, PictureFigures, WindowFigures
 from quantize.grades import IMPLAUSIBLE_RATIO, LIMITS, PASSING_GRADES
 from quantize.parity.betting import upper_bound
 from quantize.parity.scoring import TokenScores
-from quantize.parity.statistics import exponential
+from quantize.parity.statistics import exponential, mean_estimates
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -74,7 +74,7 @@ def stops(planned: LookPlan) -> tuple[Stop, ...]:
 def figures_of(tokens: TokenScores) -> WindowFigures:
     """What is recorded of every scored window, and judged."""
     difference = (tokens.nll_candidate - tokens.nll_reference).mean(axis=1)
-    return WindowFigures(_rounded(difference), _rounded(np.maximum(tokens.kld, 0.0).mean(axis=1)))
+    return WindowFigures(rounded(difference), rounded(np.maximum(tokens.kld, 0.0).mean(axis=1)))
 
 
 def looks(figures: WindowFigures, planned: LookPlan) -> tuple[Look, ...]:
@@ -113,6 +113,16 @@ def interval(means: NDArray[np.float64], error: float) -> Estimate:
     """Mean of window means [count] with its plain interval of level 1 - `error`."""
     low, high = bounds(means, error)
     return Estimate(float(means.mean()), float(low), float(high))
+
+
+def of_pictures(figures: PictureFigures, seed: int, error: float) -> tuple[Estimate, Estimate]:
+    """Mean KLD and share of equal most likely tokens with intervals of level 1 - `error` over pictures.
+
+    All of them are scored before the only look, so nothing is to be corrected for having stopped.
+    """
+    kld = interval(np.array(figures.kld), error)
+    (same_top,) = mean_estimates([np.array(figures.same_top)[:, None]], seed, error)
+    return Estimate(kld.value, max(kld.low, 0.0), kld.high), same_top
 
 
 def bounds(means: NDArray[np.float64], error: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -180,5 +190,6 @@ def _halls_inverse(quantile: float, skewness: NDArray[np.float64]) -> NDArray[np
     return np.where(straight, quantile, bent)
 
 
-def _rounded(values: Iterable[float]) -> tuple[float, ...]:
+def rounded(values: Iterable[float]) -> tuple[float, ...]:
+    """Figures as they are recorded."""
     return tuple(float(f"{value:.{DIGITS}g}") for value in values)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from quantize.errors import PackageError
-from quantize.evidence import Check, Evidence, Look, LookPlan, Scores, Verdict
+from quantize.evidence import Check, Estimate, Evidence, Look, LookPlan, Pictures, Scores, Verdict
 from quantize.grades import CHANGED, GRADES, IMPLAUSIBLE_RATIO, LIMITS, UNMEASURED, grade_at_least, grade_of
 from quantize.parity import sequential
 
@@ -30,9 +30,19 @@ def judged(evidence: Evidence, required: str) -> Evidence:
     if framing is not None:
         framed, framed_plan, framed_looks = _rejudged(framing.scores, framing.look_plan, required)
         framing = dataclasses.replace(framing, scores=framed, look_plan=framed_plan, looks=framed_looks)
-    verdict = gate(evidence.checks, scores, required, framing.scores if framing else None)
+    pictures = evidence.pictures
+    if pictures is not None:
+        kld, same_top = sequential.of_pictures(pictures.figures, pictures.seed, 1.0 - evidence.confidence)
+        pictures = dataclasses.replace(pictures, kld=kld, same_top=same_top)
+    verdict = gate(evidence.checks, scores, required, framing.scores if framing else None, pictures)
     return dataclasses.replace(
-        evidence, scores=scores, look_plan=plan, looks=looks, chat_framing=framing, verdict=verdict
+        evidence,
+        scores=scores,
+        look_plan=plan,
+        looks=looks,
+        chat_framing=framing,
+        pictures=pictures,
+        verdict=verdict,
     )
 
 
@@ -48,8 +58,17 @@ def _rejudged(scores: Scores, plan: LookPlan, required: str) -> tuple[Scores, Lo
     return dataclasses.replace(scores, perplexity_ratio=looks[-1].perplexity_ratio, kld=kld), plan, looks
 
 
-def gate(checks: Sequence[Check], scores: Scores | None, required: str, chat: Scores | None = None) -> Verdict:
-    """The verdict on a candidate that has to reach the grade `required`, in a `chat` as well where that is scored."""
+def gate(
+    checks: Sequence[Check],
+    scores: Scores | None,
+    required: str,
+    chat: Scores | None = None,
+    pictures: Pictures | None = None,
+) -> Verdict:
+    """The verdict on a candidate that has to reach the grade `required`.
+
+    In a `chat` and in answers about `pictures` as well, where those are scored.
+    """
     reasons = [f"{check.name}: {check.detail}" for check in checks if not check.passed]
     if scores is None:
         return Verdict(GRADES[-1], required, False, tuple(reasons))
@@ -58,6 +77,9 @@ def gate(checks: Sequence[Check], scores: Scores | None, required: str, chat: Sc
     if chat is not None:
         grades.append(_grade(chat))
         reasons += _shortfalls(chat, required, " in the chat template")
+    if pictures is not None:
+        grades.append(grade_of(1.0, 1.0, pictures.kld.high))
+        reasons += _kld_shortfall(pictures.kld, required, " of answers about pictures")
     grade = max(grades, key=(*GRADES, CHANGED).index)
     return Verdict(
         GRADES[-1] if any(not check.passed for check in checks) else grade,
@@ -80,10 +102,12 @@ def _shortfalls(scores: Scores, required: str, where: str) -> list[str]:
             f"perplexity ratio {ratio.value:.4f}{where} may lie below {IMPLAUSIBLE_RATIO}: this is another model, not "
             f"a quantized version of the original"
         ]
-    ratio_limit, kld_limit = LIMITS[required]
-    reasons = []
-    if ratio.high > ratio_limit:
-        reasons.append(f"perplexity ratio{where} up to {ratio.high:.4f}, {required} allows {ratio_limit}")
-    if kld.high > kld_limit:
-        reasons.append(f"mean KLD{where} up to {kld.high:.4f}, {required} allows {kld_limit}")
-    return reasons
+    limit, reasons = LIMITS[required][0], []
+    if ratio.high > limit:
+        reasons.append(f"perplexity ratio{where} up to {ratio.high:.4f}, {required} allows {limit}")
+    return reasons + _kld_shortfall(kld, required, where)
+
+
+def _kld_shortfall(kld: Estimate, required: str, where: str) -> list[str]:
+    limit = LIMITS[required][1]
+    return [f"mean KLD{where} up to {kld.high:.4f}, {required} allows {limit}"] if kld.high > limit else []

@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from quantize import __version__, package, pipeline
+from quantize.documents import read_json
 from quantize.errors import PackageError, ParityRefused
 from quantize.evidence import Evidence
-from quantize.files import CARD, PARITY, PROVENANCE
+from quantize.files import CARD, CONFIG, PARITY, PROVENANCE
+from quantize.formats import experts, remote_code
 from quantize.formats.bitsandbytes import recount
+from quantize.formats.model_class import reads_pictures
 from quantize.formats.safetensors import recorded_weight_bytes, weight_bytes
 from quantize.package import Package
 from quantize.parity import consistency
@@ -60,9 +63,14 @@ def _contradictions(sealed: Package) -> Iterator[str]:
     evidence, provenance = sealed.evidence, sealed.provenance
     parameters = evidence.sizes.parameters
     parts = {
-        PARITY: (consistency.contradictions(evidence, provenance.recipe, provenance.settings), _sizes(sealed)),
+        PARITY: (
+            consistency.contradictions(evidence, provenance.recipe, provenance.settings),
+            _sizes(sealed),
+            _senses(sealed),
+        ),
         PROVENANCE: (
             _records(provenance, evidence),
+            _code(sealed),
             recount.contradictions(sealed.folder, provenance.recipe, provenance.quantized, parameters),
         ),
         CARD: (_card(sealed),),
@@ -81,6 +89,11 @@ def _sizes(sealed: Package) -> Iterator[str]:
         yield f"{held:,} bytes for {sizes.parameters:,} parameters are not {sizes.bits_per_parameter} bits each"
 
 
+def _senses(sealed: Package) -> Iterator[str]:
+    if sealed.evidence.reads_pictures != reads_pictures(read_json(sealed.folder / CONFIG, CONFIG, PackageError)):
+        yield f"by its {CONFIG} the model reads pictures, or reads none, and its evidence says otherwise"
+
+
 def _records(provenance: Provenance, evidence: Evidence) -> Iterator[str]:
     """What both records say, and what one of them says twice."""
     source, quantized = provenance.source, provenance.quantized
@@ -94,6 +107,18 @@ def _records(provenance: Provenance, evidence: Evidence) -> Iterator[str]:
         yield "several recipes were tried, and none is said to have been asked for"
     if not _is_recorded(source, provenance.source_card):
         yield f"the original's {CARD} is not the one that was recorded"
+
+
+def _code(sealed: Package) -> Iterator[str]:
+    """Code that is neither the original's, where that was allowed, nor the package's own."""
+    source = sealed.provenance.source
+    known = {experts.own_record(), *(source.files if source.remote_code else ())}
+    for file in sealed.provenance.files:
+        if file.path.endswith(".py") and file not in known:
+            yield f"{file.path} is code neither of the original nor of this version of quantize"
+    foreign = remote_code.classes(sealed.folder) - experts.own_classes(sealed.folder)
+    if foreign and not source.remote_code:
+        yield f"{CONFIG} names {min(foreign)}, and nobody allowed that code"
 
 
 def _is_recorded(source: Source, text: str | None) -> bool:

@@ -12,6 +12,7 @@ from quantize import devices, hub, source
 from quantize.errors import CorpusError, PublishError, SourceError
 from quantize.evidence import Evidence
 from quantize.files import PARITY, hash_file, require_space
+from quantize.formats import experts
 from quantize.parity import differs, figures_again, sample_loss
 from quantize.progress import Progress
 from quantize.publishing.records import Downloaded, Verification
@@ -39,13 +40,14 @@ def check_download(
     or than its evidence says.
     """
     started, size = time.monotonic(), sum(file.size for file in files)
-    device, trust = devices.choose(verification.device), provenance.source.remote_code
+    device = devices.choose(verification.device)
     progress.note(f"fetching {size / 1e6:.1f} MB again from {repo_id}")
     with tempfile.TemporaryDirectory(prefix="quantize-download-") as temporary:
         cache = Path(temporary)
         require_space(cache, size, f"downloading {repo_id}")
         folder = hub.download(repo_id, commit, [file.path for file in files], cache)
         _require_same(repo_id, folder, files)
+        trust = provenance.source.remote_code or experts.names_only_own_code(folder)
         evidence = read_record(Evidence, folder / PARITY)
         samples = evidence.generation.samples if evidence.generation else ()
         texts = [sample.prompt + sample.reference_greedy for sample in samples]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from quantize.errors import UnsupportedModel
+from quantize.formats.bitsandbytes.modules import linear_names
 from quantize.methods.calibration.layers import ActivationStream, DecoderLayers, check_walk, on_device
 
 SHAPE: dict[str, Any] = {
@@ -75,6 +76,25 @@ def test_micro_batches_get_their_own_arguments(kind: str) -> None:
     model = tiny(kind)
     check_walk(model, decoder_of(model), windows(), "cpu", False)
     assert not held_forwards()
+
+
+def test_the_walk_finds_the_language_model_beside_a_larger_tower() -> None:
+    """With `--quantize-towers` the tower has more linear modules."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    torch.manual_seed(0)
+    tower = {"model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 12}
+    config = AutoConfig.for_model(
+        "llava",
+        text_config={"model_type": "llama", **SHAPE},
+        vision_config={**tower, "num_attention_heads": 4, "image_size": 28, "patch_size": 14},
+    )
+    model = AutoModelForImageTextToText.from_config(config).float().eval().requires_grad_(False)
+    linear = [name for name in linear_names(model) if name != "lm_head"]
+    assert sum("vision_tower" in name for name in linear) > sum("language_model" in name for name in linear)
+    decoder = DecoderLayers.of(model, linear)
+    assert decoder.layers is model.get_decoder().layers
+    check_walk(model, decoder, windows(), "cpu", False)
 
 
 def test_a_quantized_layer_reaches_what_later_layers_share() -> None:

@@ -180,6 +180,6 @@ def test_the_simulated_decision_is_the_look_s() -> None:
     plan = sequential.plan(204, "good")
     values = 0.3 * random.lognormal(-0.125, 0.5, (20, 204))
     for row in values:
-        rounded = np.array(sequential._rounded(row * limit))
+        rounded = np.array(sequential.rounded(row * limit))
         passing = [stop.windows for stop in sequential.stops(plan) if passed_at(row[None], stop)[0]]
         assert certain_after(rounded, windows=204) == passing[0]

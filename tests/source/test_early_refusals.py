@@ -24,13 +24,9 @@ SMALL = {
 }
 DBRX = {"hidden_size": 32, "ffn_hidden_size": 64, "moe_num_experts": 8, "moe_top_k": 2}
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
-    "mixtral": (
-        {**SMALL, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "intermediate_size": 64},
-        "stacked expert tensors",
-    ),
-    "qwen3-moe": (
-        {**SMALL, "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "moe_intermediate_size": 32},
-        "stacked expert tensors",
+    "jetmoe": (
+        {**SMALL, "model_type": "jetmoe", "architectures": ["JetMoeForCausalLM"], "num_local_experts": 4},
+        "stacked expert tensors, in modules that are not known here .*JetMoeParallelExperts",
     ),
     "dbrx": (
         {

@@ -10,12 +10,13 @@ from types import MappingProxyType
 from typing import Any
 
 from quantize.documents import read_json
-from quantize.errors import CorruptModel, memory_errors, storage_errors
+from quantize.errors import CorruptModel, UnsupportedModel, memory_errors, storage_errors
 from quantize.files import CONFIG, GENERATION_CONFIG
-from quantize.formats import safetensors, source_model
+from quantize.formats import experts, safetensors, source_model
 from quantize.formats.bitsandbytes import config, modules, tensor_plan, writer
 from quantize.formats.bitsandbytes.tensor_plan import NotKnown, PrecomputedTensors
 from quantize.formats.bitsandbytes.writer import MatrixRounding
+from quantize.formats.bounds import are_bounds
 from quantize.progress import Progress
 from quantize.records import Checkout, Recipe
 from quantize.resume import ResumeFolder
@@ -53,13 +54,17 @@ def write(
     """
     import torch
 
-    model = source_model.skeleton(checkout, dtype)
+    model = experts.unstacked(source_model.skeleton(checkout, dtype))
     names = modules.to_quantize(model, recipe, checkout.source.name)
     modules.require_quantized(names, model, checkout.source.name)
     modules.require_mostly_linear(model, checkout.source.name)
     try:
         plans = tensor_plan.plan(checkout, model, names, getattr(torch, dtype), precomputed)
     except NotKnown as reason:
+        if experts.has_linear_experts(model):
+            raise UnsupportedModel(
+                f"{checkout.source.name} has experts, and cannot be read tensor by tensor: {reason}"
+            ) from None
         progress.note(f"{reason}: the model is loaded as a whole")
         if rounding is not None:
             precomputed = _rounded_whole(checkout, recipe, dtype, device, rounding)
@@ -67,6 +72,8 @@ def write(
     writer.write(plans, output, resume, recipe, device, MAX_SHARD, progress, rounding)
     with storage_errors(output):
         config.write(checkout, output, model, _quantization_config(model, checkout, recipe, dtype), dtype)
+        if experts.has_linear_experts(model):
+            experts.add_code(output)
         if model.can_generate():
             _write_generation_config(checkout, output)
     return Written(names, _kept(model, names))
@@ -187,7 +194,8 @@ def _write_generation_config(checkout: Checkout, output: Path) -> None:
 
 def quantized_names(checkout: Checkout, recipe: Recipe) -> tuple[str, ...]:
     """Names of the modules that become 4-bit, in the order of the model; nothing is loaded for it."""
-    return modules.to_quantize(source_model.skeleton(checkout), recipe, checkout.source.name)
+    model = experts.unstacked(source_model.skeleton(checkout))
+    return modules.to_quantize(model, recipe, checkout.source.name)
 
 
 def load_quantized(checkout: Checkout, recipe: Recipe, dtype: str, device: str) -> Any:
@@ -206,8 +214,10 @@ def load_quantized(checkout: Checkout, recipe: Recipe, dtype: str, device: str) 
 
 
 def _quantization_config(model: Any, checkout: Checkout, recipe: Recipe, dtype: str) -> Any:
-    """The skip list is left to transformers unless the recipe has one, or the model has towers."""
-    own_list = recipe.skip_modules or (modules.towers(model) and not recipe.quantize_towers)
+    """The skip list is left to transformers unless more stays as it is than it leaves alone itself."""
+    kept = modules.routers(model) or modules.read_directly(model)
+    towers = modules.towers(model) and not recipe.quantize_towers
+    own_list = recipe.skip_modules or kept or towers
     skip_list = modules.to_skip(model, recipe, checkout.source.name) if own_list else None
     return config.build(recipe, dtype, skip_list)
 
@@ -220,9 +230,9 @@ def _largest_weight(checkout: Checkout, progress: Progress) -> tuple[str, float]
             for name, values in safetensors.parts(checkout.folder / shard):
                 if values.is_floating_point() and values.numel():
                     bound = float(values.abs().max())
-                    if not bound < float("inf"):
+                    if bound < float("inf"):
+                        largest = max(largest, (f"{name} in {shard}", bound), key=lambda named: named[1])
+                    elif not are_bounds(values):
                         raise CorruptModel(f"{name} in {shard} holds NaN or infinity: the source is damaged")
-                    if bound > largest[1]:
-                        largest = (f"{name} in {shard}", bound)
                 advance(values.numel())
     return largest

@@ -18,9 +18,12 @@ from quantize.formats.bitsandbytes.modules import (
     linear_names,
     matrix,
     names_holding_codes,
+    read_directly,
+    routers,
     towers,
 )
 from quantize.formats.bitsandbytes.sizes import ROW_SCALES, MatrixFormat
+from quantize.formats.bounds import are_bounds
 from quantize.formats.ties import distinct_parameters
 
 WEIGHT_ERROR_LIMITS = {4: 0.25, 8: 0.05}
@@ -77,31 +80,37 @@ def _finite_check(folder: Path, names: set[str]) -> Check:
     """Codes are no numbers, whatever type they are stored as."""
     import torch
 
-    codes = _weights_with(names, SCALES.values())
+    codes, bounds = _weights_with(names, SCALES.values()), set[str]()
     for file in safetensors.weight_files(folder):
         for name, part in safetensors.parts(file):
-            if name not in codes and part.is_floating_point() and not bool(torch.isfinite(part).all()):
+            if name in codes or not part.is_floating_point() or bool(torch.isfinite(part).all()):
+                continue
+            if not are_bounds(part):
                 return Check("finite", False, f"{name} holds NaN or infinity")
-    return Check("finite", True, f"every value of {len(names)} tensors is finite")
+            bounds.add(name)
+    but = f", but for the bounds and masks in {len(bounds)} of them" if bounds else ""
+    return Check("finite", True, f"every value of {len(names)} tensors is finite{but}")
+
+
+def due_names(reference: Any, expected: ExpectedConfig) -> set[str]:
+    """Names of the modules of the source's model that should be quantized."""
+    skip_list = kept_by_default(reference) if expected.skips_head else []
+    skip_list += reference._keep_in_fp32_modules or []
+    skip_list += towers(reference) if expected.skips_towers else []
+    skip_list += read_directly(reference) if expected.skips_head else []
+    skip_list += routers(reference) if expected.skips_routers else []
+    return {name for name in linear_names(reference) if not (expected.skips(name) or is_listed(name, skip_list))}
 
 
 def module_check(reference: Any, candidate: Any, expected: ExpectedConfig) -> Check:
     """Whether the modules of the loaded `candidate` are quantized that should be, and no others."""
-    linear = set(linear_names(reference))
-    skip_list = kept_by_default(reference) if expected.skips_head else []
-    skip_list += reference._keep_in_fp32_modules or []
-    skip_list += towers(reference) if expected.skips_towers else []
-    due = {name for name in linear if not (expected.skips(name) or is_listed(name, skip_list))}
-    quantized = names_holding_codes(candidate, expected.bits)
+    due, quantized = due_names(reference, expected), names_holding_codes(candidate, expected.bits)
     if left := sorted(due - quantized):
         return Check("modules", False, f"{left[0]} was left in 16 bits ({len(left)} of {len(due)} were)")
     if extra := sorted(quantized - due):
         return Check("modules", False, f"{extra[0]} was quantized and should not be ({len(extra)} such)")
-    return Check(
-        "modules",
-        True,
-        f"{len(quantized)} modules are {expected.bits}-bit, {len(linear - quantized)} are not by design",
-    )
+    kept = len(set(linear_names(reference)) - quantized)
+    return Check("modules", True, f"{len(quantized)} modules are {expected.bits}-bit, {kept} are not by design")
 
 
 def size_check(reference: Any, candidate: Any, folder: Path, expected: ExpectedConfig) -> Check:

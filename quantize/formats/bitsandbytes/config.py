@@ -11,7 +11,7 @@ from typing import Any
 from quantize.documents import read_json
 from quantize.errors import CorruptModel
 from quantize.files import CONFIG
-from quantize.formats import remote_code
+from quantize.formats import experts, remote_code
 from quantize.formats.bitsandbytes.modules import is_listed
 from quantize.formats.bitsandbytes.sizes import MatrixFormat
 from quantize.records import Checkout, Recipe
@@ -26,14 +26,15 @@ DTYPE_KEYS = ("dtype", "torch_dtype")
 class ExpectedConfig:
     """What a recipe, or a checkpoint's own config, says about it.
 
-    `skips` tells by a module's name whether it stays as it is; a recipe leaves the head alone besides, and towers
-    unless it quantizes them, while a config that lists modules means those and no others.
+    `skips` tells by a module's name whether it stays as it is; a recipe leaves the head and routers alone besides, and
+    towers unless it quantizes them, while a config that lists modules means those and no others.
     """
 
     matrices: MatrixFormat
     skips: Callable[[str], bool]
     skips_head: bool = True
     skips_towers: bool = False
+    skips_routers: bool = False
 
     @property
     def bits(self) -> int:
@@ -43,7 +44,8 @@ class ExpectedConfig:
     def of(cls, recipe: Recipe, half_precision_modules: tuple[str, ...] = ()) -> ExpectedConfig:
         """What a recipe means, which left these modules in half precision besides those that it skips."""
         skipping = replace(recipe, skip_modules=(*recipe.skip_modules, *half_precision_modules))
-        return cls(MatrixFormat.of(recipe), skipping.skips, skips_towers=not recipe.quantize_towers)
+        towers = not recipe.quantize_towers
+        return cls(MatrixFormat.of(recipe), skipping.skips, skips_towers=towers, skips_routers=True)
 
     @classmethod
     def read(cls, folder: Path) -> ExpectedConfig | None:
@@ -93,10 +95,12 @@ def write(checkout: Checkout, output: Path, model: Any, quantization: Any, dtype
         own = remote_code.without_code(own)
     changed = {
         **_with_dtype(own, dtype),
-        "architectures": [type(model).__name__],
+        "architectures": [experts.class_name(model)],
         "dtype": dtype,
         QUANTIZATION_KEY: quantization.to_dict(),
     }
+    if experts.has_linear_experts(model):
+        changed["auto_map"] = experts.auto_map(model, own)
     (output / CONFIG).write_text(json.dumps(changed, indent=2) + "\n", "utf-8")
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from quantize.errors import UnsupportedModel
+from quantize.formats.experts import linear_experts
 from quantize.records import Recipe
 
 if TYPE_CHECKING:
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
 
 QUANTIZED_CLASSES = {4: "Linear4bit", 8: "Linear8bitLt"}
 """By the number of bits."""
+ROUTER = re.compile(r"(^|[._])(router|gate)(\.|$)")
+"""In the names of modules beside experts. Which experts a token is sent to depends on every digit of theirs."""
 MOST_STACKED = 0.1
 """Share of the weights that may lie in tensors which bitsandbytes passes over."""
 
@@ -76,8 +80,8 @@ def to_quantize(model: Any, recipe: Recipe, model_name: str) -> tuple[str, ...]:
 
 
 def to_skip(model: Any, recipe: Recipe, model_name: str) -> list[str]:
-    """Full names of what stays as it is: the head and what is tied to it, always; towers, unless the recipe quantizes
-    them; and what the recipe skips.
+    """Full names of what stays as it is: the head, what is tied to it, routers, and weights that are read directly,
+    always; towers, unless the recipe quantizes them; and what the recipe skips.
 
     Raises UnsupportedModel where the recipe skips what is not there.
     """
@@ -86,7 +90,8 @@ def to_skip(model: Any, recipe: Recipe, model_name: str) -> list[str]:
         if not any(map(Recipe(skip_modules=(name,)).skips, linear)):
             raise UnsupportedModel(f"--skip-modules {name}: {model_name} has no linear module of that name")
     kept = () if recipe.quantize_towers else towers(model)
-    return sorted({*kept_by_default(model), *kept, *filter(recipe.skips, linear)})
+    always = (*kept_by_default(model), *routers(model), *read_directly(model))
+    return sorted({*always, *kept, *filter(recipe.skips, linear)})
 
 
 def kept_by_default(model: Any) -> list[str]:
@@ -99,6 +104,27 @@ def kept_by_default(model: Any) -> list[str]:
     last = list(dict(model.named_parameters(remove_duplicate=False)))[-1]
     heads = (name for name, module in model.named_modules() if head is not None and module is head)
     return sorted({name.removesuffix(".weight") for name in (*ties, *ties.values(), last, *heads)})
+
+
+def read_directly(model: Any) -> tuple[str, ...]:
+    """Linear modules, besides the head, whose weights the model multiplies by itself, which it cannot with codes."""
+    from quantize.formats.bitsandbytes import direct_reads
+
+    kept = set(kept_by_default(model))
+    return direct_reads.names(model, (name for name in linear_names(model) if name not in kept))
+
+
+def routers(model: Any) -> tuple[str, ...]:
+    """Names of the linear modules that choose among experts, or weigh them, in a model whose experts are linear."""
+    names = []
+    for path, _ in linear_experts(model):
+        block = path.rpartition(".")[0]
+        names += [
+            f"{block}.{name}"
+            for name, module in model.get_submodule(block).named_modules()
+            if ROUTER.search(name) and _is_plainly_linear(module)
+        ]
+    return tuple(names)
 
 
 def towers(model: Any) -> tuple[str, ...]:
@@ -164,9 +190,20 @@ def require_mostly_linear(model: Any, model_name: str) -> None:
     )
     if stacked > MOST_STACKED * sum(parameter.numel() for parameter in language_model.parameters()):
         raise UnsupportedModel(
-            f"{model_name} keeps most weights in stacked expert tensors, which bitsandbytes leaves in half precision: "
-            f"mixture-of-experts models of this kind cannot be quantized here"
+            f"{model_name} keeps most weights in stacked expert tensors, in modules that are not known here "
+            f"({_stacking(language_model)}); bitsandbytes leaves them in half precision: it cannot be quantized here"
         )
+
+
+def _stacking(model: Any) -> str:
+    """The classes of modules that hold tensors which are no matrix of a linear module."""
+    classes = {
+        type(module).__name__
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+        if parameter.ndim > 2 or (parameter.ndim == 2 and not _has_one_matrix(module))
+    }
+    return ", ".join(sorted(classes))
 
 
 def _has_one_matrix(module: Any) -> bool:

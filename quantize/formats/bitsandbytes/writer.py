@@ -24,6 +24,7 @@ from quantize.formats import safetensors
 from quantize.formats.bitsandbytes import packing
 from quantize.formats.bitsandbytes.sizes import ROW_FORMAT, ROW_SCALES
 from quantize.formats.bitsandbytes.tensor_plan import TensorPlan, module_of
+from quantize.formats.bounds import are_bounds
 from quantize.formats.safetensors import Shard
 from quantize.progress import Progress
 from quantize.records import Recipe
@@ -121,8 +122,9 @@ def _results(step: Step, values: torch.Tensor, device: str, rounding: MatrixRoun
         return dict(plan.precomputed)
     try:
         if not plan.rounded:
-            return {plan.name: _finite(values.to(plan.dtype))}
-        matrix = values.view(plan.entry.shape).to(device, non_blocking=True).to(plan.dtype)
+            kept = plan.laid_out(values) if plan.whole else values
+            return {plan.name: _finite_or_bounds(kept, plan.dtype)}
+        matrix = plan.laid_out(values).to(device, non_blocking=True).to(plan.dtype)
         parts = rounding(matrix.T if plan.transposed else matrix)
     except packing.NotFinite as error:
         raise _not_finite(f"{plan.name} in {plan.entry.file.name}", values, plan.dtype) from error
@@ -176,10 +178,20 @@ def _finite(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def _finite_or_bounds(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`values` as `dtype`, or NotFinite: also where they are finite, and infinite as `dtype`."""
+    try:
+        return _finite(values.to(dtype))
+    except packing.NotFinite:
+        if are_bounds(values):
+            return values.to(dtype)
+        raise
+
+
 def _steps(plans: list[TensorPlan]) -> Iterator[Step]:
     for plan in plans:
         count = 0 if plan.precomputed else plan.entry.numel
-        part = max(count, 1) if plan.rounded else safetensors.PART
+        part = max(count, 1) if plan.whole else safetensors.PART
         for first in range(0, max(count, 1), part):
             yield Step(plan, first, min(part, count - first))
 

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 
 from quantize import devices, hub
-from quantize.errors import CorpusError, UnsupportedModel
+from quantize.errors import CorpusError
 from quantize.formats import source_model
 from quantize.methods.calibration import sampling
 from quantize.methods.calibration.layers import autocast
 from quantize.methods.calibration.options import CALIBRATION_TEXT, SELF, CalibratedOptions
 from quantize.methods.calibration.overlap import Passages
+from quantize.methods.calibration.own_generate import Draws, Way, kept_bytes
 from quantize.methods.calibration.static_cache import make_static
-from quantize.progress import Progress
+from quantize.progress import Advance, Progress
 from quantize.records import CalibrationText
 
 GENERATED_AT_ONCE = 128
@@ -104,24 +105,42 @@ def generated(
     progress: Progress,
     temperatures: tuple[float, ...],
 ) -> torch.Tensor:
-    """What the model writes after its beginning-of-text token, sampled at each of the temperatures in turn."""
-    config, windows = model.config.get_text_config(), options.calibration_windows
-    begin = next((token for token in (config.bos_token_id, config.eos_token_id) if isinstance(token, int)), 0)
+    """What the model writes after the token that begins a text, sampled at each of the temperatures in turn."""
+    begin, windows = _beginning(model.config), options.calibration_windows
     temperature = torch.tensor(temperatures, device=device).repeat(-(-windows // len(temperatures)))[:windows]
-    share = sampling.shares(windows, length, options.calibration_seed)
-    side_by_side = _windows_at_once(model, length, device, bfloat16)
+    draws = Draws(temperature, sampling.shares(windows, length, options.calibration_seed))
+    probes = _probes(model, device, bfloat16)
+    way = None if _keeps_keys_and_values(probes) else Way.suiting(model, begin, draws, bfloat16)
     parts = []
     with progress.task("writing calibration text", windows * length, "tokens") as advance:
-        for rows in torch.split(torch.arange(windows), side_by_side):
-            tokens, past = [torch.full((len(rows), 1), begin, device=device)], None
-            while len(tokens) < length:
-                output = _next_logits(model, tokens[-1], past, device, bfloat16)
-                past = make_static(output.past_key_values, length) if past is None else past
-                chances = torch.softmax(output.logits[:, -1].float() / temperature[rows, None], -1)
-                tokens.append(sampling.draw(chances, share[rows, len(tokens)])[:, None])
-                advance(len(rows))
-            parts.append(torch.cat(tokens, 1).cpu())
+        for rows in torch.split(torch.arange(windows), _windows_at_once(probes, length, device)):
+            part = draws.part(rows, length)
+            if way is None:
+                parts.append(_written(model, begin, part, bfloat16, advance))
+            else:
+                parts.append(way.written(model, begin, part, bfloat16, advance))
     return torch.cat(parts)
+
+
+def _written(model: Any, begin: int, draws: Draws, bfloat16: bool, advance: Advance) -> torch.Tensor:
+    """Tokens [windows, length] of a model that keeps keys and values, whose cache has room for all from the start."""
+    (windows, length), device = draws.share.shape, str(draws.temperature.device)
+    tokens, past = [torch.full((windows, 1), begin, device=device)], None
+    while len(tokens) < length:
+        output = _next_logits(model, tokens[-1], past, device, bfloat16)
+        past = make_static(output.past_key_values, length) if past is None else past
+        chances = torch.softmax(output.logits[:, -1].float() / draws.temperature[:, None], -1)
+        tokens.append(sampling.draw(chances, draws.share[:, len(tokens)])[:, None])
+        advance(windows)
+    return torch.cat(tokens, 1).cpu()
+
+
+def _beginning(config: Any) -> int:
+    """The token that begins a text, in its place one that ends texts, and the first of all where there is neither."""
+    parts = (config.get_text_config(), config)
+    named = [getattr(part, f"{kind}_token_id", None) for kind in ("bos", "eos") for part in parts]
+    listed = [token for value in named for token in (value if isinstance(value, list) else [value])]
+    return next((token for token in listed if isinstance(token, int) and token >= 0), 0)
 
 
 def _next_logits(model: Any, tokens: torch.Tensor, past: Any, device: str, bfloat16: bool) -> Any:
@@ -129,19 +148,30 @@ def _next_logits(model: Any, tokens: torch.Tensor, past: Any, device: str, bfloa
         return model(tokens, past_key_values=past, use_cache=True)
 
 
-def _windows_at_once(model: Any, length: int, device: str, bfloat16: bool) -> int:
-    """Windows that can be written side by side: a first token shows what each token takes in the cache."""
-    output = _next_logits(model, torch.zeros(1, 1, dtype=torch.int64, device=device), None, device, bfloat16)
-    layers = getattr(getattr(output, "past_key_values", None), "layers", None)
-    if not layers:
-        raise UnsupportedModel(
-            "the model keeps no keys and values, without which it writes no calibration text in reasonable time: "
-            "name a text with --calibration, or choose --recipe rtn"
-        )
-    kept = [tensor for layer in layers for tensor in vars(layer).values() if isinstance(tensor, torch.Tensor)]
-    bytes_per_token = sum(tensor.nbytes for tensor in kept)
-    fitting = CACHE_BYTES[devices.kind(device)] // max(1, bytes_per_token * length)
-    return max(1, min(GENERATED_AT_ONCE, fitting))
+def _probes(model: Any, device: str, bfloat16: bool) -> list[Any]:
+    """Outputs after one token and after two, which show what the model keeps of them; none where its cache fails."""
+    try:
+        texts = (torch.zeros(1, count, dtype=torch.int64, device=device) for count in (1, 2))
+        return [_next_logits(model, text, None, device, bfloat16) for text in texts]
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:  # noqa: BLE001 - whatever foreign code raises; such a model writes without a cache
+        return []
+
+
+def _keeps_keys_and_values(probes: list[Any]) -> bool:
+    """Whether a model keeps keys and values of every token, and nothing else: then its cache can have room at once."""
+    layers = [layer for output in probes for layer in getattr(getattr(output, "past_key_values", None), "layers", ())]
+    return bool(layers) and not any(hasattr(layer, "recurrent_states") for layer in layers)
+
+
+def _windows_at_once(probes: list[Any], length: int, device: str) -> int:
+    """Windows that can be written side by side."""
+    if not probes:
+        return GENERATED_AT_ONCE
+    one, two = map(kept_bytes, probes)
+    each = one + (two - one) * (length - 1)
+    return max(1, min(GENERATED_AT_ONCE, CACHE_BYTES[devices.kind(device)] // max(1, each)))
 
 
 def read(source: str) -> GivenText:

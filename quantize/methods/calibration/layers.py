@@ -13,6 +13,7 @@ import torch
 
 from quantize import devices
 from quantize.errors import UnsupportedModel
+from quantize.formats.bitsandbytes.modules import towers
 from quantize.methods.calibration.paging import PagedMemory
 
 CHECKED_WINDOWS, CHECKED_TOKENS = 2, 64
@@ -34,8 +35,10 @@ class DecoderLayers:
 
     @classmethod
     def of(cls, model: torch.nn.Module, linear: Iterable[str]) -> DecoderLayers:
-        """The list of modules that holds most of the modules named in `linear`; raises UnsupportedModel."""
-        names = list(linear)
+        """The list of modules that holds most of the modules named in `linear`, in the language model of one that has
+        towers as well; raises UnsupportedModel."""
+        outside = tuple(f"{tower}." for tower in towers(model))
+        names = [name for name in linear if not name.startswith(outside)]
         lists = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)}
         counts = {name: sum(linear_name.startswith(f"{name}.") for linear_name in names) for name in lists}
         best = max(counts, key=lambda name: (counts[name], -len(name)), default="")
@@ -97,10 +100,14 @@ class ActivationStream:
 
     def inputs(self, index: int, name: str) -> Iterator[torch.Tensor]:
         """The inputs of the module `name` of a layer, micro-batch after micro-batch, float [tokens, inputs]."""
-        captured: list[torch.Tensor] = []
+        return (arguments[0].flatten(0, -2).float() for arguments in self.arguments(index, name))
+
+    def arguments(self, index: int, name: str) -> Iterator[tuple[torch.Tensor, ...]]:
+        """What the module `name` of a layer is called with, micro-batch after micro-batch."""
+        captured: list[tuple[torch.Tensor, ...]] = []
 
         def capture(_: Any, arguments: tuple[torch.Tensor, ...]) -> None:
-            captured.append(arguments[0])
+            captured.append(arguments)
             raise _StopForward
 
         hook = self.decoder.layers[index].get_submodule(name).register_forward_pre_hook(capture)
@@ -109,7 +116,7 @@ class ActivationStream:
                 with contextlib.suppress(_StopForward):
                     self._run(index, part)
                 if captured:
-                    yield captured.pop().flatten(0, -2).float()
+                    yield captured.pop()
         finally:
             hook.remove()
 
@@ -364,5 +371,5 @@ def _move_rest(model: torch.nn.Module, decoder: DecoderLayers, device: str) -> N
 
 
 def _tensor(output: Any) -> torch.Tensor:
-    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden

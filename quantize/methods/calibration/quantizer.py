@@ -19,11 +19,13 @@ from typing import Any
 import torch
 
 from quantize import devices
+from quantize.errors import UnsupportedModel
 from quantize.files import require_space
-from quantize.formats import source_model
+from quantize.formats import experts, source_model
 from quantize.formats.bitsandbytes import checkpoint, packing
 from quantize.formats.bitsandbytes.modules import laid_out, matrix
 from quantize.methods.calibration import allocation, calibration_text
+from quantize.methods.calibration.expert_hessians import RoutedExperts
 from quantize.methods.calibration.footprint import Budget, output_hessian_bytes, require_memory, waiting_bytes
 from quantize.methods.calibration.gradients import OutputGradient, output_gradients
 from quantize.methods.calibration.hessian import CenteredHessianAccumulator
@@ -37,6 +39,8 @@ from quantize.methods.rounding.gptq import GptqOptions
 from quantize.methods.rounding.stored import compensated
 from quantize.records import CalibrationText, Checkout, Quantized, Recipe
 
+WEIGHT_TOLERANCE = 1e-3
+"""Of the norm of a matrix before and after the model ran, possibly on two devices."""
 TOKENS_AT_ONCE = {"cpu": 1024, "gpu": 4096}
 """Tokens that run through a decoder layer together: a CPU gains nothing from more. The number does not depend on what
 memory is free, so that the same recipe always gives the same bytes."""
@@ -145,10 +149,12 @@ def _quantize_model(
     by_gradient = _reads_gradients(job, options, ablation, model, decoder, names)
     require_memory(budget, model, decoder, names, options, tokens_at_once, by_gradient)
     bfloat16 = next(model.parameters()).dtype == torch.float32 and _computes_bfloat16(device)
+    sizes = _sizes(model, names)
     model.to(device)
     tokens, record = finished.text(lambda: _calibration_text(job, options, model, bfloat16, ablation))
     batch = math.gcd(len(tokens), max(1, tokens_at_once // tokens.shape[1]))
     check_walk(model, decoder, tokens, device, bfloat16)
+    _require_unchanged(sizes, _sizes(model, names))
     model.to(device)
     if by_gradient and not finished.has_gradients:
         require_space(finished.folder, output_hessian_bytes(model, names, len(decoder.layers)), "gradients")
@@ -271,15 +277,27 @@ def _quantize_and_learn(
 
 
 def _quantize_layer(stream: ActivationStream, index: int, names: list[str], plan: Plan) -> dict[str, QuantizedLayer]:
-    """Matrix after matrix in forward order, each on the inputs that the ones before it leave."""
+    """Matrix after matrix in forward order, each on the inputs that the ones before it leave; experts come last."""
     layer, path = stream.decoder.layers[index], stream.decoder.name(index)
     matrices: dict[str, QuantizedLayer] = {}
-    for group in stream.execution_order(index, names):
-        hessians = _input_hessians(stream, index, group, plan)
-        for name in group:
+    routed = [RoutedExperts(stream, index, place) for place, _ in experts.linear_experts(layer)]
+    inside = {name: part for part in routed for name in names if name.startswith(f"{part.path}.")}
+
+    def quantize_all(hessians: Mapping[str, CenteredHessianAccumulator]) -> None:
+        for name, hessian in hessians.items():
             module = layer.get_submodule(name)
-            matrices[name] = _quantize_matrix(module, f"{path}.{name}", hessians[name], plan)
+            matrices[name] = _quantize_matrix(module, f"{path}.{name}", hessian, plan)
             _replace(module, matrices[name])
+
+    for group in stream.execution_order(index, [name for name in names if name not in inside]):
+        quantize_all(_input_hessians(stream, index, group, plan))
+    for part in routed:
+        gradients = {name: plan.gradients.get(f"{path}.{name}") for name in names if inside.get(name) is part}
+        weights = {name: one.token_weights for name, one in gradients.items() if one and plan.ablation.token_weights}
+        for first, last in part.together(list(gradients)):
+            entering = part.entering(first, weights)
+            quantize_all(entering.hessians)
+            quantize_all(part.leaving(last, entering.shared, weights))
     return matrices
 
 
@@ -336,7 +354,22 @@ def _load_source(checkout: Checkout, dtype: str, budget: Budget) -> Any:
         dtype=torch.float32 if in_float32 else getattr(torch, dtype),
         trust_remote_code=checkout.source.remote_code,
     )
-    return model.eval().requires_grad_(False)
+    if hasattr(model.config, "rescale_every"):
+        model.config.rescale_every = 0  # RWKV would halve weights when it runs, and again when the package is loaded
+    return experts.unstacked(model.eval().requires_grad_(False))
+
+
+def _sizes(model: Any, names: list[str]) -> list[float]:
+    """The norms of the named matrices."""
+    return [float(model.get_submodule(name).weight.float().norm()) for name in names]
+
+
+def _require_unchanged(before: list[float], after: list[float]) -> None:
+    """Raise UnsupportedModel where running the model has changed its matrices: the files would hold them changed."""
+    if not all(math.isclose(*pair, rel_tol=WEIGHT_TOLERANCE) for pair in zip(before, after, strict=True)):
+        raise UnsupportedModel(
+            "the model changes its weights when it runs: the calibrated recipe does not support it; use --recipe rtn"
+        )
 
 
 def _calibration_text(

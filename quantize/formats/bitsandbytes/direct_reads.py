@@ -1,0 +1,69 @@
+"""Linear modules whose weights a model reads without running them: codes in their place would be taken for numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+TOKENS = 3
+
+
+def names(model: Any, linear: Iterable[str]) -> tuple[str, ...]:
+    """Those of the modules `linear` of the source's `model`, as far as that runs without weights.
+
+    Mamba multiplies by the weight of `dt_proj`, to add the bias elsewhere; RWKV divides weights, and would round codes
+    again, to FP4. Shapes show it: nothing is computed.
+    """
+    try:
+        with torch.device("meta"):  # a model like it: running changes some
+            shapes = type(model)(copy.deepcopy(model.config)).eval()
+    except Exception:  # noqa: BLE001 - code of a model's own may want its weights at once
+        return ()
+    known = dict(shapes.named_modules())
+    reads = _Reads({id(known[name].weight): name for name in linear if name in known})
+    for name in reads.owners.values():
+        known[name].register_forward_pre_hook(lambda *_, name=name: reads.running.add(name))
+        known[name].register_forward_hook(lambda *_, name=name: reads.running.discard(name))
+    quiet = (warnings.catch_warnings(), contextlib.suppress(Exception))  # it is foreign code
+    with quiet[0], quiet[1], _said_to_be_quantized(shapes), torch.no_grad(), reads:
+        warnings.simplefilter("ignore")
+        shapes(torch.zeros(1, TOKENS, dtype=torch.int64, device="meta"), use_cache=False)
+    return tuple(name for name in reads.owners.values() if name in reads.found)
+
+
+@contextlib.contextmanager
+def _said_to_be_quantized(model: Any) -> Iterator[None]:
+    """Some architectures compute otherwise when transformers has marked their config so."""
+    from transformers import PreTrainedModel
+
+    configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
+    for config in configs.values():
+        config._is_quantized = True
+    try:
+        yield
+    finally:
+        for config in configs.values():
+            del config._is_quantized
+
+
+class _Reads(TorchFunctionMode):
+    """Watches what is computed of weights, by their `owners`, while these are not `running`."""
+
+    def __init__(self, owners: dict[int, str]) -> None:
+        super().__init__()
+        self.owners = owners
+        self.running: set[str] = set()
+        self.found: set[str] = set()
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        result = function(*arguments, **(named or {}))
+        if isinstance(result, torch.Tensor):
+            values = map(id, (*arguments, *(named or {}).values()))
+            self.found |= {self.owners[value] for value in values if value in self.owners} - self.running
+        return result

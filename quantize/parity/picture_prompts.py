@@ -1,0 +1,94 @@
+"""How a picture and a question are put to a model: through the original's own processor and its chat template."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+from quantize.documents import read_json
+from quantize.errors import CorruptModel
+from quantize.files import CONFIG, PROCESSOR_FILES
+from quantize.formats.model_class import reads_pictures
+from quantize.parity.pictures import Picture
+from quantize.records import Checkout
+
+LIBRARIES = {"torchvision": "torchvision", "PIL": "pillow"}
+"""Which processors need, by the name they are imported by, and the package that has each."""
+
+
+class NoPictures(Exception):
+    """Pictures cannot be put to the original here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Prompter:
+    """A processor that takes pictures, and whether it has a chat template."""
+
+    processor: Any
+    chat: bool
+
+    @classmethod
+    def of(cls, checkout: Checkout) -> Prompter:
+        """The source's own; raises NoPictures where there is none, or it cannot be loaded."""
+        from transformers import AutoProcessor
+
+        if not any((checkout.folder / name).is_file() for name in PROCESSOR_FILES):
+            raise NoPictures("the original has no processor")
+        try:
+            processor = AutoProcessor.from_pretrained(
+                checkout.folder, local_files_only=True, trust_remote_code=checkout.source.remote_code
+            )
+        except Exception as error:
+            reason = _reason(error).replace(str(checkout.folder), checkout.source.name)
+            raise NoPictures(f"the original's processor cannot be loaded: {reason}") from error
+        if getattr(processor, "image_processor", None) is None:
+            raise NoPictures("the original's processor files make no processor that takes pictures")
+        return cls(processor, bool(getattr(processor, "chat_template", None)))
+
+    def inputs(self, picture: Picture) -> Any:
+        """All that the model is given, a batch of one on the CPU, up to where its answer begins; raises NoPictures."""
+        from PIL import Image
+
+        image = Image.fromarray(picture.pixels)
+        try:
+            return self._in_template(image, picture.question) if self.chat else self._plain(image, picture.question)
+        except Exception as error:
+            raise NoPictures(f"the original's processor takes no picture: {_reason(error)}") from error
+
+    def _in_template(self, image: Any, question: str) -> Any:
+        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        return self.processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+
+    def _plain(self, image: Any, question: str) -> Any:
+        return self.processor(text=f"{self.processor.image_token}{question}", images=image, return_tensors="pt")
+
+
+def sees(checkout: Checkout) -> bool:
+    """Whether a source is a model that reads pictures."""
+    return reads_pictures(read_json(checkout.folder / CONFIG, CONFIG, CorruptModel, finite=False))
+
+
+def problem(checkout: Checkout) -> str:
+    """Why pictures cannot be put to a source that reads them; nothing where they can, or where it reads none."""
+    if not sees(checkout):
+        return ""
+    try:
+        Prompter.of(checkout)
+    except NoPictures as reason:
+        return str(reason)
+    return ""
+
+
+def _reason(error: Exception) -> str:
+    """What is not installed, or the first sentence of the message."""
+    absent = [name for name in LIBRARIES if importlib.util.find_spec(name) is None and name in str(error).lower()]
+    if absent:
+        return f"it needs {absent[0]}, which is not installed (pip install {LIBRARIES[absent[0]]})"
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
