@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import traceback
 from collections.abc import Callable
@@ -31,10 +32,7 @@ def render(facts: CardFacts, template: str | None = None) -> str:
     """
     source = source_card.split(facts.source_card or "")
     values = _names(facts, source)
-    if template is None:
-        text = _tidy(_environment(finalize=escape.markdown).get_template(TEMPLATE).render(values))
-    else:
-        text = _rendered(template, values).strip()
+    text = _tidy(_default_template().render(values)) if template is None else _rendered(template, values).strip()
     return f"---\n{metadata.to_yaml(metadata.build(facts, source))}---\n\n{text}\n"
 
 
@@ -49,6 +47,11 @@ def parse(template: str) -> None:
 def names(facts: CardFacts) -> dict[str, Any]:
     """Everything that a template may use: the facts, and what follows from the source's card."""
     return _names(facts, source_card.split(facts.source_card or ""))
+
+
+@functools.cache
+def _default_template() -> jinja2.Template:
+    return _environment(finalize=escape.markdown).get_template(TEMPLATE)
 
 
 def _rendered(template: str, values: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -16,14 +17,15 @@ from quantize.errors import CorpusError, CorruptModel, DeviceError, StorageError
 from quantize.evidence import Estimate, Evidence
 from quantize.formats.bitsandbytes import checkpoint
 from quantize.grades import GRADES
+from quantize.methods import calibrated
 from quantize.methods.calibration import quantizer
 from quantize.parity import gate, models
 from quantize.progress import Silent
-from quantize.records import EvaluationSettings, Quantized, Recipe
+from quantize.records import Checkout, EvaluationSettings, Quantized, Recipe
 from quantize.search import Candidate
 from tests.conftest import POCKET, QUICK, Outcome
 
-AUTO = methods.recipe_of({"name": "auto", "calibration_windows": 8, "calibration_length": 32})
+AUTO = methods.recipe_of({"name": "auto", "passes": 0, "calibration_windows": 8, "calibration_length": 32})
 HARD = dataclasses.replace(AUTO, target_grade="lossless")
 WEIGHTS = "model.safetensors"
 
@@ -121,11 +123,15 @@ KNOWN = [
 ]
 
 
+@functools.cache
+def fetched() -> Checkout:
+    return source.fetch(str(POCKET), revision=None, trust_remote_code=False, progress=Silent())
+
+
 def searched(attempts: Attempts, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Candidate:
     monkeypatch.setattr(methods, "quantize", attempts.quantize)
-    checkout = source.fetch(str(POCKET), revision=None, trust_remote_code=False, progress=Silent())
     (folder / "staging").mkdir()
-    job = methods.Job(checkout, folder / "staging", HARD, "cpu", Silent(), "", folder / "unfinished")
+    job = methods.Job(fetched(), folder / "staging", HARD, "cpu", Silent(), "", folder / "unfinished")
     return search.build(job, QUICK, attempts.measure)
 
 
@@ -171,9 +177,8 @@ def test_an_interruption_ends_the_run(base: package.Package, tmp_path: Path, mon
 STAGES = {"gradients": (quantizer, "output_gradients"), "loading": (models, "_load"), "writing": (checkpoint, "write")}
 
 
-@pytest.mark.parametrize(
-    "stage", ["gradients", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("loading", "writing"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
 def test_memory_that_runs_out_in_a_later_attempt(
     stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Outcome]
 ) -> None:
@@ -187,7 +192,9 @@ def test_memory_that_runs_out_in_a_later_attempt(
         return own(*arguments, **options)
 
     monkeypatch.setattr(module, name, failing)
-    shape = ("--calibration-windows", "8", "--calibration-length", "32", "--target", "lossless")
+    monkeypatch.setattr(calibrated, "REFINED_PASSES", 0)
+    monkeypatch.setattr(calibrated, "REFINED_EPOCHS", 0)
+    shape = ("--passes", "0", "--calibration-windows", "8", "--calibration-length", "32", "--target", "lossless")
     quick = ("--max-windows", "16", "--new-tokens", "4", "--require", "degraded", "--device", "cpu")
     ended = command("run", POCKET, "-o", tmp_path / "out", *shape, *quick)
     assert ended.code == 0 and "Traceback" not in ended.err, ended.err
@@ -210,6 +217,7 @@ def test_memory_that_runs_out_in_the_first_attempt_is_a_known_failure(
     assert "Traceback" not in ended.err
 
 
+@pytest.mark.slow
 def test_a_bug_in_a_later_attempt_keeps_its_traceback_after_the_package_is_in_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

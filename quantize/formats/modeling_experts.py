@@ -60,16 +60,20 @@ class LinearExperts(nn.Module):
 
     def expert(self, number: int, states: torch.Tensor) -> torch.Tensor:
         """What one expert makes of the hidden states [tokens, width] that are sent to it."""
-        *inner, down = self.get_submodule(str(number)).children()
-        outputs = [linear(states) for linear in inner]
-        if not self.has_gate:
-            states = self.act_fn(outputs[0])
-        elif self.is_concatenated:
-            states = self.gating(self, torch.cat(outputs, dim=-1))
-        else:
-            states = self.gating(self, torch.stack(outputs, dim=-1).flatten(-2))
-        states = down(states)
+        *_, down = self.get_submodule(str(number)).children()
+        states = down(self.gated(number, states))
         return self.post_expert_norm(states) if self.has_post_expert_norm else states
+
+    def gated(self, number: int, states: torch.Tensor) -> torch.Tensor:
+        """What the last linear layer of an expert gets."""
+        *inner, _ = self.get_submodule(str(number)).children()
+        outputs = [linear(states) for linear in inner]
+        if self.has_gate:
+            both = torch.cat(outputs, dim=-1) if self.is_concatenated else torch.stack(outputs, dim=-1).flatten(-2)
+            result: torch.Tensor = self.gating(self, both)
+        else:
+            result = self.act_fn(outputs[0])
+        return result
 
 
 def is_stacked(module: nn.Module) -> bool:

@@ -37,17 +37,17 @@ THINGS = ("a letter", "two books", "the keys", "a green coat", "some bread", "an
 DEEDS = ("brings", "finds", "sells", "carries", "forgets", "keeps")
 DESCRIBE = "Describe this picture in one sentence."
 
-Draft = tuple[str, str]
+Exercise = tuple[str, str]
 """A question and its right answer."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture [SIDE, SIDE, 3] in 8-bit RGB, what is asked about it, and the right answer."""
+    """A picture [SIDE, SIDE, 3] in 8-bit RGB, what is asked about it, and all that could be, with the right answers."""
 
     kind: str
     question: str
-    answer: str
+    exercises: tuple[Exercise, ...]
     pixels: NDArray[np.uint8]
 
 
@@ -67,9 +67,10 @@ def picture(seed: int, number: int) -> Picture:
     with style.context("default"):  # whatever the user's own settings are
         figure = Figure(figsize=(SIDE / DPI, SIDE / DPI), dpi=DPI, facecolor=chance.choice(BACKGROUNDS))
         canvas: Any = FigureCanvasAgg(figure)
-        question, answer = drawing(figure, chance)
+        exercises = drawing(figure, chance)
         canvas.draw()
-    return Picture(kind, question, answer, np.array(canvas.buffer_rgba())[..., :3])
+    question, _ = chance.choice(exercises)
+    return Picture(kind, question, exercises, np.array(canvas.buffer_rgba())[..., :3])
 
 
 def digest(pictures: Iterable[Picture]) -> str:
@@ -81,7 +82,7 @@ def digest(pictures: Iterable[Picture]) -> str:
     return content.hexdigest()
 
 
-def _shapes(figure: Any, chance: random.Random) -> Draft:
+def _shapes(figure: Any, chance: random.Random) -> tuple[Exercise, ...]:
     """One to four shapes, each of another form and colour."""
     from matplotlib.patches import RegularPolygon
 
@@ -95,17 +96,15 @@ def _shapes(figure: Any, chance: random.Random) -> Draft:
         axes.add_patch(RegularPolygon(place, CORNERS[form], radius=radius, orientation=turn, color=COLOURS[colour]))
     named = [f"{_article(colour)} {colour} {form}" for form, colour in zip(forms, colours, strict=True)]
     counted = "There is one shape." if count == 1 else f"There are {NUMBER_WORDS[count]} shapes."
-    return chance.choice(
-        [
-            ("How many shapes are in this picture?", counted),
-            (f"Which colour is the {forms[0]}?", f"The {forms[0]} is {colours[0]}."),
-            (f"Which shape is {colours[-1]}?", f"The {forms[-1]} is {colours[-1]}."),
-            (DESCRIBE, f"The picture shows {_listed(sorted(named))}."),
-        ]
+    return (
+        ("How many shapes are in this picture?", counted),
+        (f"Which colour is the {forms[0]}?", f"The {forms[0]} is {colours[0]}."),
+        (f"Which shape is {colours[-1]}?", f"The {forms[-1]} is {colours[-1]}."),
+        (DESCRIBE, f"The picture shows {_listed(sorted(named))}."),
     )
 
 
-def _number(figure: Any, chance: random.Random) -> Draft:
+def _number(figure: Any, chance: random.Random) -> tuple[Exercise, ...]:
     """A whole number of one to four digits in large type."""
     axes = _sheet(figure)
     digits, colour = chance.randint(1, 4), chance.choice(list(COLOURS))
@@ -113,16 +112,14 @@ def _number(figure: Any, chance: random.Random) -> Draft:
     place = chance.uniform(0.42, 0.58)
     counted = "It has one digit." if digits == 1 else f"It has {NUMBER_WORDS[digits]} digits."
     axes.text(0.5, place, str(number), ha="center", va="center", fontsize=110 / digits**0.75, color=COLOURS[colour])
-    return chance.choice(
-        [
-            ("Which number is in this picture?", f"The number is {number}."),
-            ("How many digits does the number have?", counted),
-            (DESCRIBE, f"The picture shows the number {number} in {colour}."),
-        ]
+    return (
+        ("Which number is in this picture?", f"The number is {number}."),
+        ("How many digits does the number have?", counted),
+        (DESCRIBE, f"The picture shows the number {number} in {colour}."),
     )
 
 
-def _chart(figure: Any, chance: random.Random) -> Draft:
+def _chart(figure: Any, chance: random.Random) -> tuple[Exercise, ...]:
     """Three or four named bars of different heights, with an axis to read them by."""
     axes = figure.add_axes((0.13, 0.13, 0.84, 0.82))
     names = chance.sample(FRUITS, chance.randint(3, 4))
@@ -135,17 +132,15 @@ def _chart(figure: Any, chance: random.Random) -> Draft:
     asked = chance.randrange(len(names))
     largest, smallest = names[int(np.argmax(values))], names[int(np.argmin(values))]
     listed = _listed([f"{name} {value}" for name, value in zip(names, values, strict=True)])
-    return chance.choice(
-        [
-            ("Which bar is the highest?", f"The highest bar is {largest}."),
-            ("Which bar is the lowest?", f"The lowest bar is {smallest}."),
-            (f"How high is the bar for {names[asked]}?", f"The bar for {names[asked]} is {values[asked]} high."),
-            (DESCRIBE, f"The bars are {listed}."),
-        ]
+    return (
+        ("Which bar is the highest?", f"The highest bar is {largest}."),
+        ("Which bar is the lowest?", f"The lowest bar is {smallest}."),
+        (f"How high is the bar for {names[asked]}?", f"The bar for {names[asked]} is {values[asked]} high."),
+        (DESCRIBE, f"The bars are {listed}."),
     )
 
 
-def _text(figure: Any, chance: random.Random) -> Draft:
+def _text(figure: Any, chance: random.Random) -> tuple[Exercise, ...]:
     """A sentence on three lines."""
     axes = _sheet(figure)
     who, deed, thing, day = (chance.choice(words) for words in (PEOPLE, DEEDS, THINGS, DAYS))
@@ -153,16 +148,14 @@ def _text(figure: Any, chance: random.Random) -> Draft:
     family, place = chance.choice(("DejaVu Sans", "DejaVu Serif", "DejaVu Sans Mono")), chance.uniform(0.4, 0.6)
     lines = f"{who} {deed}\n{thing}\non {day}."
     axes.text(0.5, place, lines, ha="center", va="center", fontsize=24, color=colour, family=family)
-    return chance.choice(
-        [
-            ("What does the text say?", f"{who} {deed} {thing} on {day}."),
-            ("Which day does the text name?", f"The text names {day}."),
-            ("Whose name is in the text?", f"The name is {who}."),
-        ]
+    return (
+        ("What does the text say?", f"{who} {deed} {thing} on {day}."),
+        ("Which day does the text name?", f"The text names {day}."),
+        ("Whose name is in the text?", f"The name is {who}."),
     )
 
 
-DRAWINGS: dict[str, Callable[[Any, random.Random], Draft]] = {
+DRAWINGS: dict[str, Callable[[Any, random.Random], tuple[Exercise, ...]]] = {
     "shapes": _shapes,
     "numbers": _number,
     "charts": _chart,

@@ -77,9 +77,16 @@ def test_who_skips_modules_is_not_told_that_they_are_missing() -> None:
 
 
 def test_a_model_is_refused_by_its_config_before_its_weights_are_fetched() -> None:
-    content = json.loads(tiny.config("llama", vocab_size=200_000).to_json_string(use_diff=False))
-    with pytest.raises(UnsupportedModel, match=r"10% is the least: .*embeddings 4\d"):
-        support.check_model({**content, "architectures": ["LlamaForCausalLM"]}, "it")
+    content = json.loads(tiny.config("llava").to_json_string(use_diff=False))
+    content["architectures"] = ["LlavaForConditionalGeneration"]
+    support.check_model(content, "it")
+    content["vision_config"]["intermediate_size"] = 1 << 16
+    with pytest.raises(UnsupportedModel, match=r"10% of those beside .*model.vision_tower 9\d"):
+        support.check_model(content, "it")
+
+
+def test_a_large_vocabulary_is_no_reason_to_refuse() -> None:
+    coverage.require(skeleton("llama", vocab_size=200_000), RTN, "it")
 
 
 def test_the_output_and_the_card_name_it(tmp_path: Path, command: Callable[..., Outcome]) -> None:

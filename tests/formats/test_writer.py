@@ -135,7 +135,12 @@ def config_of(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+QUICKEST = ("llama", "gpt_neox")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind in QUICKEST else pytest.mark.slow) for kind in KINDS]
+)
 def test_architectures(sources: Any, kind: str, tmp_path: Path) -> None:
     """Grouped heads, tied and untied ones, biases and none, Conv1D, fused projections: names, types, bytes, config."""
     checkout = sources(kind)

@@ -24,12 +24,13 @@ from quantize.package import Package
 from quantize.package.card import facts
 from quantize.parity import corpus_text
 from quantize.progress import Silent
+from quantize.publishing.audit import require_sound
 from quantize.records import CalibrationText, Checkout, EvaluationSettings, Quantized, Recipe
 from quantize.resume import ResumeFolder
 from tests.conftest import POCKET
 from tests.hub import Fault, LoopbackHub
 
-LITTLE = methods.recipe_of({"name": "calibrated", "calibration_windows": 16, "calibration_length": 128})
+LITTLE = methods.recipe_of({"name": "calibrated", "passes": 0, "calibration_windows": 16, "calibration_length": 128})
 SETTINGS = EvaluationSettings(max_windows=16, new_tokens=4, require="degraded")
 TINY: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2, "tie_word_embeddings": False},
@@ -74,7 +75,7 @@ def test_it_diverges_much_less_than_stock_and_says_so(package: Package) -> None:
     )
     card = (package.folder / "README.md").read_text()
     assert "on 16 windows of 128 tokens that the original wrote itself" in card and "| NF4 rounded to nearest |" in card
-    assert "--recipe calibrated --calibration-windows 16 --calibration-length 128" in card
+    assert "--recipe calibrated --passes 0 --calibration-windows 16 --calibration-length 128" in card
     assert not list(package.folder.parent.glob("*.unfinished"))
     learned = dataclasses.replace(package.provenance, recipe=methods.replace(LITTLE, epochs=3))
     card = model_card.render(facts(learned, evidence, None, ()))
@@ -171,6 +172,7 @@ def test_with_a_size_budget_it_is_better_within_its_bytes_and_says_how(package: 
         str(POCKET), output=tmp_path / "package", recipe=recipe, settings=SETTINGS, device="cpu"
     )
     larger = pipeline.run(request, Silent()).package
+    require_sound(larger)
     quantized = larger.provenance.quantized
     assert quantized.block_32_modules and quantized.half_precision_modules
     assert not package.provenance.quantized.block_32_modules
@@ -204,7 +206,8 @@ def tiny(kind: str, folder: Path) -> Any:
     return model
 
 
-@pytest.mark.parametrize("kind", ["llama", *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(TINY)[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TINY)
 def test_other_architectures(kind: str, tmp_path: Path) -> None:
     """Llama with grouped heads and an untied head, Qwen2 with tied ones and some biases, OPT and GPT-NeoX with biases,
     Gemma 2 with two kinds of attention: stock transformers loads what was written, and every matrix beats nearest."""
@@ -213,7 +216,8 @@ def test_other_architectures(kind: str, tmp_path: Path) -> None:
     folder = tmp_path / kind
     model = tiny(kind, folder)
     errors = {}
-    tried = {"rtn": Recipe(name="rtn"), "calibrated": LITTLE, "learned": methods.replace(LITTLE, epochs=2)}
+    whole = methods.replace(LITTLE, passes=1)
+    tried = {"rtn": Recipe(name="rtn"), "calibrated": whole, "learned": methods.replace(whole, epochs=2)}
     for name, recipe in tried.items():
         checkout, _ = made(tmp_path / name, recipe, folder)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name, local_files_only=True)
@@ -278,11 +282,12 @@ def test_auto_stops_at_the_first_attempt_that_is_good_enough(tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_auto_climbs_and_keeps_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrated, "REFINED_PASSES", 2)
+    monkeypatch.setattr(calibrated, "REFINED_PASSES", 0)
     monkeypatch.setattr(calibrated, "REFINED_EPOCHS", 1)
-    recipe = methods.replace(LITTLE, name="auto", target_grade="lossless", calibration_windows=8)
+    recipe = methods.replace(LITTLE, name="auto", target_grade="lossless", calibration_windows=8, calibration_length=64)
     hard = pipeline.RunRequest(str(POCKET), output=tmp_path / "hard", recipe=recipe, settings=SETTINGS, device="cpu")
     made = pipeline.run(hard, Silent()).package
+    require_sound(made)
     tried = made.evidence.attempts
     assert [one.recipe.name for one in tried] == ["rtn", "calibrated", "calibrated"]
     assert tried[2].recipe.options["epochs"] == 1

@@ -65,6 +65,7 @@ def loss_of(weight: torch.Tensor, found: Rounded, hessian: torch.Tensor, gradien
     return float(torch.trace(gradient @ error @ hessian @ error.T))
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 999), SHAPES, st.integers(1, 9))
 def test_with_an_output_hessian_the_loss_grows_no_more_than_by_nearest_rounding(

@@ -93,6 +93,7 @@ def pocket() -> Any:
     return AutoModelForCausalLM.from_pretrained(POCKET).float().eval().requires_grad_(False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_gradient", [True, False], ids=["by-gradient", "plain"])
 def test_a_layer_comes_nearer_to_the_source_and_never_goes_away_from_it(
     pocket: Any, by_gradient: bool, monkeypatch: pytest.MonkeyPatch

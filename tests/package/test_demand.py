@@ -80,6 +80,7 @@ def test_a_file_does_not_pass_for_a_corpus_of_ours(tmp_path: Path, command: Call
         )
 
 
+@pytest.mark.slow
 def test_no_file_of_a_package_names_a_folder(tmp_path: Path, command: Callable[..., Outcome]) -> None:
     words = " ".join(path.read_text("utf-8") for path in sorted(Path(package.__file__).parents[2].glob("docs/*.md")))
     corpus = text_file(tmp_path / "customer-acme", "contracts.txt", words)

@@ -171,6 +171,7 @@ def test_a_broken_tokenizer_is_a_verdict(package_copy: Path) -> None:
     assert "does not load" in failures(judged(package_copy))["tokenizer"]
 
 
+@pytest.mark.slow
 def test_overflowing_outputs_are_a_verdict(package_copy: Path) -> None:
     def inflate(tensors: Tensors) -> Tensors:
         tensors["transformer.ln_f.weight"].fill_(60000.0)

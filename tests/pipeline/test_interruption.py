@@ -47,6 +47,7 @@ def require_finished_parts_only(folder: Path) -> None:
     assert not list(folder.rglob("*.part"))
 
 
+@pytest.mark.slow
 def test_sigterm_leaves_finished_parts_only(place: Place, tmp_path: Path) -> None:
     ended = stop_at(place, "    scoring", tmp_path, signal.SIGTERM)
     assert ended.code == 128 + signal.SIGTERM, ended.err

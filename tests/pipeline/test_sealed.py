@@ -32,6 +32,7 @@ def request(model: Path, output: Path) -> pipeline.RunRequest:
     return pipeline.RunRequest(str(model), output=output, recipe=Recipe(name="rtn"), settings=SMALL, device="cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["quantize", "verify"])
 def test_a_source_that_is_replaced_under_a_run_is_named(pocket_copy: Path, tmp_path: Path, stage: str) -> None:
     weights = pocket_copy / "model.safetensors"
@@ -47,6 +48,7 @@ def test_a_source_that_is_replaced_under_a_run_is_named(pocket_copy: Path, tmp_p
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("out.building*"))
 
 
+@pytest.mark.slow
 def test_a_candidate_that_is_written_to_after_it_was_measured_is_not_sealed(pocket_copy: Path, tmp_path: Path) -> None:
     """The evidence of one run is never sealed onto the weights of another."""
 
@@ -59,6 +61,7 @@ def test_a_candidate_that_is_written_to_after_it_was_measured_is_not_sealed(pock
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.slow
 def test_what_the_model_has_no_place_for_is_in_the_evidence_and_on_the_card(pocket_copy: Path, tmp_path: Path) -> None:
     tensors = load_file(pocket_copy / "model.safetensors")
     spare = {f"transformer.h.4.mlp.{part}.weight": torch.ones(4) for part in ("c_fc", "c_proj")}

@@ -56,6 +56,7 @@ def test_the_same_run_goes_on_from_it(kept: Path, finished: Path, command: Calla
     assert {file.path for file in whole.provenance.files} == names
 
 
+@pytest.mark.slow
 def test_another_run_makes_its_own(kept: Path, command: Callable[..., Outcome]) -> None:
     outcome = command(*RUN, "--quant-type", "fp4", "-o", kept.with_name("out"))
     assert outcome.code in (0, 3) and "==> quantize" in outcome.err

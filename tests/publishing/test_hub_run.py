@@ -175,6 +175,7 @@ def test_damage_on_the_way_is_noticed_and_mended(place: Place, folder: Path) -> 
     assert {file["path"]: file["sha256"] for file in files}["model.safetensors"] == digest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_download_that_is_stopped(place: Place, folder: Path, number: signal.Signals) -> None:
     """The weights never arrive; after the signal nothing is left but the Hub's cache, and the next run succeeds."""

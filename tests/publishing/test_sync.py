@@ -241,6 +241,7 @@ def test_the_workflow_is_pinned_and_keeps_its_secret() -> None:
     assert evidence["if"] == "always()" and "sync/evidence" in evidence["with"]["path"]
 
 
+@pytest.mark.slow
 def test_the_workflow_s_commands_publish(place: Place, folder: Path) -> None:
     """The script of its step as GitHub would run it, with the loopback Hub in place of the real one."""
     step = next(step for step in steps() if step.get("name") == "Sync")

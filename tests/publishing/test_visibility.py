@@ -28,6 +28,7 @@ def restricted(place: Place, request: pytest.FixtureRequest) -> Iterator[str]:
     place.restore_source()
 
 
+@pytest.mark.slow
 def test_a_restricted_original_is_published_publicly_on_demand_only(
     place: Place, tmp_path: Path, restricted: str
 ) -> None:

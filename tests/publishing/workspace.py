@@ -122,5 +122,6 @@ def prepared(root: Path, pocket: Path) -> Iterator[Place]:
         made = warm.run(*COMMANDS["run --push-to"], cwd=root, env={"HF_TOKEN": WRITE_TOKEN})
         assert made.code == 0, made.err
         (root / NAME / "receipt.json").unlink()
-        warm.rehearse(*COMMANDS["run --push-to"], "--dry-run", cwd=root, env={"HF_TOKEN": WRITE_TOKEN})
+        for name in ("run --push-to", "push"):
+            warm.rehearse(*COMMANDS[name], "--dry-run", cwd=root, env={"HF_TOKEN": WRITE_TOKEN})
         yield Place(hub, warm, root / "home" / "hub", root / NAME, time.monotonic() - started, pocket)

@@ -12,7 +12,8 @@ from quantize.formats.bitsandbytes import modules
 from quantize.records import Recipe
 
 LEAST_SHARE = 0.1
-"""Of all parameters, ties counted once: a model of which less is quantized is refused."""
+"""Of the parameters in neither embeddings nor output head, ties counted once: a model of which less is quantized is
+refused. A large vocabulary makes a package larger, and is no fault of the model."""
 NAMED = 3
 """Kinds of parameters that an error names, the largest first."""
 HEAD, EMBEDDINGS, SKIPPED, REST = "output head", "embeddings", "linear layers that are skipped", "norms and biases"
@@ -32,18 +33,20 @@ def of(model: Any, quantized: Collection[str]) -> Coverage:
 
 
 def require(model: Any, recipe: Recipe, name: str) -> None:
-    """Raise UnsupportedModel where less than LEAST_SHARE of the source's `model` can be quantized.
+    """Raise UnsupportedModel where less than LEAST_SHARE of the layers of the source's `model` can be quantized.
 
     What the recipe skips counts as quantized: who skips it knows that.
     """
     quantized = modules.to_quantize(model, Recipe(bits=recipe.bits, quantize_towers=recipe.quantize_towers), name)
     modules.require_quantized(quantized, model, name)
     coverage = of(model, quantized)
-    if coverage.quantized < LEAST_SHARE:
+    layers = 1 - coverage.kept.get(EMBEDDINGS, 0) - coverage.kept.get(HEAD, 0)
+    if coverage.quantized < LEAST_SHARE * layers:
         kinds = ", ".join(f"{kind} {share:.1%}" for kind, share in list(coverage.kept.items())[:NAMED])
         raise UnsupportedModel(
-            f"only {coverage.quantized:.1%} of the parameters of {name} can be quantized, and {LEAST_SHARE:.0%} is the "
-            f"least: bitsandbytes leaves the rest in half precision ({kinds}), so use the original"
+            f"only {coverage.quantized:.1%} of the parameters of {name} can be quantized, and {LEAST_SHARE:.0%} of "
+            f"those beside embeddings and output head is the least: bitsandbytes leaves the rest in half precision "
+            f"({kinds}), so use the original"
         )
 
 

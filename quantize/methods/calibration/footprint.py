@@ -9,6 +9,7 @@ from typing import Any
 from quantize import devices
 from quantize.errors import DeviceError
 from quantize.formats.bitsandbytes.modules import matrix
+from quantize.formats.experts import linear_experts
 from quantize.methods.calibration.calibration_text import CACHE_BYTES
 from quantize.methods.calibration.layers import DecoderLayers
 from quantize.methods.calibration.options import CalibratedOptions
@@ -16,6 +17,8 @@ from quantize.methods.calibration.options import CalibratedOptions
 HOST, FLOAT = "cpu", 4
 SAVED = 3
 """Times the inputs and outputs of a layer's matrices: what it keeps for its backward pass."""
+WAITING = 4
+"""Times the hidden states of all tokens: those before and after a layer, and the embeddings of tokens and positions."""
 LEARNING = 9
 """Times a layer's matrices: rounding variables, their steps and gradients, Adam's moments, copies."""
 
@@ -63,9 +66,11 @@ def require_memory(
     weights = sum(parameter.nbytes for parameter in model.parameters())
     width, count = model.config.get_text_config().hidden_size, len(decoder.layers)
     tokens = options.calibration_windows * options.calibration_length
-    shapes = [matrix(model.get_submodule(name)).shape for name in names if name.startswith(f"{decoder.name(0)}.")]
+    inside = [name for name in names if name.startswith(f"{decoder.name(count - 1)}.")]
+    shapes = [matrix(model.get_submodule(name)).shape for name in inside]
     layer = FLOAT * sum(rows * inputs for rows, inputs in shapes)
-    kept = FLOAT * SAVED * tokens_at_once * sum(rows + inputs for rows, inputs in shapes)
+    runs = [_share(model, name) * sum(matrix(model.get_submodule(name)).shape) for name in inside]
+    kept = int(FLOAT * SAVED * tokens_at_once * sum(runs))
     on_host, on_device = (weights, 0) if budget.device == HOST else (0, weights)
     budget.require("writing calibration text", on_host, on_device + CACHE_BYTES[devices.kind(budget.device)])
     if gradients:
@@ -74,8 +79,23 @@ def require_memory(
         budget.require(
             "reading gradients", on_host + FLOAT * tokens * len(names), on_device + hessians + kept + entering
         )
-    streams = FLOAT * tokens * width * (2 if options.epochs else 1)
-    budget.require("choosing codes and scales", weights + streams, kept + LEARNING * layer)
+    budget.require("choosing codes and scales", weights, kept + LEARNING * layer)
+
+
+def waiting_bytes(model: Any, options: CalibratedOptions) -> int:
+    """Of all hidden states and embeddings that wait in files for the next layer."""
+    tokens = options.calibration_windows * options.calibration_length
+    streams = 2 if options.epochs else 1
+    return FLOAT * tokens * int(model.config.get_text_config().hidden_size) * streams * WAITING
+
+
+def _share(model: Any, name: str) -> float:
+    """The share of all tokens that run through a module: of an expert, that which an even router sends to it."""
+    config = model.config.get_text_config()
+    for path, experts in linear_experts(model):
+        if name.startswith(f"{path}."):
+            return float(min(1.0, getattr(config, "num_experts_per_tok", experts.num_experts) / experts.num_experts))
+    return 1.0
 
 
 def output_hessian_bytes(model: Any, names: Iterable[str], layers: int) -> int:

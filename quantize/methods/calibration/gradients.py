@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from quantize.formats.experts import linear_experts
 from quantize.logits import SlicedLogits
 from quantize.methods.calibration import sampling
 from quantize.methods.calibration.layers import autocast
@@ -26,7 +27,8 @@ class OutputGradient:
     """Of the loss, at the outputs of a matrix or a decoder layer.
 
     `hessian` [outputs, outputs] is the second moment of the gradient, with a mean diagonal of 1;
-    `token_weights` [tokens] are its squared norms at the calibration tokens, with mean 1.
+    `token_weights` [tokens] are its squared norms at the calibration tokens, with mean 1. A matrix of an expert has
+    them at the tokens that are sent there; others have 1, as they may be sent there when the model is quantized.
     """
 
     token_weights: torch.Tensor
@@ -51,7 +53,8 @@ def output_gradients(
     """
     with torch.no_grad(), autocast(device, bfloat16):
         sliced = SlicedLogits.of(model, tokens[:1].to(device))
-    hooks, shares = _GradientHooks(model, names, device), sampling.shares(len(tokens), tokens.shape[1], seed)
+    hooks = _GradientHooks(model, names, device, tokens.numel())
+    shares = sampling.shares(len(tokens), tokens.shape[1], seed)
     with (
         _recomputed(layers),
         _embeddings_with_gradients(model),
@@ -59,6 +62,7 @@ def output_gradients(
     ):
         for part, share in zip(torch.split(tokens, batch), torch.split(shares, batch), strict=True):
             _go_back(sliced, part.to(device), share.to(device), bfloat16)
+            hooks.start += part.numel()
             advance(len(part))
     return hooks.results()
 
@@ -104,11 +108,15 @@ def _embeddings_with_gradients(model: Any) -> Iterator[None]:
 class _GradientHooks:
     """Backward hooks that gather the gradients at each module's outputs."""
 
-    def __init__(self, model: Any, names: list[str], device: str) -> None:
+    def __init__(self, model: Any, names: list[str], device: str, tokens: int) -> None:
         self.squared_norms: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        self.places: dict[str, list[torch.Tensor]] = {name: [] for name in names}
         self.hessians: dict[str, HessianAccumulator] = {}
-        self.device = device
+        self.device, self.start, self.tokens = device, 0, tokens
+        self.choices: dict[str, torch.Tensor] = {}
         self.hooks = [model.get_submodule(name).register_full_backward_hook(self._hook(name)) for name in names]
+        for path, module in linear_experts(model):
+            self.hooks.append(module.register_forward_pre_hook(self._keep_choices(path)))
 
     def results(self) -> Iterator[tuple[str, OutputGradient]]:
         """The gradients by name, each given away as soon as it is made; none that is zero or not finite."""
@@ -116,7 +124,7 @@ class _GradientHooks:
             hook.remove()
         for name, squared_norms in self.squared_norms.items():
             if name in self.hessians:
-                gradient = _scaled(self.hessians.pop(name), torch.cat(squared_norms))
+                gradient = _scaled(self.hessians.pop(name), self._placed(name, torch.cat(squared_norms)))
                 squared_norms.clear()
                 if gradient is not None:
                     yield name, gradient
@@ -125,11 +133,31 @@ class _GradientHooks:
         def accumulate(_: Any, __: Any, gradients: tuple[torch.Tensor, ...]) -> None:
             flat = gradients[0].reshape(-1, gradients[0].shape[-1]).float()
             self.squared_norms[name].append(flat.square().sum(1).cpu())
+            self._keep_places(name)
             if name not in self.hessians:
                 self.hessians[name] = HessianAccumulator(flat.shape[1], self.device)
             self.hessians[name].add(flat)
 
         return accumulate
+
+    def _keep_choices(self, path: str) -> Callable[..., None]:
+        def keep(_: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+            self.choices[path] = arguments[1]
+
+        return keep
+
+    def _keep_places(self, name: str) -> None:
+        """Of the tokens that a module of an expert runs on, in the order in which it gets them."""
+        for path, choices in self.choices.items():
+            if name.startswith(f"{path}."):
+                number = int(name.removeprefix(f"{path}.").partition(".")[0])
+                self.places[name].append(self.start + torch.where(choices == number)[0].cpu())
+
+    def _placed(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """A value for every token, NaN for those that an expert did not get."""
+        if not self.places[name]:
+            return values
+        return torch.full((self.tokens,), torch.nan).index_copy_(0, torch.cat(self.places[name]), values)
 
 
 def _scaled(accumulator: HessianAccumulator, token_weights: torch.Tensor) -> OutputGradient | None:
@@ -138,5 +166,6 @@ def _scaled(accumulator: HessianAccumulator, token_weights: torch.Tensor) -> Out
     size = float(hessian.diagonal().mean())
     if not 0 < size < float("inf"):
         return None
-    token_weights = token_weights.clamp(max=MAX_TOKEN_WEIGHT * float(token_weights.median()))
-    return OutputGradient(token_weights / token_weights.mean().clamp(min=1e-30), hessian.div_(size))
+    token_weights = token_weights.clamp(max=MAX_TOKEN_WEIGHT * float(token_weights.nanmedian()))
+    relative = token_weights / token_weights.nanmean().clamp(min=1e-30)
+    return OutputGradient(relative.nan_to_num(nan=1.0), hessian.div_(size))

@@ -25,11 +25,13 @@ from quantize.formats import experts, source_model
 from quantize.formats.bitsandbytes import checkpoint, packing
 from quantize.formats.bitsandbytes.modules import laid_out, matrix
 from quantize.methods.calibration import allocation, calibration_text
-from quantize.methods.calibration.footprint import Budget, output_hessian_bytes, require_memory
+from quantize.methods.calibration.expert_hessians import RoutedExperts
+from quantize.methods.calibration.footprint import Budget, output_hessian_bytes, require_memory, waiting_bytes
 from quantize.methods.calibration.gradients import OutputGradient, output_gradients
 from quantize.methods.calibration.hessian import CenteredHessianAccumulator
 from quantize.methods.calibration.layers import ActivationStream, DecoderLayers, check_walk, on_device
 from quantize.methods.calibration.options import CalibratedOptions
+from quantize.methods.calibration.paging import PagedMemory
 from quantize.methods.calibration.resume import FinishedParts, QuantizedLayer
 from quantize.methods.method import Job
 from quantize.methods.rounding import learned_rounding
@@ -166,10 +168,11 @@ def _quantize_model(
         )
     model.to("cpu")
     devices.release(device)
-    plan = Plan(job.recipe, dtype, ablation, {}, block_sizes)
+    require_space(finished.folder, waiting_bytes(model, options), "hidden states")
+    plan, paged = Plan(job.recipe, dtype, ablation, {}, block_sizes), PagedMemory(finished.folder)
     with ExitStack() as streams:
         stream, *source_stream = [
-            streams.enter_context(ActivationStream(model, decoder, tokens, device, batch, bfloat16))
+            streams.enter_context(ActivationStream(model, decoder, tokens, device, batch, bfloat16, paged))
             for _ in range(2 if options.epochs else 1)
         ]
         layers = _quantize_layers(
@@ -274,15 +277,27 @@ def _quantize_and_learn(
 
 
 def _quantize_layer(stream: ActivationStream, index: int, names: list[str], plan: Plan) -> dict[str, QuantizedLayer]:
-    """Matrix after matrix in forward order, each on the inputs that the ones before it leave."""
+    """Matrix after matrix in forward order, each on the inputs that the ones before it leave; experts come last."""
     layer, path = stream.decoder.layers[index], stream.decoder.name(index)
     matrices: dict[str, QuantizedLayer] = {}
-    for group in stream.execution_order(index, names):
-        hessians = _input_hessians(stream, index, group, plan)
-        for name in group:
+    routed = [RoutedExperts(stream, index, place) for place, _ in experts.linear_experts(layer)]
+    inside = {name: part for part in routed for name in names if name.startswith(f"{part.path}.")}
+
+    def quantize_all(hessians: Mapping[str, CenteredHessianAccumulator]) -> None:
+        for name, hessian in hessians.items():
             module = layer.get_submodule(name)
-            matrices[name] = _quantize_matrix(module, f"{path}.{name}", hessians[name], plan)
+            matrices[name] = _quantize_matrix(module, f"{path}.{name}", hessian, plan)
             _replace(module, matrices[name])
+
+    for group in stream.execution_order(index, [name for name in names if name not in inside]):
+        quantize_all(_input_hessians(stream, index, group, plan))
+    for part in routed:
+        gradients = {name: plan.gradients.get(f"{path}.{name}") for name in names if inside.get(name) is part}
+        weights = {name: one.token_weights for name, one in gradients.items() if one and plan.ablation.token_weights}
+        for first, last in part.together(list(gradients)):
+            entering = part.entering(first, weights)
+            quantize_all(entering.hessians)
+            quantize_all(part.leaving(last, entering.shared, weights))
     return matrices
 
 
@@ -333,11 +348,6 @@ def _load_source(checkout: Checkout, dtype: str, budget: Budget) -> Any:
     small = checkout.source.parameters * 4 <= MAX_OUTPUT_HESSIAN_BYTES
     in_float32 = small or devices.kind(budget.device) == "cpu"
     budget.require("loading weights", checkout.source.parameters * (4 if in_float32 else 2))
-    if experts.has_linear_experts(experts.unstacked(source_model.skeleton(checkout))):
-        raise UnsupportedModel(
-            f"{checkout.source.name} is a mixture of experts: the calibrated recipe does not support it, --recipe rtn "
-            f"does"
-        )
     model = source_model.load(
         checkout.folder,
         checkout.source.name,
@@ -346,7 +356,7 @@ def _load_source(checkout: Checkout, dtype: str, budget: Budget) -> Any:
     )
     if hasattr(model.config, "rescale_every"):
         model.config.rescale_every = 0  # RWKV would halve weights when it runs, and again when the package is loaded
-    return model.eval().requires_grad_(False)
+    return experts.unstacked(model.eval().requires_grad_(False))
 
 
 def _sizes(model: Any, names: list[str]) -> list[float]:
