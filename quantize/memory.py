@@ -1,14 +1,20 @@
-"""How many bytes of the host's memory this process may still take: what is free, and what its limits leave."""
+"""The host's memory: what this process may still take, by what is free and its limits, and how it gives it back."""
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
 UNLIMITED = 1 << 60
 """More than any machine has; version 1 of control groups says "no limit" with a number near 2^63."""
+M_MMAP_THRESHOLD = -3
+"""The option of glibc's mallopt: from how many bytes on a block is the system's again when it is freed."""
+LARGE_BLOCK, USUAL_BLOCK = 1 << 20, 1 << 25
+"""The second is what glibc itself comes to in a process that frees large blocks."""
 
 
 def free() -> int:
@@ -17,6 +23,29 @@ def free() -> int:
 
     available = int(psutil.virtual_memory().available)
     return max(0, min([available, *_left_by_groups(), *_left_by_resource_limits()]))
+
+
+@contextmanager
+def freed_blocks_returned() -> Iterator[None]:
+    """Within, blocks of a megabyte and more go back to the system when they are freed; afterwards all that is free.
+
+    glibc would keep them in its heap, where a freed aligned block, which is what torch asks for, is not found again for
+    another of the same size: the heap grows with every micro-batch. Blocks come a little slower from the system.
+    """
+    _tell_glibc("mallopt", M_MMAP_THRESHOLD, LARGE_BLOCK)
+    try:
+        yield
+    finally:
+        _tell_glibc("mallopt", M_MMAP_THRESHOLD, USUAL_BLOCK)
+        _tell_glibc("malloc_trim", 0)
+
+
+def _tell_glibc(function: str, *arguments: int) -> None:
+    """Call a function of glibc's allocator, where there is one."""
+    if sys.platform == "linux":
+        known = getattr(ctypes.CDLL(None), function, None)
+        if known is not None:
+            known(*arguments)
 
 
 def _left_by_resource_limits() -> Iterator[int]:

@@ -63,3 +63,27 @@ def test_resource_limits(limit: int) -> None:
 def test_no_stage_takes_more_than_half_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free", lambda: 10 * GIGABYTE)
     assert devices.free_memory("cpu") == 10 * GIGABYTE and devices.usable_memory("cpu") == 5 * GIGABYTE
+
+
+GROWTH = """
+import sys
+import psutil, torch
+from quantize import memory
+
+def grown():
+    before, held = psutil.Process().memory_info().rss, []
+    for number in range(60):
+        held.append((torch.ones(600_000), torch.zeros(8)))
+        if number >= 2:
+            held[number - 2] = held[number - 2][1:]
+    return psutil.Process().memory_info().rss - before
+
+with memory.freed_blocks_returned():
+    print(grown())
+"""
+
+
+def test_freed_blocks_do_not_stay_in_the_heap() -> None:
+    """Three blocks of 2.4 MB live at a time, with something small between them; glibc would hold on to sixty."""
+    command = [sys.executable, "-c", GROWTH]
+    assert int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout) < 20_000_000

@@ -47,12 +47,12 @@ PROCESSOR: dict[str, Any] = {
 }
 TEMPLATE = (
     "{% for message in messages %}User: {% if message.content is string %}{{ message.content }}{% else %}"
-    "{% for part in message.content %}{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}{% endif %}\n"
-    "{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}"
+    "{% for part in message.content %}{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}{% endif %}"
+    "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}"
 )
 
 
-def save(folder: Path, *, chat: bool = True) -> Path:
+def save(folder: Path) -> Path:
     """Random weights of a size at which pictures and 4 bits show in the logits; 17 tokens a picture."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -66,8 +66,7 @@ def save(folder: Path, *, chat: bool = True) -> Path:
     model.half().save_pretrained(folder)
     _save_tokenizer(folder)
     (folder / "processor_config.json").write_text(json.dumps(PROCESSOR))
-    if chat:
-        (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
 
 

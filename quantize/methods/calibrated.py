@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from quantize import memory
 from quantize.errors import ConfigError
 from quantize.methods.calibration.options import OPTIONS, SELF, CalibratedOptions
 from quantize.methods.method import Job, Method
@@ -17,7 +18,8 @@ def quantize(job: Job) -> Quantized:
     """Write the source with chosen codes, scales and biases, in the stock files."""
     from quantize.methods.calibration import quantizer
 
-    return quantizer.quantize(job, CalibratedOptions.of(job.recipe))
+    with memory.freed_blocks_returned():
+        return quantizer.quantize(job, CalibratedOptions.of(job.recipe))
 
 
 def check(checkout: Checkout, recipe: Recipe, corpus: str) -> None:

@@ -23,7 +23,7 @@ from quantize.records import EvaluationSettings
 if TYPE_CHECKING:
     import torch
 
-PICTURES = 64
+PICTURES, ANSWER_TOKENS = 64, 32
 CHECK = "pictures"
 
 
@@ -50,6 +50,11 @@ def number_of(settings: EvaluationSettings) -> int:
     return min(PICTURES, settings.max_windows)
 
 
+def longest_answer(settings: EvaluationSettings) -> int:
+    """Tokens that an answer may have: questions are answered in a sentence."""
+    return min(ANSWER_TOKENS, settings.new_tokens)
+
+
 def compare(pair: Pair, settings: EvaluationSettings, error: float, progress: Progress) -> Answered:
     """Ask about a fixed number of pictures; nothing for a model of text alone.
 
@@ -63,7 +68,7 @@ def compare(pair: Pair, settings: EvaluationSettings, error: float, progress: Pr
         prompter = Prompter.of(pair.checkout)
         with progress.task(title, len(drawn), "pictures") as advance, devices.steady_attention():
             readings = []
-            for reading in _readings(pair, prompter, drawn, settings.new_tokens):
+            for reading in _readings(pair, prompter, drawn, longest_answer(settings)):
                 readings.append(reading)
                 advance(1)
     except NoPictures as reason:
@@ -81,7 +86,7 @@ def compare(pair: Pair, settings: EvaluationSettings, error: float, progress: Pr
         return Answered(checks=(Check(CHECK, False, "a model's outputs overflow to NaN or infinity on pictures"),))
     kld, same_top = sequential.of_pictures(figures, settings.seed, error)
     sha256 = pictures.digest(drawn)
-    record = Pictures(settings.seed, sha256, settings.new_tokens, prompter.chat, figures, kld, same_top)
+    record = Pictures(settings.seed, sha256, longest_answer(settings), prompter.chat, figures, kld, same_top)
     detail = f"{len(drawn)} pictures were asked about, and answered in {sum(figures.tokens)} tokens"
     return Answered(record, checks=(Check(CHECK, True, detail),))
 

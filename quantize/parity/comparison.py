@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,7 @@ from quantize.records import EvaluationSettings
 if TYPE_CHECKING:
     import torch
 
-ARITHMETIC_WINDOWS, ARITHMETIC_TOKENS, CACHED_TOKENS = 2, 256, 48
+ARITHMETIC_WINDOWS, ARITHMETIC_TOKENS, CACHED_TOKENS = 2, 256, 24
 ARITHMETIC_LOGITS = 1 << 25
 """That are kept of those windows at most: 128 MB in float32."""
 CHAT_FRAMING = "chat framing"
@@ -81,14 +81,27 @@ class _Comparison:
     settings: EvaluationSettings
     progress: Progress
     cache: ReferenceCache | None
+    _live: dict[str, scoring.LiveReference] = field(default_factory=dict)
 
     def reference_logits(self, windows: torch.Tensor) -> scoring.ReferenceLogits:
         """The reference itself, or the cache, after it was extended by those of `windows` that it lacks."""
         if self.cache is None:
-            return scoring.LiveReference.of(self.pair.reference, windows, self.pair.device)
+            return self._once("reference", self.pair.reference, windows)
         if self.cache.windows < len(windows):
             self.cache.extend(self.pair.placed_reference, windows, self.pair.device)
         return self.cache
+
+    def candidate_logits(self, windows: torch.Tensor) -> scoring.LiveReference:
+        """The candidate, which where there is a cache may be another object each time."""
+        if self.cache is not None:
+            return scoring.LiveReference.of(self.pair.candidate, windows, self.pair.device)
+        return self._once("candidate", self.pair.candidate, windows)
+
+    def _once(self, name: str, model: Any, windows: torch.Tensor) -> scoring.LiveReference:
+        """A model that stays in memory, tried on `windows` the first time only."""
+        if name not in self._live:
+            self._live[name] = scoring.LiveReference.of(model, windows, self.pair.device)
+        return self._live[name]
 
 
 def compare(
@@ -223,7 +236,8 @@ def _score(
     with comparison.progress.task(title, count, "windows") as advance:
         for stop in sequential.stops(plan):
             reference = comparison.reference_logits(windows[: stop.windows])
-            more = scoring.score(reference, pair.candidate, windows[start : stop.windows], pair.device, advance, start)
+            candidate = comparison.candidate_logits(windows)
+            more = scoring.score(reference, candidate, windows[start : stop.windows], pair.device, advance, start)
             if not more.finite:
                 return None
             more = more.without_prefix(prefix)

@@ -13,7 +13,7 @@ from quantize.formats.bitsandbytes.checks import STATE_CHECK, weight_check
 from quantize.grades import grade_of
 from quantize.parity import sequential
 from quantize.parity.answers import CHECK as PICTURES_CHECK
-from quantize.parity.answers import number_of
+from quantize.parity.answers import longest_answer, number_of
 from quantize.parity.corpus import BUILTIN, WIKITEXT, WIKITEXT_REPO, load
 from quantize.parity.generation import share_identical
 from quantize.parity.generation_checks import DECODING, ENDS, GENERATION, REPETITION
@@ -125,9 +125,9 @@ def _pictures(evidence: Evidence, settings: EvaluationSettings) -> Iterator[str]
     figures, due = pictures.figures, number_of(settings)
     if {len(getattr(figures, item.name)) for item in dataclasses.fields(figures)} != {due}:
         yield f"{pictures.count} pictures have figures, and {due} are asked about"
-    if (pictures.seed, pictures.new_tokens) != (settings.seed, settings.new_tokens):
+    if (pictures.seed, pictures.new_tokens) != (settings.seed, longest_answer(settings)):
         yield "pictures were drawn, or answers written, with other settings than were asked for"
-    if not all(0 < tokens <= settings.new_tokens for tokens in figures.tokens) or min(figures.kld) < 0:
+    if not all(0 < tokens <= pictures.new_tokens for tokens in figures.tokens) or min(figures.kld) < 0:
         yield "an answer about a picture has figures that cannot be"
     if not all(0 <= share <= 1 for share in figures.same_top):
         yield "a share of equal most likely tokens of an answer is none"

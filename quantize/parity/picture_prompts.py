@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,13 @@ from quantize.records import Checkout
 
 LIBRARIES = {"torchvision": "torchvision", "PIL": "pillow"}
 """Which processors need, by the name they are imported by, and the package that has each."""
+
+COUNTS = re.compile(r"height|width|edge|seq_len|num_|tiles|crops|min_pixels")
+"""In the names of settings by which a processor makes a picture, or what stands for it in a prompt, larger."""
+MOST, LARGEST_AREA = 4096, 1 << 22
+"""Of such a setting; some processors state what a picture has at least in pixels altogether."""
+AREAS = {"merge_size", "min_pixels", "max_pixels"}
+"""Settings by which those are known."""
 
 
 class NoPictures(Exception):
@@ -35,6 +44,7 @@ class Prompter:
 
         if not any((checkout.folder / name).is_file() for name in PROCESSOR_FILES):
             raise NoPictures("the original has no processor")
+        _require_bounded(checkout)
         try:
             processor = AutoProcessor.from_pretrained(
                 checkout.folder, local_files_only=True, trust_remote_code=checkout.source.remote_code
@@ -84,6 +94,33 @@ def problem(checkout: Checkout) -> str:
     except NoPictures as reason:
         return str(reason)
     return ""
+
+
+def _require_bounded(checkout: Checkout) -> None:
+    """Raise NoPictures where a processor would make of any picture one that no memory holds."""
+    for file in PROCESSOR_FILES:
+        if not (checkout.folder / file).is_file():
+            continue
+        settings = list(_settings(read_json(checkout.folder / file, file, CorruptModel)))
+        most = LARGEST_AREA if AREAS & {name for name, _ in settings} else MOST
+        for name, value in settings:
+            limit = most if name in ("shortest_edge", "min_pixels") else MOST
+            is_upper_limit = name == "longest_edge" and most == LARGEST_AREA
+            if COUNTS.search(name) and value > limit and not is_upper_limit:
+                raise NoPictures(f"{name} = {value:g} in the original's {file} asks for more than can be")
+
+
+def _settings(content: Any) -> Iterator[tuple[str, float]]:
+    """All numbers in a processor's file, with their names."""
+    if isinstance(content, dict):
+        for name, value in content.items():
+            if isinstance(value, int | float):
+                yield name, value
+            else:
+                yield from _settings(value)
+    elif isinstance(content, list):
+        for item in content:
+            yield from _settings(item)
 
 
 def _reason(error: Exception) -> str:

@@ -70,7 +70,7 @@ class KeptLogits:
         import torch
 
         with torch.inference_mode():
-            return cls(torch.cat([model(window[None].to(device)).logits.float().cpu() for window in windows]))
+            return cls(model(windows.to(device)).logits.float().cpu())
 
     @property
     def vocabulary(self) -> int:
@@ -118,11 +118,12 @@ def score(
 ) -> TokenScores:
     """Score `windows` [count, window] in batches that bound memory whatever the corpus.
 
-    `first` is the index of the first of these windows in the order in which the corpus is read.
+    `candidate` is a model, or a LiveReference of one. `first` is the index of the first of these windows in the order
+    in which the corpus is read.
     """
     import torch
 
-    model = LiveReference.of(candidate, windows, device)
+    model = candidate if isinstance(candidate, LiveReference) else LiveReference.of(candidate, windows, device)
     batch_size = batch_of(windows.shape[1] * reference.vocabulary, device)
     # Figures go into one array: small pieces of their own, left between large ones, would break up the heap.
     figures = torch.empty(5, len(windows), windows.shape[1] - 1, dtype=torch.float64, device=device)

@@ -24,6 +24,7 @@ from quantize.package import Package
 from quantize.package.card import facts
 from quantize.parity import corpus_text
 from quantize.progress import Silent
+from quantize.publishing.audit import require_sound
 from quantize.records import CalibrationText, Checkout, EvaluationSettings, Quantized, Recipe
 from quantize.resume import ResumeFolder
 from tests.conftest import POCKET
@@ -171,6 +172,7 @@ def test_with_a_size_budget_it_is_better_within_its_bytes_and_says_how(package: 
         str(POCKET), output=tmp_path / "package", recipe=recipe, settings=SETTINGS, device="cpu"
     )
     larger = pipeline.run(request, Silent()).package
+    require_sound(larger)
     quantized = larger.provenance.quantized
     assert quantized.block_32_modules and quantized.half_precision_modules
     assert not package.provenance.quantized.block_32_modules
@@ -285,6 +287,7 @@ def test_auto_climbs_and_keeps_the_best(tmp_path: Path, monkeypatch: pytest.Monk
     recipe = methods.replace(LITTLE, name="auto", target_grade="lossless", calibration_windows=8, calibration_length=64)
     hard = pipeline.RunRequest(str(POCKET), output=tmp_path / "hard", recipe=recipe, settings=SETTINGS, device="cpu")
     made = pipeline.run(hard, Silent()).package
+    require_sound(made)
     tried = made.evidence.attempts
     assert [one.recipe.name for one in tried] == ["rtn", "calibrated", "calibrated"]
     assert tried[2].recipe.options["epochs"] == 1

@@ -14,6 +14,7 @@ from quantize.parity import corpus, framing, judged
 from quantize.parity.models import load_tokenizer
 from quantize.parity.verdict import gate
 from quantize.parity.windows import draw
+from quantize.publishing.audit import require_sound
 from quantize.serialization import read_record
 from tests.conftest import POCKET
 from tests.package.test_card import EVIDENCE, run_snippets
@@ -69,6 +70,7 @@ def test_a_chat_model_is_scored_in_both_framings_and_its_card_asks_it(tmp_path: 
     source = Path(shutil.copytree(POCKET, tmp_path / "chat"))
     (source / "chat_template.jinja").write_text(TEMPLATE)
     made = small_run(tmp_path / "out", source)
+    require_sound(made)
     evidence = made.evidence
     assert evidence.chat and evidence.chat_framing is not None and evidence.corpus is not None
     assert evidence.corpus.prefix == 0 < evidence.chat_framing.corpus.prefix

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,6 @@ from quantize.publishing import audit
 from quantize.records import Checkout, EvaluationSettings, Recipe
 from quantize.source import fetch
 from tests import vision
-from tests.package.test_card import run_snippets
 
 SETTINGS = EvaluationSettings(max_windows=8, window=64, new_tokens=6, require="degraded")
 
@@ -216,18 +216,31 @@ def test_who_leaves_pictures_out_is_found(measured: package.Package) -> None:
         audit.require_sound(forged)
 
 
-def test_the_snippets_of_the_card_run(measured: package.Package) -> None:
-    used, checked = run_snippets(measured.folder)
-    assert "torch.Size" in used and "all checksums match" in checked
-    assert "AutoProcessor" in (measured.folder / "README.md").read_text()
-
-
 @pytest.mark.slow
-def test_without_a_chat_template_pictures_stand_before_the_question(tmp_path: Path) -> None:
-    sealed = run(vision.save(tmp_path / "plain", chat=False), tmp_path / "package", new_tokens=2)
-    assert sealed.evidence.pictures is not None and not sealed.evidence.pictures.chat
-    assert "{processor.image_token}" in (sealed.folder / "README.md").read_text()
-    assert "torch.Size" in run_snippets(sealed.folder)[0]
+def test_the_snippets_of_the_card_run(
+    measured: package.Package, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """About a picture in the chat template and without one, on text alone, and hidden states."""
+    monkeypatch.chdir(measured.folder.parent)
+    record = measured.evidence.pictures
+    assert record is not None
+    plain = dataclasses.replace(measured.evidence, pictures=dataclasses.replace(record, chat=False))
+    text = model_card.render(cards.facts(measured.provenance, plain, None, ()))
+    uses = re.findall(r"```python\n(.*?)```", (measured.folder / "README.md").read_text(), re.DOTALL)[:-1]
+    about_picture = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+    assert len(uses) == 3 and "apply_chat_template" in uses[0] and "processor.image_token" in about_picture
+    for snippet in (*uses, about_picture):
+        exec(snippet, {})
+    assert "torch.Size" in capsys.readouterr().out
+
+
+def test_without_a_chat_template_a_picture_stands_before_the_question(model: Path, tmp_path: Path) -> None:
+    plain = Path(shutil.copytree(model, tmp_path / "plain"))
+    (plain / "chat_template.jinja").unlink()
+    prompter, (picture,) = Prompter.of(checkout_of(plain)), pictures.draw(1, 0)
+    text = prompter.processor.tokenizer.decode(prompter.inputs(picture)["input_ids"][0])
+    assert not prompter.chat and text.replace(vision.IMAGE_TOKEN, "") == picture.question
+    assert text.startswith(vision.IMAGE_TOKEN)
 
 
 def without_processor(folder: Path) -> str:
@@ -256,7 +269,22 @@ def of_unknown_class(folder: Path) -> str:
     return "cannot be loaded"
 
 
+def of_pictures_without_end(folder: Path) -> str:
+    content = json.loads((folder / "processor_config.json").read_text())
+    content["image_processor"]["size"] = {"height": 200_000, "width": 200_000}
+    (folder / "processor_config.json").write_text(json.dumps(content))
+    return "height = 200000 in the original's processor_config.json asks for more than can be"
+
+
+def of_prompts_without_end(folder: Path) -> str:
+    content = json.loads((folder / "processor_config.json").read_text())
+    (folder / "processor_config.json").write_text(json.dumps({**content, "num_additional_image_tokens": 10**9}))
+    return "num_additional_image_tokens = 1e+09"
+
+
 REASONS = [
+    of_pictures_without_end,
+    of_prompts_without_end,
     without_processor,
     without_images,
     of_unknown_class,
@@ -265,6 +293,28 @@ REASONS = [
         marks=pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is there"),
     ),
 ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "known"),
+    [
+        ({"size": {"longest_edge": 16777216, "shortest_edge": 65536}, "merge_size": 2}, True),
+        ({"min_pixels": 3136, "max_pixels": 12845056}, True),
+        ({"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}, True),
+        ({"size": {"longest_edge": 1456}, "max_image_size": {"longest_edge": 364}}, True),
+        ({"size": {"shortest_edge": 65536}}, False),
+        ({"min_pixels": 10**9, "merge_size": 2}, False),
+    ],
+)
+def test_sizes_that_processors_have_are_no_bombs(
+    settings: dict[str, Any], known: bool, model: Path, tmp_path: Path
+) -> None:
+    """As Qwen3-VL, Qwen2.5-VL, LLaVA and Idefics 3 have them."""
+    source = Path(shutil.copytree(model, tmp_path / "source"))
+    content = json.loads((source / "processor_config.json").read_text())
+    kinds = {"image_processor_type": "Qwen2VLImageProcessor" if "merge_size" in settings else "CLIPImageProcessor"}
+    (source / "processor_config.json").write_text(json.dumps(content | {"image_processor": kinds | settings}))
+    assert ("asks for more" not in picture_problem(checkout_of(source))) is known
 
 
 @pytest.mark.parametrize("change", REASONS)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from quantize import package, pipeline
 from quantize.progress import Silent
+from quantize.publishing.audit import require_sound
 from quantize.records import EvaluationSettings, Recipe
 from tests.conftest import POCKET, QUICK_OPTIONS, Outcome
 from tests.publishing.workspace import MEASURING
@@ -174,6 +175,8 @@ def test_a_refused_package_keeps_its_evidence_under_a_name_that_shows_it(
 def test_other_recipes(tmp_path: Path, recipe: dict[str, Any]) -> None:
     made = small_run(tmp_path / "out", **recipe)
     failed = [check for check in made.evidence.checks if not check.passed]
+    if made.evidence.verdict.passed:
+        require_sound(made)
     assert not failed and made.evidence.scores is not None
     config = json.loads((made.folder / "config.json").read_text())["quantization_config"]
     assert config["load_in_8bit"] is (made.provenance.recipe.bits == 8)

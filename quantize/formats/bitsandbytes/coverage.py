@@ -44,9 +44,9 @@ def require(model: Any, recipe: Recipe, name: str) -> None:
     if coverage.quantized < LEAST_SHARE * layers:
         kinds = ", ".join(f"{kind} {share:.1%}" for kind, share in list(coverage.kept.items())[:NAMED])
         raise UnsupportedModel(
-            f"only {coverage.quantized:.1%} of the parameters of {name} can be quantized, and {LEAST_SHARE:.0%} of those "
-            f"beside embeddings and output head is the least: bitsandbytes leaves the rest in half precision ({kinds}), "
-            f"so use the original"
+            f"only {coverage.quantized:.1%} of the parameters of {name} can be quantized, and {LEAST_SHARE:.0%} of "
+            f"those beside embeddings and output head is the least: bitsandbytes leaves the rest in half precision "
+            f"({kinds}), so use the original"
         )
 
 

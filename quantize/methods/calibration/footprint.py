@@ -17,6 +17,8 @@ from quantize.methods.calibration.options import CalibratedOptions
 HOST, FLOAT = "cpu", 4
 SAVED = 3
 """Times the inputs and outputs of a layer's matrices: what it keeps for its backward pass."""
+WAITING = 4
+"""Times the hidden states of all tokens: those before and after a layer, and the embeddings of tokens and positions."""
 LEARNING = 9
 """Times a layer's matrices: rounding variables, their steps and gradients, Adam's moments, copies."""
 
@@ -77,8 +79,14 @@ def require_memory(
         budget.require(
             "reading gradients", on_host + FLOAT * tokens * len(names), on_device + hessians + kept + entering
         )
-    streams = FLOAT * tokens * width * (2 if options.epochs else 1)
-    budget.require("choosing codes and scales", weights + streams, kept + LEARNING * layer)
+    budget.require("choosing codes and scales", weights, kept + LEARNING * layer)
+
+
+def waiting_bytes(model: Any, options: CalibratedOptions) -> int:
+    """Of all hidden states and embeddings that wait in files for the next layer."""
+    tokens = options.calibration_windows * options.calibration_length
+    streams = 2 if options.epochs else 1
+    return FLOAT * tokens * int(model.config.get_text_config().hidden_size) * streams * WAITING
 
 
 def _share(model: Any, name: str) -> float:

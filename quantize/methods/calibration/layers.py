@@ -14,6 +14,7 @@ import torch
 from quantize import devices
 from quantize.errors import UnsupportedModel
 from quantize.formats.bitsandbytes.modules import towers
+from quantize.methods.calibration.paging import PagedMemory
 
 CHECKED_WINDOWS, CHECKED_TOKENS = 2, 64
 """Of each of the two micro-batches on which the walk is compared with the whole model."""
@@ -56,21 +57,31 @@ class ActivationStream:
 
     Each micro-batch has a forward pass of the model's own, held in front of the layer that runs next: what the model
     gives to a layer besides the hidden states, and what it computes between two layers, is then its own for every
-    micro-batch, on what the layers before really returned. To be closed, or used in a `with`.
+    micro-batch, on what the layers before really returned. Hidden states wait in `memory`, where there is one. To be
+    closed, or used in a `with`.
     """
 
     def __init__(
-        self, model: Any, decoder: DecoderLayers, tokens: torch.Tensor, device: str, batch: int, bfloat16: bool
+        self,
+        model: Any,
+        decoder: DecoderLayers,
+        tokens: torch.Tensor,
+        device: str,
+        batch: int,
+        bfloat16: bool,
+        memory: PagedMemory | None = None,
     ) -> None:
-        self.decoder, self.device, self.bfloat16 = decoder, device, bfloat16
+        self.decoder, self.device, self.bfloat16, self._memory = decoder, device, bfloat16, memory
         parts = [part for part in torch.split(tokens, batch) if len(part) == batch]
         _move_rest(model, decoder, device)
         self._forwards = [_HeldForward(self._forward(model, part.to(device))) for part in parts]
         self._standing_in = _standing_in(decoder.layers)
         self._standing_in.__enter__()
         try:
-            for forward in self._forwards:
-                forward.begin()
+            with self._embeddings_paged(model):
+                for forward in self._forwards:
+                    forward.begin()
+                    self._page(forward.entering)
         except BaseException:
             self.close()
             raise
@@ -147,9 +158,14 @@ class ActivationStream:
 
     def _advance(self, index: int, part: int) -> torch.Tensor:
         output = self._run(index, part)
+        hidden = _tensor(output).cpu()
+        self._page(hidden)
         if index + 1 < len(self.decoder.layers):
-            self._forwards[part].resume(output)
-        return _tensor(output).cpu()
+            forward = self._forwards[part]
+            forward.resume(output)
+            if forward.entering is not hidden:
+                self._page(forward.entering)
+        return hidden
 
     def _run(self, index: int, part: int) -> Any:
         call = self._call(index, part)
@@ -157,6 +173,8 @@ class ActivationStream:
             return self.decoder.layers[index](*call.arguments, **call.named)
 
     def _call(self, index: int, part: int) -> _LayerCall:
+        if self._memory is not None:
+            self._memory.release()
         call = self._forwards[part].call
         if call is None or call.layer is not self.decoder.layers[index]:
             raise UnsupportedModel(
@@ -164,6 +182,26 @@ class ActivationStream:
                 "this model"
             )
         return call
+
+    def _page(self, tensor: torch.Tensor | None) -> None:
+        """Let a tensor wait where it takes none of the process's own memory."""
+        if self._memory is not None and tensor is not None:
+            self._memory.take(tensor)
+
+    @contextlib.contextmanager
+    def _embeddings_paged(self, model: Any) -> Iterator[None]:
+        """Within, embeddings are paged as well: a forward pass holds them to its end."""
+
+        def page(_: Any, __: Any, output: torch.Tensor) -> None:
+            self._page(output)
+
+        modules = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+        hooks = [module.register_forward_hook(page) for module in modules]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _forward(self, model: Any, tokens: torch.Tensor) -> Callable[[], Any]:
         def forward() -> Any:
@@ -237,6 +275,12 @@ class _HeldForward(threading.Thread):
         self._forward = forward
         self._calls: queue.SimpleQueue[_LayerCall | BaseException | None] = queue.SimpleQueue()
         self._outputs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    @property
+    def entering(self) -> torch.Tensor | None:
+        """The hidden states that wait for a layer."""
+        given = (*self.call.arguments, *self.call.named.values()) if self.call else ()
+        return next((value for value in given if isinstance(value, torch.Tensor)), None)
 
     def begin(self) -> None:
         """Run up to the first layer."""

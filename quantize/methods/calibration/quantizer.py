@@ -26,11 +26,12 @@ from quantize.formats.bitsandbytes import checkpoint, packing
 from quantize.formats.bitsandbytes.modules import laid_out, matrix
 from quantize.methods.calibration import allocation, calibration_text
 from quantize.methods.calibration.expert_hessians import RoutedExperts
-from quantize.methods.calibration.footprint import Budget, output_hessian_bytes, require_memory
+from quantize.methods.calibration.footprint import Budget, output_hessian_bytes, require_memory, waiting_bytes
 from quantize.methods.calibration.gradients import OutputGradient, output_gradients
 from quantize.methods.calibration.hessian import CenteredHessianAccumulator
 from quantize.methods.calibration.layers import ActivationStream, DecoderLayers, check_walk, on_device
 from quantize.methods.calibration.options import CalibratedOptions
+from quantize.methods.calibration.paging import PagedMemory
 from quantize.methods.calibration.resume import FinishedParts, QuantizedLayer
 from quantize.methods.method import Job
 from quantize.methods.rounding import learned_rounding
@@ -167,10 +168,11 @@ def _quantize_model(
         )
     model.to("cpu")
     devices.release(device)
-    plan = Plan(job.recipe, dtype, ablation, {}, block_sizes)
+    require_space(finished.folder, waiting_bytes(model, options), "hidden states")
+    plan, paged = Plan(job.recipe, dtype, ablation, {}, block_sizes), PagedMemory(finished.folder)
     with ExitStack() as streams:
         stream, *source_stream = [
-            streams.enter_context(ActivationStream(model, decoder, tokens, device, batch, bfloat16))
+            streams.enter_context(ActivationStream(model, decoder, tokens, device, batch, bfloat16, paged))
             for _ in range(2 if options.epochs else 1)
         ]
         layers = _quantize_layers(
