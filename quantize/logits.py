@@ -107,8 +107,10 @@ class SlicedLogits:
             together = torch.cat([logits for _, logits in slices], dim=1)
         except Exception:  # noqa: BLE001 - a model that cannot be cut like this is read whole
             return False
-        tolerance = ROUNDING_STEPS * torch.finfo(whole.dtype).eps * float(whole.abs().max())
-        return together.shape == whole.shape and torch.allclose(together, whole, rtol=0.0, atol=tolerance)
+        largest = float(whole.nan_to_num(0, 0, 0).abs().max())
+        tolerance = ROUNDING_STEPS * torch.finfo(whole.dtype).eps * largest
+        alike = together.shape == whole.shape
+        return alike and torch.allclose(together, whole, rtol=0.0, atol=tolerance, equal_nan=True)
 
 
 def _possible_decoders(model: Any) -> list[Any]:

@@ -63,6 +63,18 @@ def test_slices_are_the_whole(kind: str) -> None:
         torch.testing.assert_close(together, model(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_logits_that_are_no_numbers_are_sliced_as_well(value: float) -> None:
+    model, tokens = tiny("llama"), some_tokens()
+    only_in_first = sorted({*tokens[0].tolist()} - {*tokens[1].tolist()})
+    model.get_input_embeddings().weight[only_in_first[0]] = value
+    sliced = SlicedLogits.of(model, tokens)
+    assert sliced.decoder is not None
+    together = joined(sliced, sliced.states(tokens), tokens)
+    assert together.isnan().any() and together.isfinite().any()
+    torch.testing.assert_close(together, model(tokens).logits, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
 def test_a_model_is_left_as_it_was() -> None:
     model, tokens = tiny("llama"), some_tokens()
     before = set(vars(model.base_model))

@@ -75,4 +75,11 @@ def finished(output: Path, source: Source, demand: Demand, *, outdated: bool = F
     if made_as != demand:
         raise PackageError(f"{output} was measured with other settings or texts: see `quantize verify`, or use --force")
     require_unchanged(package)
+    if package.evidence.scores is not None and package.evidence.look_plan is None:
+        if outdated:
+            return None
+        raise PackageError(
+            f"{output} was made before figures of single windows were recorded, and could not be published: "
+            f"replace it with --force"
+        )
     return package

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from quantize import package
 from quantize.errors import NewerFormat, PackageError
 from quantize.evidence import Evidence
 from quantize.files import CARD, CONFIG, PARITY, PROVENANCE, hash_file
@@ -176,3 +177,13 @@ def test_a_broken_file_of_version_1_is_named(tmp_path: Path) -> None:
             read_record(Provenance, tmp_path / PROVENANCE)
         with pytest.raises(PackageError, match="is not readable as Evidence"):
             read_record(Evidence, tmp_path / PROVENANCE)
+
+
+@both
+def test_what_nobody_can_judge_again_is_made_again(recorded: Path, tmp_path: Path) -> None:
+    folder = old_package(tmp_path / "out", recorded)
+    opened = package.open_package(folder)
+    source, demand = opened.provenance.source, opened.provenance.demand
+    with pytest.raises(PackageError, match=r"before figures of single windows were recorded.*replace it with --force"):
+        package.finished(folder, source, demand)
+    assert package.finished(folder, source, demand, outdated=True) is None
