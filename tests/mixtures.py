@@ -82,9 +82,9 @@ def mixture(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> 
     return model
 
 
-def saved(family: str, folder: Path, *, stacked: bool = False, dtype: torch.dtype = torch.float32) -> Path:
+def saved(family: str, folder: Path, *, stacked: bool = False, **changes: Any) -> Path:
     """A mixture in a folder, as its authors publish it, or with the tensors that transformers 5 has in memory."""
-    mixture(family, dtype).save_pretrained(folder, save_original_format=not stacked)
+    mixture(family, **changes).save_pretrained(folder, save_original_format=not stacked)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(POCKET / name, folder)
     return folder

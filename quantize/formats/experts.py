@@ -100,14 +100,27 @@ def parts(module: Any, name: str, entry: Entry) -> Iterator[tuple[str, Entry, St
 
     layers = tensors_of(module)[name]
     slab = replace(entry, shape=entry.shape[1:])
+    transposed = _is_transposed(module, layers, slab)
     for number in range(entry.shape[0]):
         own = replace(slab, start=entry.start + number * slab.numel * entry.dtype.itemsize)
         for index, (layer, kind) in enumerate(layers):
-            yield f"{number}.{layer}.{kind}", *_part(own, module, index, len(layers))
+            yield f"{number}.{layer}.{kind}", *_part(own, module, transposed, index, len(layers))
 
 
-def _part(slab: Entry, module: Any, index: int, count: int) -> tuple[Entry, StackedPart | None]:
-    transposed = module.is_transposed and len(slab.shape) == 2
+def _is_transposed(module: Any, layers: list[tuple[str, str]], slab: Entry) -> bool:
+    """Whether a file has [inputs, outputs] for an expert; where it does not show, as transformers has it."""
+    if len(slab.shape) != 2:
+        return False
+    shapes = [module.get_parameter(f"0.{layer}.{kind}").shape for layer, kind in layers]
+    plain = sum(shape[0] for shape in shapes), shapes[0][1]
+    return (
+        bool(module.is_transposed)
+        if slab.shape in (plain, plain[::-1]) and plain[0] == plain[1]
+        else slab.shape != plain
+    )
+
+
+def _part(slab: Entry, module: Any, transposed: bool, index: int, count: int) -> tuple[Entry, StackedPart | None]:
     length = (slab.shape[1] if transposed else slab.shape[0]) // count
     if count == 1:
         return slab, StackedPart(transposed, slice(None)) if transposed else None

@@ -149,7 +149,9 @@ def facts(
         figures=figures,
         device_name=evidence.environment.device_name,
         versions=evidence.environment.versions,
-        least_versions=least_versions(source, quantized, evidence.environment.versions),
+        least_versions=least_versions(
+            source, quantized, evidence.environment.versions, own_code=bool(_own_code(provenance))
+        ),
         remote_code=source.remote_code,
         code_left_out=source.code_left_out,
         own_code=_own_code(provenance),

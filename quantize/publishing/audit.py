@@ -71,7 +71,9 @@ def _contradictions(sealed: Package) -> Iterator[str]:
         PROVENANCE: (
             _records(provenance, evidence),
             _code(sealed),
-            recount.contradictions(sealed.folder, provenance.recipe, provenance.quantized, parameters),
+            recount.contradictions(
+                sealed.folder, provenance.recipe, provenance.quantized, parameters, evidence.coverage
+            ),
         ),
         CARD: (_card(sealed),),
     }

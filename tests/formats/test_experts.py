@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from quantize import methods, source
 from quantize.formats import experts, modeling_experts
@@ -104,6 +104,19 @@ def test_a_package_holds_what_quantizing_in_memory_gives(tmp_path: Path, stacked
     model = loaded(made)
     assert sum(type(module).__name__ == "Linear4bit" for module in model.modules()) == 2 * (4 + 4 * 3)
     assert torch.equal(logits(model), logits(in_memory(saved("qwen3_moe", tmp_path / "original"))))
+
+
+def test_a_stack_may_lie_the_other_way_round_in_a_file(tmp_path: Path) -> None:
+    """As those of Qwen3-VL do."""
+    folder = saved("qwen3_moe", tmp_path / "source", stacked=True, moe_intermediate_size=128)
+    expected = load_file(package(folder, tmp_path / "expected") / "model.safetensors")
+    tensors = load_file(folder / "model.safetensors")
+    turned = {name: values.mT.contiguous() if values.ndim == 3 else values for name, values in tensors.items()}
+    assert any(values.shape != tensors[name].shape for name, values in turned.items())
+    save_file(turned, folder / "model.safetensors", {"format": "pt"})
+    held = load_file(package(folder, tmp_path / "made") / "model.safetensors")
+    assert held.keys() == expected.keys()
+    assert all(torch.equal(values, expected[name]) for name, values in held.items())
 
 
 def in_memory(folder: Path) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 POCKET = Path(__file__).parent / "pocket-gpt2"
 VOCABULARY = 4096
 """Of the pocket model's tokenizer, which all of them have."""
-WIDTH, HEADS, GROUPS, HEAD, LAYERS = 64, 4, 2, 16, 4
+WIDTH, HEADS, GROUPS, HEAD, LAYERS = 128, 4, 2, 32, 2
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "lru_width", "embed_dim", "emb_dim", "dim"), WIDTH),
     **dict.fromkeys(("out_hidden_size", "attention_hidden_size", "word_embed_proj_dim", "embedding_size"), WIDTH),
@@ -36,14 +36,14 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 0),
     **dict.fromkeys(("state_size", "mamba_d_state", "ssm_state_size"), 16),
     **dict.fromkeys(("n_mamba_heads", "mamba_num_heads", "mamba_n_heads"), 8),
-    **dict.fromkeys(("mamba_headdim", "mamba_head_dim", "mamba_d_head"), 16),
+    **dict.fromkeys(("mamba_headdim", "mamba_head_dim", "mamba_d_head"), 32),
     **dict.fromkeys(("mamba_ngroups", "mamba_n_groups", "n_groups"), 1),
     **dict.fromkeys(("chunk_size", "mamba_chunk_size", "sliding_window", "attention_window_size"), 32),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), HEAD),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), HEADS),
     **dict.fromkeys(("image_size", "video_size"), 56),
-    **{"vocab_size": VOCABULARY, "time_step_rank": 8, "mamba_expand": 2, "mamba_d_ssm": 128, "expand": 2},
-    **{"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 16, "laurel_rank": 8},
+    **{"vocab_size": VOCABULARY, "time_step_rank": 8, "mamba_expand": 2, "mamba_d_ssm": 256, "expand": 2},
+    **{"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 16, "laurel_rank": 8, "rotary_dim": 16},
     **{"first_k_dense_replace": 1, "num_kv_shared_layers": 0, "patch_size": 14, "spatial_merge_size": 2},
 }
 """By the names of config fields, in whatever part of a config."""
@@ -52,16 +52,44 @@ TOWER: dict[str, Any] = {
     "num_key_value_heads": HEADS,
 }
 """What is otherwise in the part of a config by which pictures or sounds are read."""
+FOUR_LAYERS = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid", "bailing_hybrid", "lfm3", "lfm3_text")
+"""Types of which the fourth layer is the first that attends."""
+SECTIONS = {
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text"), (6, 5, 5)),
+    **dict.fromkeys(("qwen2_5_omni_text", "qwen3_omni_moe_text", "paddleocr_vl_text"), (6, 5, 5)),
+    **dict.fromkeys(("glm4v_text", "glm4v_moe_text", "glm_ocr_text", "glmga_text"), (6, 5, 5)),
+}
+"""Of rotary embeddings for time, height and width, by the types of texts that have them."""
 KINDS: dict[str, dict[str, Any]] = {
+    **{kind: {"num_hidden_layers": 4} for kind in FOUR_LAYERS},
+    **{
+        kind: {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sections)}}
+        for kind, sections in SECTIONS.items()
+    },
+    **{kind: {"vision_config": {"num_position_embeddings": 16}} for kind in ("qwen3_vl", "qwen3_5")},
+    **{kind: {"vision_config": {"num_position_embeddings": 16}} for kind in ("qwen3_vl_moe", "qwen3_5_moe")},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "zaya": {"num_experts_per_tok": 1},
     "mamba2": {"num_heads": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "bamba": {"attn_layer_indices": [1]},
     "xlstm": {"qk_dim_factor": 1.0},
-    "zamba2": {
-        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
-        **{"attention_hidden_size": 128, "attention_head_dim": 32, "num_key_value_heads": 4, "adapter_rank": 4},
+    "zamba": {
+        **{"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 2, "num_key_value_heads": 4},
+        **{"attention_hidden_size": 256, "attention_head_dim": 64},
     },
-    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
-    "gemma3n_text": {"activation_sparsity_pattern": [0.0] * 4, "intermediate_size": [128] * 4},
+    "zamba2": {
+        **{"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "adapter_rank": 4},
+        **{"attention_hidden_size": 256, "attention_head_dim": 64, "num_key_value_heads": 4},
+    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gemma3n_text": {"activation_sparsity_pattern": [0.0] * 2, "intermediate_size": [256] * 2},
+    "nemotron_h": {"hybrid_override_pattern": "M*-M"},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {"is_decoder": True},
+    "llama4": {"vision_config": {"projector_input_dim": 128, "projector_output_dim": 128, "vision_output_dim": 128}},
+    "kimi_linear": {"linear_attn_config": {"num_heads": 4, "head_dim": 32, "full_attn_layers": [2], "kda_layers": [1]}},
+    "blt": {"encoder_hash_byte_group_vocab": 256},
 }
 """What single architectures need besides, by the names of their types; a part's in a mapping of its own."""
 
@@ -133,6 +161,8 @@ def _small(chosen: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in {**SIZES, **sizes}.items()
         if name in defaults and aliases.get(name) not in defaults
     }
+    if "kv_lora_rank" in defaults:  # latent attention gives each head keys of its own
+        values["num_key_value_heads"] = HEADS
     for name, value in defaults.items():
         if isinstance(value, list | tuple) and "layer" in name and len(value) > LAYERS:
             values[name] = list(value)[: values.get("num_hidden_layers", LAYERS)]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import CorruptModel
+from quantize.evidence import Coverage
 from quantize.files import CONFIG
 from quantize.formats import safetensors
 from quantize.formats.bitsandbytes import checks
@@ -26,13 +27,17 @@ SMALL_BLOCK = 32
 
 @dataclass(frozen=True)
 class Counted:
-    """What the files hold: the block size of each quantized module, by its name there, and logical parameters."""
+    """What the files hold: the block size of each quantized module, by its name there, and logical parameters, of which
+    so many are `quantized`."""
 
     blocks: Mapping[str, int]
     parameters: int
+    quantized: int = 0
 
 
-def contradictions(folder: Path, recipe: Recipe, quantized: Quantized, parameters: int) -> Iterator[str]:
+def contradictions(
+    folder: Path, recipe: Recipe, quantized: Quantized, parameters: int, coverage: Coverage | None = None
+) -> Iterator[str]:
     """What is said of the checkpoint in `folder` and is not so, one sentence each."""
     expected = ExpectedConfig.of(recipe, quantized.half_precision_modules)
     for check in checks.check_files(folder, expected):
@@ -46,6 +51,11 @@ def contradictions(folder: Path, recipe: Recipe, quantized: Quantized, parameter
         yield f"the files cannot be counted again: {' '.join(str(error).split())}"
         return
     yield from _miscounted(counted, quantized, parameters)
+    if coverage is not None and abs(coverage.quantized - counted.quantized / parameters) > PARAMETER_TOLERANCE:
+        yield (
+            f"the record says that {coverage.quantized:.1%} of the parameters are quantized, and in the files "
+            f"{counted.quantized / parameters:.1%} are"
+        )
     if configured is not None:
         yield from _misconfigured(configured, quantized)
     yield from _other_types(settings, quantized)
@@ -56,19 +66,21 @@ def counted_in(folder: Path, matrices: MatrixFormat) -> Counted:
     files = safetensors.weight_files(folder)
     held = {name: entry for file in files for name, entry in safetensors.entries(file).items()}
     blocks: dict[str, int] = {}
-    parameters = sum(entry.numel for entry in held.values() if entry.kind in FLOATS)
+    floats, codes = sum(entry.numel for entry in held.values() if entry.kind in FLOATS), 0
     for name, entry in held.items():
         if matrices.bits == 8 and name.endswith(f".{ROW_SCALES}"):
             module = name.removesuffix(f".{ROW_SCALES}")
             blocks[module] = BLOCK
-            parameters += held[f"{module}.weight"].numel - entry.numel
+            codes += held[f"{module}.weight"].numel
+            floats -= entry.numel
         elif STATE in name:
             weight = name.split(STATE)[0]
             state = json.loads(safetensors.read(entry, 0, entry.numel, pinned=False).numpy().tobytes())
             blocks[weight.removesuffix(".weight")] = int(state["blocksize"])
             rows, inputs = state["shape"]
-            parameters += int(rows) * int(inputs) - _beside(held, weight)
-    return Counted(blocks, parameters)
+            codes += int(rows) * int(inputs)
+            floats -= _beside(held, weight)
+    return Counted(blocks, floats + codes, codes)
 
 
 def _beside(held: Mapping[str, Entry], weight: str) -> int:
