@@ -7,7 +7,7 @@ from typing import Any
 
 from quantize.documents import read_json
 from quantize.errors import CorruptModel
-from quantize.files import GENERATION_CONFIG
+from quantize.files import CONFIG, GENERATION_CONFIG
 
 UNIMPORTANT = ("transformers_version", "_from_model_config")
 
@@ -34,11 +34,13 @@ def ends_in(settings: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _of_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
+    """What config.json says itself, beside what a config's own class makes of it, which in transformers 5 is less."""
     from transformers import AutoConfig, GenerationConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, AttributeError) as error:
         raise CorruptModel(f"the config cannot be read: {str(error).splitlines()[0]}") from error
-    settings: dict[str, Any] = GenerationConfig.from_model_config(config).to_dict()
-    return settings
+    written = GenerationConfig.from_model_config(read_json(folder / CONFIG, CONFIG, CorruptModel, finite=False))
+    stated = {name: value for name, value in written.to_dict().items() if value is not None}
+    return {**GenerationConfig.from_model_config(config).to_dict(), **stated}

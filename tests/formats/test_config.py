@@ -16,6 +16,7 @@ from quantize.files import CONFIG, GENERATION_CONFIG
 from quantize.formats import remote_code
 from quantize.formats.bitsandbytes import checkpoint
 from quantize.formats.bitsandbytes import config as configs
+from quantize.parity import generation_settings
 from quantize.progress import Silent
 from quantize.records import Recipe
 from tests.conftest import POCKET
@@ -109,6 +110,7 @@ def test_generation_settings_are_kept_as_stock_keeps_them(tmp_path: Path, own_fi
     assert read(made / GENERATION_CONFIG) == read(expected / GENERATION_CONFIG)
     assert read(made / CONFIG).items() >= SAMPLING.items()
     assert own_file or read(kept / GENERATION_CONFIG).items() >= SAMPLING.items()
+    assert generation_settings.read(made, False) == generation_settings.read(folder, False)
 
 
 def test_settings_that_contradict_each_other_do_so_in_the_package(tmp_path: Path) -> None:

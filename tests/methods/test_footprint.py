@@ -107,4 +107,4 @@ def test_the_most_that_calibration_takes(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     command = [sys.executable, "-c", MEASURED, str(tmp_path / "wide"), str(tmp_path / "out")]
     taken = int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
-    assert taken < 400_000_000
+    assert taken < 300_000_000

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -13,8 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from quantize.parity import comparison
 from quantize.parity.scoring import SLICE_LOGITS, KeptLogits, LiveReference, TokenScores, compare_logits, nll, score
 from quantize.parity.statistics import mean_estimates, summarize
+from quantize.progress import Silent
+from quantize.records import EvaluationSettings
 
 logits = arrays.arrays(np.float32, (2, 5, 11), elements=st.floats(-20, 20, width=32))
 
@@ -157,6 +162,15 @@ def test_kept_answers_score_like_the_model_that_gave_them() -> None:
     np.testing.assert_array_equal(live.kld, kept.kld)
     logits = one(windows).logits[:, :-1]
     np.testing.assert_allclose(nll(logits, windows[:, 1:]).detach().numpy(), live.nll_reference, rtol=1e-12)
+
+
+def test_models_that_stay_in_memory_are_tried_once() -> None:
+    pair: Any = SimpleNamespace(reference=Fixed(31, 1), candidate=Fixed(31, 2), device="cpu")
+    windows = torch.zeros(1, 20, dtype=torch.long)
+    compared = comparison._Comparison(pair, EvaluationSettings(), Silent(), None)
+    assert compared.reference_logits(windows) is compared.reference_logits(windows)
+    assert compared.candidate_logits(windows) is compared.candidate_logits(windows)
+    assert compared.candidate_logits(windows) is not compared.reference_logits(windows)
 
 
 def test_a_model_against_itself_is_lossless() -> None:
