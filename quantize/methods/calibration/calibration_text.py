@@ -161,8 +161,15 @@ def _probes(model: Any, device: str, bfloat16: bool) -> list[Any]:
 
 def _keeps_keys_and_values(probes: list[Any]) -> bool:
     """Whether a model keeps keys and values of every token, and nothing else: then its cache can have room at once."""
-    layers = [layer for output in probes for layer in getattr(getattr(output, "past_key_values", None), "layers", ())]
-    return bool(layers) and not any(hasattr(layer, "recurrent_states") for layer in layers)
+    caches = [getattr(getattr(output, "past_key_values", None), "layers", ()) for output in probes]
+    layers = [(layer, tokens) for tokens, cache in enumerate(caches, start=1) for layer in cache]
+    return bool(layers) and all(_keeps(layer, tokens) for layer, tokens in layers)
+
+
+def _keeps(layer: Any, tokens: int) -> bool:
+    """Whether a layer of a cache keeps the keys of so many tokens, not also of a prompt of its own, and no state."""
+    keys = getattr(layer, "keys", None)
+    return not hasattr(layer, "recurrent_states") and (keys is None or keys.shape[-2] == tokens)
 
 
 def _windows_at_once(probes: list[Any], length: int, device: str) -> int:

@@ -98,7 +98,7 @@ def _recomputed(layers: Iterable[torch.nn.Module]) -> Iterator[None]:
 @contextmanager
 def _embeddings_with_gradients(model: Any) -> Iterator[None]:
     """Let gradients reach as far as the embeddings of tokens, whose weights themselves need none."""
-    hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_(True))
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_(True).clone())
     try:
         yield
     finally:
