@@ -36,6 +36,8 @@ class LinearExperts(nn.Module):
 
     act_fn: Any
     gating: Any
+    has_post_expert_norm = False
+    """Which no model of transformers before 5.20 has, nor names."""
     post_expert_norm: Any
 
     def __init__(self, stacked: Any) -> None:
@@ -78,7 +80,7 @@ class LinearExperts(nn.Module):
 
 def is_stacked(module: nn.Module) -> bool:
     """Whether a module is what transformers makes of experts that it stacks."""
-    flags = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated", "num_experts")
+    flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "num_experts")
     weight = getattr(module, "down_proj", None)
     return isinstance(weight, nn.Parameter) and weight.ndim == 3 and all(hasattr(module, flag) for flag in flags)
 
