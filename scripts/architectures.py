@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import os
 import resource
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,34 +23,36 @@ from tests.models.architectures import FAILS, PAGE, RECORD, Trial, line, page, t
 
 SECONDS, MEMORY = 180, 8 << 30
 """That one architecture may take."""
-FIRST = "llama"
+PROCESSES = multiprocessing.get_context("forkserver")
+"""A process that has imported a lot and computed nothing: torch's threads do not survive a fork."""
+IMPORTS = [
+    "tests.models.architectures",
+    "quantize.pipeline",
+    "transformers.models.llama.modeling_llama",
+    "bitsandbytes",
+]
 LIBRARIES = ("transformers", "bitsandbytes", "torch")
 
 
 def main(names: list[str]) -> None:
-    import torch
-
-    torch.set_num_threads(1)
     unknown = set(names) - set(tiny.architectures())
     if unknown:
         sys.exit(f"transformers {version('transformers')} has no {', '.join(sorted(unknown))}")
-    held = {trial.name: trial for trial in read()} if names else {}
-    with tempfile.TemporaryDirectory() as place:
-        trial(FIRST, Path(place))  # here, so that what every trial imports is there
-    for name in names or tiny.architectures():
-        started = time.monotonic()
-        held[name] = tried(name)
-        print(f"{time.monotonic() - started:6.1f} s  {line(held[name])}", flush=True)
-        write(held.values())
+    names = names or list(tiny.architectures())
+    held = {trial.name: trial for trial in read()}
+    PROCESSES.set_forkserver_preload(IMPORTS)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for result in pool.map(tried, names):
+            held[result.name] = result
+            print(line(result), flush=True)
+            write(held.values())
 
 
 def tried(name: str) -> Trial:
     """What comes of an architecture, in a process of its own: some end theirs."""
     with tempfile.TemporaryDirectory(prefix="quantize-architectures-") as place:
-        child = multiprocessing.get_context("fork").Process(target=_try, args=(name, Path(place)))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about threads, of which none works yet
-            child.start()
+        child = PROCESSES.Process(target=_try, args=(name, Path(place)))
+        child.start()
         child.join(SECONDS)
         if child.is_alive():
             child.kill()
@@ -62,8 +65,10 @@ def tried(name: str) -> Trial:
 
 
 def _try(name: str, place: Path) -> None:
+    import torch
     import transformers
 
+    torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
