@@ -174,7 +174,7 @@ def test_an_interruption_ends_the_run(base: package.Package, tmp_path: Path, mon
         searched(Attempts(base, 1, "quantize", KeyboardInterrupt()), tmp_path, monkeypatch)
 
 
-STAGES = {"gradients": (quantizer, "output_gradients"), "loading": (models, "_load"), "writing": (checkpoint, "write")}
+STAGES = {"gradients": (quantizer, "output_gradients"), "loading": (models, "_load")}
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,8 @@ WIDTH, HEIGHT, DPI = 6.0, 3.4, 150
 INK, ACCENT = "#1f2933", "#2b6cb0"
 SPREAD, GOLDEN = 0.5, 0.618
 """How wide a column of points is, and the step that puts neighbours apart in it."""
+LARGEST_LEGEND = 11
+"""Kinds of matrices that are told apart."""
 GRADE_COLOURS = {"lossless": "#2f855a", "parity": "#68a357", "good": "#b7b04a", "degraded": "#d08c3f"}
 
 
@@ -109,14 +113,23 @@ def _kld_by_position(evidence: Evidence) -> Figure:
 def _weight_errors(errors: dict[str, float]) -> Figure:
     """How far each quantized matrix is from the source's, in the order of the model."""
     figure, axes = _canvas("Weight error by layer")
-    kinds = [".".join(name.split(".")[-2:]) for name in errors]
+    kinds = _kinds(errors)
     for kind, marker in zip(dict.fromkeys(kinds), itertools.cycle("osD^vPX*"), strict=False):
         points = [(index, 100 * error) for index, error in enumerate(errors.values()) if kinds[index] == kind]
         axes.plot(*zip(*points, strict=True), marker, ms=6, label=kind)
-    axes.legend(loc="lower right", frameon=False, ncols=4, fontsize=9)
+    axes.legend(loc="lower right", frameon=False, ncols=3, fontsize=9)
     top = 100 * max(errors.values())
     axes.set(ylim=(0, top * 1.25 or 1.0), xlabel="layer, first to last", ylabel="relative error (%)")
     return figure
+
+
+def _kinds(names: Iterable[str]) -> list[str]:
+    """What each matrix is in its layer, whichever layer and expert: as many kinds as a legend has room for."""
+    parts = [tuple(part for part in name.split(".") if not part.isdigit())[-2:] for name in names]
+    last = Counter(kind[-1] for kind in set(parts))
+    kinds = [kind[-1] if last[kind[-1]] == 1 else ".".join(kind) for kind in parts]
+    shown = [kind for kind, _ in Counter(kinds).most_common(LARGEST_LEGEND)]
+    return [kind if kind in shown else "others" for kind in kinds]
 
 
 def _kld_by_picture(pictures: Pictures) -> Figure:

@@ -125,3 +125,13 @@ def terminal(evidence: Evidence) -> str:
 
 def text_of(folder: Path, evidence: Evidence) -> str:
     return model_card.render(card.facts(open_package(folder).provenance, evidence, None, ()))
+
+
+def test_matrices_are_told_apart_by_what_they_are_in_their_layer() -> None:
+    experts = [f"model.layers.{layer}.mlp.experts.{expert}.up_proj" for layer in range(3) for expert in range(9)]
+    assert figures._kinds([*experts, "model.layers.0.self_attn.q_proj"]) == [*["up_proj"] * 27, "q_proj"]
+    assert figures._kinds(["h.0.attn.c_proj", "h.0.mlp.c_proj", "h.0.attn.c_attn"]) == [
+        *("attn.c_proj", "mlp.c_proj", "c_attn"),
+    ]
+    many = [f"model.layers.0.mixer.matrix_{number}" for number in range(40) for _ in range(1 + (number < 11))]
+    assert set(figures._kinds(many)) == {*(f"matrix_{number}" for number in range(11)), "others"}

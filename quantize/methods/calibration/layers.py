@@ -183,16 +183,16 @@ class ActivationStream:
             )
         return call
 
-    def _page(self, tensor: torch.Tensor | None) -> None:
-        """Let a tensor wait where it takes none of the process's own memory."""
-        if self._memory is not None and tensor is not None:
-            self._memory.take(tensor)
+    def _page(self, value: object) -> None:
+        """Let a tensor wait where it takes none of the process's own memory; some embeddings return other things."""
+        if self._memory is not None and isinstance(value, torch.Tensor):
+            self._memory.take(value)
 
     @contextlib.contextmanager
     def _embeddings_paged(self, model: Any) -> Iterator[None]:
         """Within, embeddings are paged as well: a forward pass holds them to its end."""
 
-        def page(_: Any, __: Any, output: torch.Tensor) -> None:
+        def page(_: Any, __: Any, output: object) -> None:
             self._page(output)
 
         modules = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
