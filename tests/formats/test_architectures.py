@@ -41,6 +41,7 @@ def test_the_page_follows_from_the_record() -> None:
     any(RECORD["versions"][name] != version(name) for name in ("transformers", "bitsandbytes")),
     reason="the page was made with other versions",
 )
+@pytest.mark.filterwarnings("ignore")  # they come from the models' own code
 @pytest.mark.parametrize("name", CASES)
 def test_what_the_page_says(name: str, tmp_path: Path) -> None:
     trial, notes = TRIALS[name], Notes()
