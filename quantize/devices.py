@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize import memory
-from quantize.errors import DeviceError
+from quantize.errors import DeviceError, first_line
 from quantize.records import Environment
 
 REPORTED = (
@@ -40,9 +40,8 @@ def choose(device: str) -> str:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
         raise DeviceError(
-            f"device {device!r} cannot be used here ({reason}); `quantize doctor` lists the devices that can"
+            f"device {device!r} cannot be used here ({first_line(error)}); `quantize doctor` lists the devices that can"
         ) from error
     return str(torch.device(device))
 

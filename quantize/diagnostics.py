@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantize import devices, hub
+from quantize.errors import first_line
 from quantize.files import free_space
 from quantize.formats.bitsandbytes import self_test
 
@@ -56,4 +57,4 @@ def _try_quantizing(device: str) -> str:
     try:
         return "yes" if self_test.works_on(device) else "no: dequantized values are wrong"
     except (RuntimeError, ImportError, AttributeError) as error:
-        return f"no: {(str(error) or type(error).__name__).splitlines()[0]}"
+        return f"no: {first_line(error)}"

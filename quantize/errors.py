@@ -53,6 +53,11 @@ class QuantizeError(Exception):
         super().__init__("\n".join(map(printable, lines)))
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first, or the name of its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def described(error: BaseException, message: str | None = None) -> str:
     """The message of an error, or another one, and in its last line the notes that it got on its way."""
     return "; ".join([str(error) if message is None else message, *map(printable, _notes(error))])

@@ -12,8 +12,8 @@ import torch
 from tests.conftest import POCKET
 
 IMAGE_TOKEN, IMAGE_ID = "<image>", 4095
+LLAMA = {"model_type": "llama", "tie_word_embeddings": False}
 TEXT: dict[str, Any] = {
-    "model_type": "llama",
     "vocab_size": 4096,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -22,13 +22,11 @@ TEXT: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "max_position_embeddings": 256,
-    "tie_word_embeddings": False,
     "bos_token_id": 0,
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
 TOWER: dict[str, Any] = {
-    "model_type": "clip_vision_model",
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
@@ -57,7 +55,12 @@ def save(folder: Path) -> Path:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model("llava", text_config=TEXT, vision_config=TOWER, image_token_index=IMAGE_ID)
+    config = AutoConfig.for_model(
+        "llava",
+        text_config={**TEXT, **LLAMA},
+        vision_config={**TOWER, "model_type": "clip_vision_model"},
+        image_token_index=IMAGE_ID,
+    )
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for weight in model.parameters():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize.documents import read_json
-from quantize.errors import CorruptModel, QuantizeError, UnsupportedModel
+from quantize.errors import CorruptModel, QuantizeError, UnsupportedModel, first_line
 from quantize.files import CONFIG
 from quantize.formats import safetensors
 from quantize.formats.model_class import auto_class, class_of
@@ -92,8 +92,7 @@ def _built_by_transformers(name: str) -> Iterator[None]:
     except QuantizeError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UnsupportedModel(f"transformers cannot build {name} from its {CONFIG}: {reason}") from error
+        raise UnsupportedModel(f"transformers cannot build {name} from its {CONFIG}: {first_line(error)}") from error
 
 
 def tensors(checkout: Checkout) -> dict[str, Entry]:

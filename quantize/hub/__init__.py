@@ -259,7 +259,7 @@ def forget(path: Path) -> None:
 def validate_card(repo_id: str, text: str) -> None:
     """Let the Hub check a card's metadata; raises PublishError.
 
-    The client's own function asks huggingface.co in its versions before 2, wherever the Hub is.
+    The client's own function asks huggingface.co in some versions, 1.33 among them, wherever the Hub is.
     """
     from huggingface_hub import get_session, hf_raise_for_status
 

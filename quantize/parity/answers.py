@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quantize import devices
+from quantize.errors import first_line
 from quantize.evidence import Check, PictureFigures, Pictures
 from quantize.parity import picture_prompts, pictures, scoring, sequential
 from quantize.parity.models import Pair
@@ -126,7 +127,7 @@ def _answered(pair: Pair, prompter: Prompter, picture: Picture, limit: int, file
         logits = _logits(pair.reference, _placed(inputs, pair.reference, pair.device), tokens)
     except Exception as error:
         _raise_if_out_of_memory(error)
-        raise NoPictures(f"the original cannot read pictures: {_first_line(error)}") from error
+        raise NoPictures(f"the original cannot read pictures: {first_line(error)}") from error
     save_file({"logits": logits.cpu().contiguous()}, file)
     return _Answer(picture, tokens, file)
 
@@ -142,7 +143,7 @@ def _compared(pair: Pair, prompter: Prompter, answer: _Answer) -> tuple[int, flo
         candidate = _logits(pair.candidate, inputs, answer.tokens)
     except Exception as error:
         _raise_if_out_of_memory(error)
-        raise _CandidateFails(_first_line(error)) from error
+        raise _CandidateFails(first_line(error)) from error
     targets = torch.tensor(answer.tokens, device=candidate.device)
     _, _, kld, same_top, _ = scoring.compare_logits(reference.to(candidate.device), candidate, targets)
     return len(answer.tokens), float(kld.mean().clamp_min(0.0)), float(same_top.double().mean())
@@ -217,7 +218,3 @@ def _raise_if_out_of_memory(error: Exception) -> None:
 
     if isinstance(error, MemoryError | torch.OutOfMemoryError | NoPictures):
         raise error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.documents import read_json
-from quantize.errors import CorruptModel
+from quantize.errors import CorruptModel, first_line
 from quantize.evidence import Check
 from quantize.files import PROCESSOR_FILES
 from quantize.formats import remote_code
@@ -30,7 +30,7 @@ def checks(source: Path, tokenizer: Any, folder: Path, trust_remote_code: bool) 
     try:
         own = load_tokenizer(folder, trust_remote_code)
     except Exception as error:  # noqa: BLE001 - tokenizers raises bare ones
-        return [Check("tokenizer", False, f"does not load: {(str(error) or type(error).__name__).splitlines()[0]}")]
+        return [Check("tokenizer", False, f"does not load: {first_line(error)}")]
     try:
         settings = [generation_settings.read(place, trust_remote_code) for place in (source, folder)]
         processor, own_processor = (_processor(place) for place in (source, folder))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from quantize.errors import first_line
 from quantize.parity import scoring
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def _failures_of_generate() -> Iterator[None]:
     except (NotFinite, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise CannotGenerate((str(error).strip() or type(error).__name__).splitlines()[0]) from error
+        raise CannotGenerate(first_line(error)) from error
 
 
 def _require_finite(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.documents import read_json
-from quantize.errors import CorruptModel
+from quantize.errors import CorruptModel, first_line
 from quantize.files import CONFIG, GENERATION_CONFIG
 
 UNIMPORTANT = ("transformers_version", "_from_model_config")
@@ -40,7 +40,7 @@ def _of_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, AttributeError) as error:
-        raise CorruptModel(f"the config cannot be read: {str(error).splitlines()[0]}") from error
+        raise CorruptModel(f"the config cannot be read: {first_line(error)}") from error
     written = GenerationConfig.from_model_config(read_json(folder / CONFIG, CONFIG, CorruptModel, finite=False))
     stated = {name: value for name, value in written.to_dict().items() if value is not None}
     return {**GenerationConfig.from_model_config(config).to_dict(), **stated}

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from quantize import devices
-from quantize.errors import CorruptModel, DeviceError, memory_errors
+from quantize.errors import CorruptModel, DeviceError, first_line, memory_errors
 from quantize.evidence import Check, Coverage, Evidence, Sizes
 from quantize.formats import experts, source_model, ties
 from quantize.formats.bitsandbytes import checks as format_checks
@@ -67,7 +67,7 @@ def source_tokenizer(checkout: Checkout) -> Any:
     try:
         return load_tokenizer(checkout.folder, checkout.source.remote_code)
     except Exception as error:  # tokenizers raises bare ones
-        raise CorruptModel(f"the tokenizer of {checkout.source.name} does not load: {_reason(error)}") from error
+        raise CorruptModel(f"the tokenizer of {checkout.source.name} does not load: {first_line(error)}") from error
 
 
 def measure(
@@ -226,13 +226,8 @@ def _loads_check(pair: Pair) -> Check:
     except DeviceError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever a foreign checkpoint does to from_pretrained is its verdict
-        return Check("loads", False, f"stock transformers cannot load it: {_reason(error)}")
+        return Check("loads", False, f"stock transformers cannot load it: {first_line(error)}")
     return Check("loads", True, "stock transformers loads it")
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error's message, or its name where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _sizes(checkout: Checkout, candidate: Path, parameters: int) -> Sizes:

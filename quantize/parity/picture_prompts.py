@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantize.documents import read_json
-from quantize.errors import CorruptModel
+from quantize.errors import CorruptModel, first_line
 from quantize.files import CONFIG, PROCESSOR_FILES
 from quantize.formats.model_class import reads_pictures
 from quantize.parity.pictures import Picture
@@ -128,4 +128,4 @@ def _reason(error: Exception) -> str:
     absent = [name for name in LIBRARIES if importlib.util.find_spec(name) is None and name in str(error).lower()]
     if absent:
         return f"it needs {absent[0]}, which is not installed (pip install {LIBRARIES[absent[0]]})"
-    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+    return first_line(error).split(". ")[0]

@@ -16,28 +16,8 @@ from quantize.grades import GRADES
 from quantize.progress import Silent
 from quantize.records import EvaluationSettings, Recipe
 from tests.conftest import POCKET
+from tests.vision import TEXT, TOWER
 
-TEXT: dict[str, Any] = {
-    "vocab_size": 4096,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
-TOWER: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 28,
-    "patch_size": 14,
-}
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "gemma3": ({"model_type": "gemma3_text"}, {"model_type": "siglip_vision_model"}, {"mm_tokens_per_image": 4}),
@@ -56,7 +36,9 @@ def build(kind: str) -> Any:
 
     text, tower, rest = KINDS[kind]
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, text_config={**TEXT, **text}, vision_config={**TOWER, **tower}, **rest)
+    config = AutoConfig.for_model(
+        kind, text_config={**TEXT, **text}, vision_config={**TOWER, "image_size": 28, **tower}, **rest
+    )
     return AutoModelForImageTextToText.from_config(config, dtype=torch.float16)
 
 

@@ -117,7 +117,7 @@ def test_what_a_processor_says_of_each_position_goes_on_along_the_answer() -> No
 
     torch.manual_seed(0)
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
-    text = {**vision.TEXT, "model_type": "qwen2_5_vl_text", "rope_parameters": rope}
+    text = {**vision.TEXT, "tie_word_embeddings": False, "model_type": "qwen2_5_vl_text", "rope_parameters": rope}
     tower = {"depth": 2, "num_heads": 4, "hidden_size": 64, "intermediate_size": 128, "out_hidden_size": 64}
     marks = {"vision_start_token_id": 4092, "vision_end_token_id": 4093, "video_token_id": 4094}
     config = AutoConfig.for_model(

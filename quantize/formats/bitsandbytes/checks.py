@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from quantize.errors import CorruptModel
+from quantize.errors import CorruptModel, first_line
 from quantize.evidence import Check
 from quantize.formats import safetensors
 from quantize.formats.bitsandbytes.config import QUANTIZATION_KEY, ExpectedConfig
@@ -42,7 +42,7 @@ def check_files(folder: Path, expected: ExpectedConfig | None) -> list[Check]:
     try:
         return _check_files(folder, expected)
     except (CorruptModel, OSError, ValueError, AttributeError) as error:
-        return [Check("files", False, f"unreadable: {str(error).splitlines()[0]}")]
+        return [Check("files", False, f"unreadable: {first_line(error)}")]
 
 
 def _check_files(folder: Path, expected: ExpectedConfig | None) -> list[Check]:

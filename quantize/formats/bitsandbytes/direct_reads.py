@@ -30,11 +30,17 @@ def names(model: Any, linear: Iterable[str]) -> tuple[str, ...]:
     for name in reads.owners.values():
         known[name].register_forward_pre_hook(lambda *_, name=name: reads.running.add(name))
         known[name].register_forward_hook(lambda *_, name=name: reads.running.discard(name))
-    quiet = (warnings.catch_warnings(), contextlib.suppress(Exception))  # it is foreign code
-    with quiet[0], quiet[1], _said_to_be_quantized(shapes), torch.no_grad(), reads:
-        warnings.simplefilter("ignore")
+    with _foreign_code(), _said_to_be_quantized(shapes), torch.no_grad(), reads:
         shapes(torch.zeros(1, TOKENS, dtype=torch.int64, device="meta"), use_cache=False)
-    return tuple(name for name in reads.owners.values() if name in reads.found)
+    return tuple(name for name in reads.owners.values() if name in reads.read)
+
+
+@contextlib.contextmanager
+def _foreign_code() -> Iterator[None]:
+    """Within, neither warnings nor failures are heard: as far as a model ran, its reads are known."""
+    with warnings.catch_warnings(), contextlib.suppress(Exception):
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextlib.contextmanager
@@ -59,11 +65,11 @@ class _Reads(TorchFunctionMode):
         super().__init__()
         self.owners = owners
         self.running: set[str] = set()
-        self.found: set[str] = set()
+        self.read: set[str] = set()
 
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
         result = function(*arguments, **(named or {}))
         if isinstance(result, torch.Tensor):
             values = map(id, (*arguments, *(named or {}).values()))
-            self.found |= {self.owners[value] for value in values if value in self.owners} - self.running
+            self.read |= {self.owners[value] for value in values if value in self.owners} - self.running
         return result

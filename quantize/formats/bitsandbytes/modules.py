@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from quantize.errors import UnsupportedModel
@@ -182,28 +182,22 @@ def require_quantized(names: tuple[str, ...], model: Any, model_name: str) -> No
 def require_mostly_linear(model: Any, model_name: str) -> None:
     """Raise UnsupportedModel for a model that stacks its experts in one tensor, which bitsandbytes passes over."""
     language_model = model.get_decoder() if towers(model) else model
-    stacked = sum(
-        parameter.numel()
-        for module in language_model.modules()
-        for parameter in module.parameters(recurse=False)
-        if parameter.ndim > 2 or (parameter.ndim == 2 and not _has_one_matrix(module))
-    )
-    if stacked > MOST_STACKED * sum(parameter.numel() for parameter in language_model.parameters()):
+    stacked = list(_stacked(language_model))
+    total = sum(parameter.numel() for parameter in language_model.parameters())
+    if sum(count for _, count in stacked) > MOST_STACKED * total:
+        classes = ", ".join(sorted({kind for kind, _ in stacked}))
         raise UnsupportedModel(
             f"{model_name} keeps most weights in stacked expert tensors, in modules that are not known here "
-            f"({_stacking(language_model)}); bitsandbytes leaves them in half precision: it cannot be quantized here"
+            f"({classes}); bitsandbytes leaves them in half precision: it cannot be quantized here"
         )
 
 
-def _stacking(model: Any) -> str:
-    """The classes of modules that hold tensors which are no matrix of a linear module."""
-    classes = {
-        type(module).__name__
-        for module in model.modules()
-        for parameter in module.parameters(recurse=False)
-        if parameter.ndim > 2 or (parameter.ndim == 2 and not _has_one_matrix(module))
-    }
-    return ", ".join(sorted(classes))
+def _stacked(model: Any) -> Iterator[tuple[str, int]]:
+    """Of each tensor that is no matrix of a linear module the class that holds it, and its number of elements."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.ndim > 2 or (parameter.ndim == 2 and not _has_one_matrix(module)):
+                yield type(module).__name__, parameter.numel()
 
 
 def _has_one_matrix(module: Any) -> bool:

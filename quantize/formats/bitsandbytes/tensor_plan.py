@@ -49,7 +49,7 @@ class TensorPlan:
     @property
     def shape(self) -> tuple[int, ...]:
         """What the tensor has when it is by itself, as the source has it."""
-        return self.stacked.shape(self.entry.shape) if self.stacked else self.entry.shape
+        return _shape(self.entry, self.stacked)
 
     @property
     def whole(self) -> bool:
@@ -118,7 +118,11 @@ class _Stored:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.stacked.shape(self.entry.shape) if self.stacked else self.entry.shape
+        return _shape(self.entry, self.stacked)
+
+
+def _shape(entry: Entry, stacked: StackedPart | None) -> tuple[int, ...]:
+    return stacked.shape(entry.shape) if stacked else entry.shape
 
 
 def _stored(checkout: Checkout, rename: Callable[[str], Renamed]) -> dict[str, _Stored]:

@@ -176,8 +176,8 @@ def _windows_at_once(probes: list[Any], length: int, device: str) -> int:
     """Windows that can be written side by side."""
     if not probes:
         return GENERATED_AT_ONCE
-    one, two = map(kept_bytes, probes)
-    each = one + (two - one) * (length - 1)
+    first, both = map(kept_bytes, probes)
+    each = first + (both - first) * (length - 1)
     return max(1, min(GENERATED_AT_ONCE, CACHE_BYTES[devices.kind(device)] // max(1, each)))
 
 

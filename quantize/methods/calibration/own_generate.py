@@ -10,16 +10,15 @@ from typing import Any
 import torch
 
 from quantize import devices
-from quantize.errors import UnsupportedModel
+from quantize.errors import UnsupportedModel, first_line
 from quantize.methods.calibration import sampling
 from quantize.methods.calibration.layers import autocast
 from quantize.progress import Advance, ignore
 
 CACHES = ("past_key_values", "cache_params", "state", "mems")
 """What transformers calls that which a model keeps, in its output."""
-
-
 PROBE_WINDOWS, PROBE_TOKENS = 2, 5
+"""Of the text by which a way to write is tried."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +40,9 @@ class Way:
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UnsupportedModel(
-                f"the model writes no calibration text, since its generate fails ({reason}): name a text with "
-                f"--calibration, or choose --recipe rtn"
+                f"the model writes no calibration text, since its generate fails ({first_line(error)}): name a text "
+                f"with --calibration, or choose --recipe rtn"
             ) from error
         for way in (cls(use_cache=True, together=True), cls(use_cache=True), cls(together=True)):
             with contextlib.suppress(Exception):  # whatever a foreign `generate` raises
