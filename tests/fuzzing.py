@@ -327,13 +327,15 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=None, help="another one each time by default")
     asked = parser.parse_args()
+    if unknown := set(asked.readers) - set(READERS):
+        parser.error(f"no reader is called {', '.join(sorted(unknown))}: there are {', '.join(READERS)}")
     seed = random.randrange(2**32) if asked.seed is None else asked.seed
     names = asked.readers or list(READERS)
     faults = 0
     for name in names:
-        tried, found = _fuzz(name, random.Random(f"{seed} {name}"), 60 * asked.minutes / len(names))
-        print(f"{name}: {tried:,} inputs, {found} faults (seed {seed})")
-        faults += found
+        tried, faulty = _fuzz(name, random.Random(f"{seed} {name}"), 60 * asked.minutes / len(names))
+        print(f"{name}: {tried:,} inputs, {faulty} faults (seed {seed})")
+        faults += faulty
     return 1 if faults else 0
 
 
