@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from quantize.errors import PackageError
 from quantize.evidence import Check, Estimate, Evidence, Look, LookPlan, Pictures, Scores, Verdict
 from quantize.grades import CHANGED, GRADES, IMPLAUSIBLE_RATIO, LIMITS, UNMEASURED, grade_at_least, grade_of
 from quantize.parity import sequential
+
+SMALLEST = 1e-12
+"""Divergence (nats) below which there is none."""
 
 
 def unmeasured(checks: Sequence[Check], required: str) -> Verdict:
@@ -87,6 +91,24 @@ def gate(
         not reasons and grade_at_least(grade, required),
         tuple(reasons),
     )
+
+
+def headroom(evidence: Evidence, grade: str) -> float:
+    """Times its divergence a candidate could diverge and be graded so: below 1 where it is not as good.
+
+    0 where it is refused for another reason than how far it is from the original.
+    """
+    if evidence.scores is None or any(not check.passed for check in evidence.checks):
+        return 0.0
+    ratio_limit, kld_limit = LIMITS[grade]
+    framings = [evidence.scores, *([evidence.chat_framing.scores] if evidence.chat_framing else [])]
+    if any(_grade(scores) == CHANGED for scores in framings):
+        return 0.0
+    klds = [scores.kld.mean.high for scores in framings]
+    if evidence.pictures is not None:
+        klds.append(evidence.pictures.kld.high)
+    ratios = [max(math.log(scores.perplexity_ratio.high), 0.0) for scores in framings]
+    return min(kld_limit / max(*klds, SMALLEST), math.log(ratio_limit) / max(*ratios, SMALLEST))
 
 
 def _grade(scores: Scores) -> str:

@@ -17,9 +17,10 @@ from quantize.errors import CorpusError
 from quantize.formats.bitsandbytes import checkpoint
 from quantize.methods import calibrated
 from quantize.methods.calibration import calibration_text, quantizer, static_cache
+from quantize.methods.calibration.allocation import Offers, StorageOption
 from quantize.methods.calibration.hessian import CenteredHessianAccumulator
 from quantize.methods.calibration.options import CalibratedOptions
-from quantize.methods.calibration.resume import FinishedParts
+from quantize.methods.calibration.resume import PreparedParts
 from quantize.package import Package
 from quantize.package.card import facts
 from quantize.parity import corpus_text
@@ -111,7 +112,7 @@ def test_a_killed_run_continues_at_its_first_unfinished_layer(tmp_path: Path, mo
     monkeypatch.setattr(quantizer, "_quantize_layer", counting)
     with pytest.raises(KeyboardInterrupt):
         made(output, LITTLE, tmp_path / "tiny")
-    assert [path.name for path in work.glob("layer-*")] == ["layer-0.safetensors"]
+    assert [path.name for path in (work / "layers").glob("layer-*")] == ["layer-0.safetensors"]
     shutil.rmtree(output)
     _, tensors = made(output, LITTLE, tmp_path / "tiny")
     assert rounded == [0, 1, 1] and tensors.keys() == first.keys()
@@ -129,31 +130,32 @@ def test_work_of_another_recipe_is_not_taken_up(tmp_path: Path) -> None:
 def test_damaged_parts_are_made_again_with_all_that_came_of_them(tmp_path: Path) -> None:
     prepared = torch.arange(8).view(2, 4), CalibrationText("self", 0, 2, 4, 0, "5eed")
     calls: list[str] = []
+    wanted = Offers({"h.0": (StorageOption(64, 100, 0.5),)}, 10)
 
     def prepare() -> tuple[torch.Tensor, CalibrationText]:
         calls.append("text")
         return prepared
 
-    def allocate() -> dict[str, int]:
-        calls.append("allocation")
-        return {"h.0": 64}
+    def compare() -> Offers:
+        calls.append("offers")
+        return wanted
 
-    def parts() -> FinishedParts:
+    def parts() -> PreparedParts:
         """As a run would go through them."""
-        finished = FinishedParts.begin(tmp_path / "work", {"recipe": LITTLE})
+        finished = PreparedParts.begin(tmp_path / "work", {"recipe": LITTLE})
         tokens, record = finished.text(prepare)
         assert torch.equal(tokens, prepared[0]) and record == prepared[1]
-        assert finished.allocation(allocate) == {"h.0": 64}
+        assert finished.offers(compare) == wanted
         return finished
 
     parts()
     parts()
-    assert calls == ["text", "allocation"]
-    for name in ("tokens.safetensors", "tokens.json", "allocation.json"):
+    assert calls == ["text", "offers"]
+    for name in ("tokens.safetensors", "tokens.json", "offers.json"):
         calls.clear()
         (tmp_path / "work" / name).write_bytes(b"")
-        assert set(parts().hashes) == {"tokens.safetensors", "tokens.json", "allocation.json"}
-        assert calls == (["allocation"] if name == "allocation.json" else ["text", "allocation"])
+        assert set(parts().hashes) == {"tokens.safetensors", "tokens.json", "offers.json"}
+        assert calls == (["offers"] if name == "offers.json" else ["text", "offers"])
 
 
 def test_another_content_of_the_calibration_text_is_another_work(tmp_path: Path) -> None:
