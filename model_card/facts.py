@@ -60,8 +60,8 @@ class CardCalibration:
 class CardAttempt:
     """One attempt of the recipe search; size in bytes, measured values None where it failed a structural check.
 
-    `failure` says why it could not be made, and is empty where it was. Of a file whose size was looked for the KLD (nats)
-    that was `predicted` is told as well.
+    `failure` says why it could not be made, and is empty where it was. `predicted` is the KLD (nats) that was expected
+    of a file whose size was looked for.
     """
 
     name: str
