@@ -111,6 +111,7 @@ class CardFacts:
     CPUs with AVX-512 misread as many layers as `misread_on_cpu`. `copied_files` are the same bytes as the original's.
     Of the parameters `quantized_share` lies in quantized layers, None where that was not counted, and `kept_shares` in
     each kind of what stays in half precision.
+    The `scale` has for each grade, from the best on, the largest perplexity ratio and mean KLD.
     `own_code` is the file of code without which the experts of this model are not loaded, empty where there is none.
     A model that `reads_pictures` is asked about them through its `processor`, where there is one, and in its chat
     template where it has one for pictures (`picture_chat`). Where it was not asked about any, `pictures_left_out` may
@@ -147,6 +148,7 @@ class CardFacts:
     package_bytes: int
     bits_per_parameter: float
     grade: str
+    scale: tuple[tuple[str, float, float], ...]
     required_grade: str
     passed: bool
     reasons: tuple[str, ...]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import itertools
 import mimetypes
 import re
 import urllib.parse
@@ -59,6 +60,7 @@ def page(card: str, folder: Path) -> str:
     parser.add_render_rule("image", _image)
     environment = {"folder": folder}
     tokens = parser.parse(body, environment)
+    _name_headings(tokens)
     content = parser.renderer.render(tokens, parser.options, environment)
     return (
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
@@ -76,6 +78,13 @@ def _title(tokens: Sequence[Token]) -> str:
         if token.type == "heading_open" and token.tag == "h1":
             return "".join(child.content for child in tokens[index + 1].children or ())
     return "model card"
+
+
+def _name_headings(tokens: Sequence[Token]) -> None:
+    """Give each heading the name that links within the card lead to, as the Hub does."""
+    for opening, content in itertools.pairwise(tokens):
+        if opening.type == "heading_open":
+            opening.attrs["id"] = re.sub(r"[^\w -]", "", content.content.lower()).replace(" ", "-")
 
 
 def _html(_: Any, tokens: Sequence[Token], index: int, __: Any, environment: dict[str, Any]) -> str:

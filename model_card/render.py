@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import shlex
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -71,6 +72,7 @@ def _names(facts: CardFacts, source: source_card.SourceCard) -> dict[str, Any]:
         "license_known": bool(licenses.stated(source.metadata)),
         "metadata_problem": source.problem,
         "original_emissions": _emissions(source.metadata.get("co2_eq_emissions")),
+        "install": _install(facts),
         "original_text": Markdown(quote(source.body, base)) if source.body.strip() else None,
     }
 
@@ -79,6 +81,12 @@ def _template_line(error: Exception) -> int | None:
     """The line of a user's template in which rendering failed; Jinja puts it into the traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     return next((frame.lineno for frame in reversed(frames) if frame.filename == "<template>"), None)
+
+
+def _install(facts: CardFacts) -> str:
+    """The command that installs what the snippets import; pictures are opened by Pillow."""
+    libraries = [f"{name}>={version}" for name, version in facts.least_versions.items()]
+    return shlex.join(["pip", "install", *libraries, *(["pillow"] if facts.reads_pictures and facts.processor else [])])
 
 
 def _emissions(stated: Any) -> str | None:
@@ -141,7 +149,9 @@ def _interval_in_nats(estimate: Interval) -> str:
 
 
 def _percent(share: float, digits: int = 1) -> str:
-    return f"{100 * share:.{digits}f} %"
+    """So many decimals, or two digits where those would all be zeros."""
+    percent = 100 * share
+    return f"{percent:.2g} %" if 0 < percent < 10**-digits else f"{percent:.{digits}f} %"
 
 
 def _megabytes(size: int) -> str:

@@ -78,6 +78,7 @@ def facts(
         package_bytes=evidence.sizes.package_bytes,
         bits_per_parameter=evidence.sizes.bits_per_parameter,
         grade=evidence.verdict.grade,
+        scale=tuple((grade, *limits) for grade, limits in LIMITS.items()),
         required_grade=evidence.verdict.required,
         passed=evidence.verdict.passed,
         reasons=evidence.verdict.reasons,
