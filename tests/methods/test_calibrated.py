@@ -302,7 +302,7 @@ def test_auto_climbs_and_keeps_the_best(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_eight_bits_have_one_attempt() -> None:
-    assert [one.name for one in search.attempts(Recipe(bits=8))] == ["rtn"]
+    assert [one.name for one in search.attempts(Recipe(bits=8))] == ["int8"]
 
 
 def asked(recipe: Recipe) -> CalibratedOptions:
