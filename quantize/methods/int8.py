@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import time
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,7 @@ def quantize(job: Job) -> Quantized:
         "recipe": recipe,
         "dtype": dtype,
         "device": job.device,
-        "corpus": job.corpus,
+        "corpus": hashlib.sha256(job.corpus.encode()).hexdigest(),
     }
     resume = ResumeFolder.begin(job.resume_folder, inputs)
     file = resume.part(CHOICE) or resume.keep(CHOICE, lambda path: path.write_text(json.dumps(_chosen(job))))
@@ -150,7 +151,7 @@ def describe(recipe: Recipe, quantized: Quantized) -> str:
 
 METHOD = Method(
     name="int8",
-    summary="makes 8-bit weights, with as much in half precision as being lossless takes",
+    summary="makes 8-bit weights, and keeps in half precision what a lossless copy needs",
     quantize=quantize,
     options=(
         Option(

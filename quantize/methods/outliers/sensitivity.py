@@ -66,8 +66,8 @@ class _Meter:
 
     def _watch(self, name: str) -> Callable[..., None]:
         def watch(module: Any, arguments: tuple[torch.Tensor, ...], output: Any) -> None:
-            inputs = arguments[0].detach()
-            if output.requires_grad and inputs.numel():
+            if arguments and output.requires_grad and output.numel():
+                inputs = arguments[0].detach()
                 output.register_hook(lambda gradient: self._add(name, module, inputs, gradient))
 
         return watch
