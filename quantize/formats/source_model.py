@@ -182,7 +182,7 @@ def renaming(model: Any, expected: Container[str]) -> Callable[[str], Renamed]:
             if pattern is not None:
                 converter, names = transform, _targets(first, transform.target_patterns)
                 break
-        name, *others = [_variant(name, prefix, expected) for name in names]
+        name, *others = [_variant(name, prefix, expected, key) for name in names]
         split = converter is not None and _splits_rows(converter)
         return Renamed(name, name if names == [key] else key, converter is not None, tuple(others), split)
 
@@ -230,9 +230,9 @@ def _targets(first: str, patterns: list[str]) -> list[str]:
     return [first[: match.start()] + match.expand(pattern) + first[match.end() :] for pattern in patterns]
 
 
-def _variant(name: str, prefix: str, expected: Container[str]) -> str:
-    """The name with the model's prefix, or without it, as it is expected."""
-    return next((variant for variant in _variants(name, prefix) if variant in expected), name)
+def _variant(name: str, prefix: str, expected: Container[str], key: str) -> str:
+    """The name with the model's prefix, or without it, as it is expected, or the `key` where none of them is."""
+    return next((variant for variant in _variants(name, prefix) if variant in expected), key)
 
 
 def same_values(first: Entry, second: Entry) -> bool:
