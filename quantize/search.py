@@ -104,7 +104,7 @@ def build(job: Job, settings: EvaluationSettings, measure: Measure) -> Candidate
     if searching:
         evidence = dataclasses.replace(evidence, attempts=tuple(_attempt(outcome, best) for outcome in tried))
     if not evidence.verdict.passed and evidence.verdict.grade != UNMEASURED:
-        evidence = dataclasses.replace(evidence, advice=tuple(_advice(evidence, job, needed, measured)))
+        evidence = dataclasses.replace(evidence, advice=tuple(_advice(evidence, job, tried, needed, measured)))
     _keep(best.folder, job.output)
     shutil.rmtree(job.resume_folder, ignore_errors=True)
     bugs = [outcome.bug for outcome in tried if outcome.bug is not None]
@@ -147,7 +147,7 @@ def _resized(
             larger = _predicted(job, latest, goal, tried)
             if larger is None:
                 return None
-            if larger.times <= job.recipe.max_size:
+            if larger.within_reach and abs(larger.times - larger.before) > SAME_SIZE - 1:
                 break
         else:
             return None if passes else larger
@@ -169,7 +169,7 @@ def _predicted(job: Job, latest: Candidate, goal: str, tried: list[Candidate | F
     started = time.monotonic()
     job.progress.stage(f"look for the smallest file of the grade {goal}")
     try:
-        larger = methods.resized(_attempt_job(job, len(tried), latest.recipe), room * MARGIN)
+        larger = methods.resized(_attempt_job(job, len(tried), latest.recipe), room * MARGIN, job.recipe.max_size)
     except Exception as error:  # noqa: BLE001 - a finished package is never lost for want of a better one
         tried.append(_failure(job, latest.recipe, started, error))
         return None
@@ -310,14 +310,17 @@ def _keep(folder: Path, staging: Path) -> None:
     shutil.rmtree(staging / ATTEMPTS)
 
 
-def _advice(evidence: Evidence, job: Job, needed: Larger | None, measured: Measured) -> Iterator[str]:
+def _advice(
+    evidence: Evidence, job: Job, tried: list[Candidate | Failure], needed: Larger | None, measured: Measured
+) -> Iterator[str]:
     """What would help a package that was refused, a line each."""
-    verdict, plain = evidence.verdict, evidence.sizes.package_bytes
+    verdict = evidence.verdict
     if needed is not None:
-        megabytes = needed.times / needed.before * plain / 1e6
+        plain = min(candidate.evidence.sizes.package_bytes for candidate in _candidates(tried))
+        megabytes = needed.needed * plain / 1e6
         yield (
-            f"a file of {needed.times:.2f} times the plain 4-bit bytes, about {megabytes:.0f} MB, is predicted to be "
-            f"{verdict.required}: ask for --max-size {math.ceil(needed.times * 20) / 20:.2f}"
+            f"a file of {needed.needed:.2f} times the plain 4-bit bytes, about {megabytes:.0f} MB, is predicted to be "
+            f"{verdict.required}: ask for --max-size {math.ceil(needed.needed * 20) / 20:.2f}"
         )
     elif job.recipe.name != methods.AUTO:
         yield f"--recipe auto looks for the smallest file that is {verdict.required}"
@@ -332,8 +335,9 @@ def _eight_bits(job: Job, required: str, measured: Measured) -> Iterator[str]:
     recipe = dataclasses.replace(job.recipe, name="rtn", bits=8, options={})
     outcome = _tried(job, EIGHT_BITS, recipe, required, measured)
     if isinstance(outcome, Candidate):
-        megabytes = outcome.evidence.sizes.package_bytes / 1e6
-        yield f"--bits 8 was measured as {outcome.evidence.verdict.grade}, in {megabytes:.0f} MB"
+        verdict, megabytes = outcome.evidence.verdict, outcome.evidence.sizes.package_bytes / 1e6
+        why = "" if verdict.passed else f": {verdict.reasons[0]}"
+        yield f"--bits 8 was measured as {verdict.grade}, in {megabytes:.0f} MB{why}"
 
 
 def _stricter(*grades: str) -> str:

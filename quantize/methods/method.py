@@ -53,17 +53,29 @@ def any_share(before: Recipe, then: Recipe) -> float:
     return 0.0
 
 
+PREDICTION_ERROR = 1.15
+"""By how much the divergence of trained models was smaller than predicted at the most (docs/accuracy.md)."""
+
+
 @dataclass(frozen=True)
 class Larger:
     """A recipe for a file of so many `times` the plain bytes, in place of one of so many times `before`.
 
-    It should leave a share `left` of that one's divergence.
+    It should leave a share `left` of that one's divergence. The `share` that was asked for needs `needed` times the
+    bytes, which may be more than a file may have.
     """
 
     recipe: Recipe
     times: float
     before: float
     left: float
+    share: float
+    needed: float
+
+    @property
+    def within_reach(self) -> bool:
+        """Whether it may do what was asked for, so far as such predictions were wrong."""
+        return self.left <= PREDICTION_ERROR * self.share
 
 
 def nothing(recipe: Recipe, quantized: Quantized) -> str:
@@ -77,10 +89,10 @@ class Method:
 
     `options` are its rows, whose fields are those of its options record. `attempts` says what `auto` tries of it for a
     recipe, and methods are asked in their `order`; `least_left` is the share of one attempt's divergence that another
-    one leaves at the least, as far as anybody saw. `resized` gives the smallest file that is predicted to diverge by a
-    share of what the job's recipe does. `check` raises what stands against a recipe before any work. `describe` says
-    on a card how codes were chosen. `improves_on` names the method whose result is measured on the same windows, so
-    that the card shows the gain. `former_names` still work.
+    one leaves at the least, as far as anybody saw. `resized` gives the smallest file, up to a multiple of the plain
+    bytes, that is predicted to diverge by a share of what the job's recipe does. `check` raises what stands against a
+    recipe before any work. `describe` says on a card how codes were chosen. `improves_on` names the method whose result
+    is measured on the same windows, so that the card shows the gain. `former_names` still work.
     """
 
     name: str
@@ -92,7 +104,7 @@ class Method:
     check: Callable[[Checkout, Recipe, str], None] = accept
     attempts: Callable[[Recipe], tuple[Recipe, ...]] = no_attempts
     least_left: Callable[[Recipe, Recipe], float] = any_share
-    resized: Callable[[Job, float], Larger] | None = None
+    resized: Callable[[Job, float, float], Larger] | None = None
     describe: Callable[[Recipe, Quantized], str] = nothing
     improves_on: str | None = None
     former_names: tuple[str, ...] = ()

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -129,11 +128,11 @@ def quantize(job: Job, options: CalibratedOptions, ablation: Ablation | None = N
     checkout, recipe, device = job.checkout, job.recipe, job.device
     dtype = checkpoint.choose_dtype(checkout, recipe, job.progress)
     ablation = ablation or Ablation(GptqOptions(passes=options.passes))
-    common = PreparedParts.begin(*_common(job, options, ablation, dtype))
+    common = shared_parts(job, options, ablation)
     block_sizes = None
     if options.size_budget > 1:
         block_sizes = offers(job, options, ablation).within(options.size_budget)
-    fingerprint = {**_inputs(job, ablation, dtype), "recipe": recipe, "block sizes": block_sizes}
+    fingerprint = {**_inputs(job, ablation), "recipe": recipe, "block sizes": block_sizes}
     finished = FinishedLayers.begin(job.resume_folder / "layers", fingerprint)
     quantized = _quantize_model(job, options, ablation, dtype, common, finished, block_sizes)
     devices.release(device)
@@ -164,7 +163,7 @@ def offers(job: Job, options: CalibratedOptions, ablation: Ablation | None = Non
     """
     dtype = checkpoint.choose_dtype(job.checkout, job.recipe, job.progress)
     ablation = ablation or Ablation(GptqOptions(passes=options.passes))
-    common = PreparedParts.begin(*_common(job, options, ablation, dtype))
+    common = shared_parts(job, options, ablation)
     return common.offers(lambda: _compare_forms(job, options, ablation, dtype, common))
 
 
@@ -176,7 +175,7 @@ def _compare_forms(
     shapes = {name: matrix(prepared.model.get_submodule(name)).shape for name in prepared.names}
     others = 2 * (prepared.model.num_parameters() - sum(shape.numel() for shape in shapes.values()))
     plan = Plan(job.recipe, dtype, ablation, {}, dict.fromkeys(prepared.names, BLOCK), compared=True)
-    inputs = {**_inputs(job, ablation, dtype), "common": common.hashes}
+    inputs = {**_inputs(job, ablation), "common": common.hashes}
     finished = FinishedLayers.begin(common.folder / "layers", inputs)
     layers = _walk(prepared, plan, 0, common, finished, job)
     compared: dict[str, tuple[StorageOption, ...]] = {}
@@ -190,28 +189,26 @@ def _compare_forms(
     return Offers(compared, others)
 
 
-def _inputs(job: Job, ablation: Ablation, dtype: str) -> dict[str, Any]:
+def _inputs(job: Job, ablation: Ablation) -> dict[str, Any]:
     """What decides about a walk besides its recipe."""
     return {
         "source": job.checkout.source.fingerprint(),
         "recipe": dataclasses.replace(job.recipe, options={}),
         "device": torch.device(job.device).type,
         "ablation": ablation,
-        "dtype": dtype,
         "corpus": hashlib.sha256(job.corpus.encode()).hexdigest(),
     }
 
 
-def _common(job: Job, options: CalibratedOptions, ablation: Ablation, dtype: str) -> tuple[Path, dict[str, Any]]:
-    """The folder of what all attempts on the same text share, and what decides about that."""
-    text = dataclasses.replace(options, size_budget=1.0, passes=0, epochs=0)
+def shared_parts(job: Job, options: CalibratedOptions, ablation: Ablation) -> PreparedParts:
+    """What all attempts on the same text share; begun, or as far as it was finished."""
     inputs = {
-        **_inputs(job, dataclasses.replace(ablation, gptq=GptqOptions()), dtype),
-        "text": text,
+        **_inputs(job, dataclasses.replace(ablation, gptq=GptqOptions())),
+        "text": dataclasses.replace(options, size_budget=1.0, passes=0, epochs=0),
         "calibration": calibration_text.content_hash(options),
     }
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=dataclasses.asdict).encode()).hexdigest()
-    return job.shared_folder / f"text-{digest[:12]}", inputs
+    return PreparedParts.begin(job.shared_folder / f"text-{digest[:12]}", inputs)
 
 
 def _quantize_model(
