@@ -75,7 +75,8 @@ class Recipe:
     """How weights become 4-bit (or 8-bit, where only `skip_modules` and `compute_dtype` matter).
 
     `name` is that of a method in quantize/methods, or `auto`, which tries them from the plainest on until
-    `target_grade` is reached. `options` are the method's own that differ from their defaults, by name.
+    `target_grade` is reached, in files of up to `max_size` times the bytes of plain 4-bit ones. `options` are the
+    method's own that differ from their defaults, by name.
 
     Towers, through which pictures and sounds enter a model, stay in half precision unless `quantize_towers`.
 
@@ -85,6 +86,7 @@ class Recipe:
 
     name: str = "auto"
     target_grade: str = "parity"
+    max_size: float = 1.5
     bits: int = 4
     quant_type: str = "nf4"
     double_quant: bool = True
@@ -119,7 +121,8 @@ class CalibrationText:
 class Quantized:
     """What a recipe did: module names, the half-precision type of the rest, where and how long (seconds).
 
-    Under a size budget `half_precision_modules` were kept in half precision, and `block_32_modules` have blocks of 32.
+    For the sake of accuracy `half_precision_modules` were kept in half precision, and `block_32_modules` have blocks of
+    32. Inputs of 8-bit modules are outliers from `outlier_threshold` on; None means that of stock transformers.
     """
 
     modules: tuple[str, ...]
@@ -130,6 +133,7 @@ class Quantized:
     calibration_text: CalibrationText | None = None
     half_precision_modules: tuple[str, ...] = ()
     block_32_modules: tuple[str, ...] = ()
+    outlier_threshold: float | None = None
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from quantize.methods import Job
 from quantize.methods.calibration import calibration_text, quantizer
 from quantize.methods.calibration.options import CalibratedOptions
 from quantize.methods.calibration.quantizer import Ablation
+from quantize.methods.calibration.resume import TOKENS
 from quantize.methods.rounding.gptq import GptqOptions
 from quantize.parity.models import load_tokenizer
 from quantize.progress import Silent
@@ -41,6 +42,8 @@ from quantize.records import Checkout, Recipe
 OWN_SEED, STDLIB_SEED, BOOTSTRAP_SEED = 1000, 1, 7
 BOOTSTRAPS = 2000
 BATCH, EPOCHS = 4, 2
+TIMED_TOKENS, TIMED_RUNS = (512, 1), {"cpu": 3, "gpu": 30}
+"""Of a forward pass, after one that is not timed."""
 LEARNING_EPOCHS, LEARNING_RATE = 20, 0.003
 PLAIN = Ablation(output_hessians=False, token_weights=False, bias_correction=False, temperatures=(1.0,))
 ABSMAX = replace(PLAIN, gptq=GptqOptions(scale_grid=(1.0,), signed=False, passes=0))
@@ -57,6 +60,8 @@ class Variant:
     """Learning rate at which norms and biases are then distilled on the calibration text."""
     learned: Callable[..., None] | None = None
     """Then learns the rounding of all matrices at once."""
+    predicted: bool = False
+    """Whether the divergence is predicted as well, from the error of each matrix."""
 
 
 CALIBRATED = Recipe(name="calibrated")
@@ -79,6 +84,11 @@ VARIANTS = {
     "calibrated, without output Hessian": Variant(CALIBRATED, replace(FULL, output_hessians=False)),
     "calibrated, groups of 256": Variant(CALIBRATED, replace(FULL, gptq=GptqOptions(group=256))),
     "calibrated, groups of 96": Variant(CALIBRATED, replace(FULL, gptq=GptqOptions(group=96))),
+    "calibrated, H damped by 0.3 %": Variant(CALIBRATED, replace(FULL, gptq=GptqOptions(damping=0.003))),
+    "calibrated, H damped by 3 %": Variant(CALIBRATED, replace(FULL, gptq=GptqOptions(damping=0.03))),
+    "calibrated, A damped by 3 %": Variant(CALIBRATED, replace(FULL, gptq=GptqOptions(output_damping=0.03))),
+    "calibrated, A damped by 30 %": Variant(CALIBRATED, replace(FULL, gptq=GptqOptions(output_damping=0.3))),
+    "calibrated, without token weights": Variant(CALIBRATED, replace(FULL, token_weights=False)),
     "calibrated, groups of 128": Variant(CALIBRATED, replace(FULL, gptq=GptqOptions(group=128))),
     "calibrated, groups of 1024": Variant(CALIBRATED, replace(FULL, gptq=GptqOptions(group=1024))),
     "calibrated, three passes": Variant(CALIBRATED, THREE_PASSES),
@@ -99,11 +109,23 @@ VARIANTS = {
         methods.replace(CALIBRATED, calibration_windows=256, epochs=8), THREE_PASSES
     ),
     **{
-        f"calibrated, {budget:.2f} x the bytes": Variant(methods.replace(CALIBRATED, size_budget=budget), FULL)
-        for budget in (1.03, 1.06, 1.10, 1.20, 1.35)
+        f"calibrated, {budget:.2f} x the bytes": Variant(
+            methods.replace(CALIBRATED, size_budget=budget), FULL, predicted=True
+        )
+        for budget in (1.01, 1.02, 1.03, 1.05, 1.07, 1.10, 1.15, 1.20, 1.30, 1.40)
     },
     "rtn, mlp.c_proj in half precision": Variant(Recipe(name="rtn", skip_modules=("mlp.c_proj",))),
     "rtn, last two decoder layers in half precision": Variant(Recipe(name="rtn", skip_modules=("h.4", "h.5"))),
+    "8 bits, stock": Variant(Recipe(name="rtn", bits=8)),
+    **{
+        f"8 bits, threshold {threshold:g}": Variant(
+            Recipe(name="rtn", bits=8, options={"outlier_threshold": threshold})
+        )
+        for threshold in (4.0, 3.0, 2.0, 1.0, 0.5)
+    },
+    "8 bits, v_proj in half precision": Variant(Recipe(name="rtn", bits=8, skip_modules=("v_proj",))),
+    "8 bits, chosen": Variant(Recipe(name="int8", bits=8)),
+    "8 bits, chosen, threshold 6": Variant(Recipe(name="int8", bits=8, options={"outlier_threshold": 6.0})),
     "rtn fp4": Variant(Recipe(name="rtn", quant_type="fp4")),
     "calibrated fp4": Variant(replace(CALIBRATED, quant_type="fp4"), FULL),
 }
@@ -119,6 +141,10 @@ class Measured:
     top: dict[str, np.ndarray[Any, Any]]
     weight_bytes: int
     seconds: float
+    forward: dict[int, float]
+    """Median seconds of a forward pass by its number of tokens."""
+    predicted: float | None
+    """KLD (nats) on calibration text, where a size was asked for."""
 
 
 def stdlib_text(characters: int) -> str:
@@ -164,6 +190,20 @@ def load(folder: Path, device: str, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
+def forward_seconds(model: Any, tokens: torch.Tensor, device: str) -> dict[int, float]:
+    """Median seconds of forward passes of `model` as it is loaded, by their number of tokens."""
+    seconds = {}
+    for length in TIMED_TOKENS:
+        window, runs = tokens[:1, :length].to(device), []
+        for _ in range(1 + TIMED_RUNS[devices.kind(device)]):
+            started = time.perf_counter()
+            with torch.inference_mode():
+                float(model(window).logits.flatten()[0])  # waits for the device
+            runs.append(time.perf_counter() - started)
+        seconds[length] = float(np.median(runs[1:]))
+    return seconds
+
+
 def distil(candidate: Any, reference: Any, text: torch.Tensor, rate: float, device: str) -> Any:
     """Train norms and biases on the KLD to the float model, twice over `text`, and round them to half precision."""
     trained = [parameter for parameter in candidate.parameters() if parameter.dim() == 1]
@@ -198,30 +238,44 @@ def packed_matrices(folder: Path, device: str) -> dict[str, Packed]:
 
 
 def measure(
-    name: str, variant: Variant, checkout: Checkout, texts: dict[str, torch.Tensor], reference: Any, device: str
+    name: str,
+    variant: Variant,
+    checkout: Checkout,
+    texts: dict[str, torch.Tensor],
+    reference: Any,
+    device: str,
+    shared: Path,
 ) -> Measured:
-    """Quantize, load and compare one variant; `seconds` are those of quantizing, calibration text included."""
+    """Quantize, load and compare one variant; `seconds` are those of quantizing, and of what it does not find among the
+    `shared` texts and gradients of other variants."""
     with tempfile.TemporaryDirectory(prefix="accuracy-") as place:
         folder = Path(place) / "package"
         folder.mkdir()
         resume = Path(place) / "work"
         started = time.monotonic()
-        job = Job(checkout, folder, variant.recipe, device, Silent(), resume=resume)
+        job = Job(checkout, folder, variant.recipe, device, Silent(), resume=resume, shared=shared)
+        options, predicted = CalibratedOptions.of(variant.recipe), None
         if variant.ablation is None:
             methods.quantize(job)
         else:
-            quantizer.quantize(job, CalibratedOptions.of(variant.recipe), variant.ablation)
+            quantizer.quantize(job, options, variant.ablation)
         seconds = time.monotonic() - started
+        if variant.predicted:
+            predicted = quantizer.offers(job, options, variant.ablation).divergence(options.size_budget)
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         candidate = load(folder, device)
+        forward = forward_seconds(candidate, next(iter(texts.values())), device)
         if device == "cpu":
             upcast(candidate)
         elif variant.distilled or variant.learned:
             candidate.dequantize(dtype=torch.float32)
             candidate.float()
         candidate.requires_grad_(False)
-        tokens_file = resume / "tokens.safetensors"
-        text = load_file(tokens_file)["tokens"] if tokens_file.is_file() else torch.empty(0)
+        text = torch.empty(0)
+        if variant.distilled or variant.learned:
+            tokens = quantizer.shared_parts(job, options, variant.ablation or FULL).part(TOKENS)
+            assert tokens is not None, "a calibrated variant has its text"
+            text = load_file(tokens)["tokens"]
         if variant.distilled:
             candidate = distil(candidate, reference, text, variant.distilled, device)
         if variant.learned:
@@ -229,7 +283,7 @@ def measure(
             variant.learned(reference, candidate, packed, text, LEARNING_EPOCHS, LEARNING_RATE)
         figures = {text: compare(reference, candidate, tokens, device) for text, tokens in texts.items()}
     kld, loss, top = ({text: columns[index] for text, columns in figures.items()} for index in range(3))
-    return Measured(name, kld, loss, top, size, seconds)
+    return Measured(name, kld, loss, top, size, seconds, forward, predicted)
 
 
 def ratio(divergences: np.ndarray[Any, Any], base: np.ndarray[Any, Any]) -> tuple[float, float, float]:
@@ -255,6 +309,8 @@ def row(measured: Measured, base: Measured) -> dict[str, Any]:
         "variant": measured.name,
         "weight_bytes": measured.weight_bytes,
         "seconds": round(measured.seconds, 1),
+        "forward_seconds": measured.forward,
+        "predicted": measured.predicted,
         "texts": texts,
     }
 
@@ -263,9 +319,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     names = list(rows[0]["texts"])
     lines = [
         "| variant | weights | seconds | "
+        + "".join(f"ms for {length} | " for length in rows[0]["forward_seconds"])
         + " | ".join(f"{name}: KLD, ratio to rtn, perplexity, same top" for name in names)
         + " |",
-        f"|---|---:|---:|{'---|' * len(names)}",
+        f"|---|---:|---:|{'---:|' * len(rows[0]['forward_seconds'])}{'---|' * len(names)}",
     ]
     for variant in rows:
         cells = [
@@ -273,9 +330,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             f"x {text['perplexity']:.4f}, {text['same_top']:.1%}"
             for text in variant["texts"].values()
         ]
-        lines.append(
-            f"| {variant['variant']} | {variant['weight_bytes']:,} | {variant['seconds']} | {' | '.join(cells)} |"
-        )
+        times = [f"{1000 * seconds:.1f}" for seconds in variant["forward_seconds"].values()]
+        facts = [variant["variant"], f"{variant['weight_bytes']:,}", str(variant["seconds"]), *times, *cells]
+        lines.append(f"| {' | '.join(facts)} |")
     return "\n".join(lines)
 
 
@@ -310,18 +367,19 @@ def main(
     texts["own"] = calibration_text.generated(reference, own, length, device, False, Silent(), (1.0,))
     rows: list[dict[str, Any]] = []
     base: Measured | None = None
-    for name, variant in VARIANTS.items():
-        if only and name not in (*only, "rtn"):
-            continue
-        if calibration_windows:
-            changed = methods.replace(variant.recipe, calibration_windows=calibration_windows)
-            variant = replace(variant, recipe=changed)
-        measured = measure(name, variant, checkout, texts, reference, device)
-        base = base or measured
-        rows.append(row(measured, base))
-        click.echo(markdown(rows).splitlines()[-1], err=True)
-        if json_file:
-            json_file.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+    with tempfile.TemporaryDirectory(prefix="accuracy-shared-") as shared:
+        for name, variant in VARIANTS.items():
+            if only and name not in (*only, "rtn"):
+                continue
+            if calibration_windows:
+                changed = methods.replace(variant.recipe, calibration_windows=calibration_windows)
+                variant = replace(variant, recipe=changed)
+            measured = measure(name, variant, checkout, texts, reference, device, Path(shared))
+            base = base or measured
+            rows.append(row(measured, base))
+            click.echo(markdown(rows).splitlines()[-1], err=True)
+            if json_file:
+                json_file.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
     click.echo(markdown(rows))
 
 

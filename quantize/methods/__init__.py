@@ -16,13 +16,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantize.errors import ConfigError, memory_errors
-from quantize.methods.method import Job, Method, no_attempts
+from quantize.methods.method import Job, Larger, Method, no_attempts
 from quantize.options import OTHERS, RECIPE, SOURCE, Choice, Option
 from quantize.records import Checkout, Quantized, Recipe, Scalar
 
 __all__ = [
     "AUTO",
     "Job",
+    "Larger",
     "Method",
     "all_options",
     "check",
@@ -89,12 +90,14 @@ def options(name: str | None = None) -> tuple[Option, ...]:
 def recipe_options() -> tuple[Option, ...]:
     """All options that fill a recipe: which method, what every method has, what is a method's own."""
     summaries = "; ".join(f"{method.name} {method.summary}" for method in registered())
-    tried = " and ".join(method.name for method in tried_by_auto())
+    tried, for_8_bits = (
+        " and ".join(method.name for method in tried_by_auto() if method.attempts(Recipe(bits=bits))) for bits in (4, 8)
+    )
     which = Option(
         "--recipe",
         "name",
         Choice(names()),
-        f"{summaries}; {AUTO} tries {tried} until --target is reached.",
+        f"{summaries}; {AUTO} tries {tried} until --target is reached, and takes {for_8_bits} for 8 bits.",
         Recipe,
         former_values=tuple(former_names().items()),
         key="recipe",
@@ -170,3 +173,14 @@ def quantize(job: Job) -> Quantized:
         quantized = method.quantize(dataclasses.replace(job, resume=temporary))
     shutil.rmtree(temporary, ignore_errors=True)
     return quantized
+
+
+def resized(job: Job, share: float, most: float) -> Larger | None:
+    """The smallest file that is predicted to diverge by `share` of what the recipe of `job` does, or the one of `most`
+    times the plain bytes; None where the method makes files of one size only. Raises what `quantize` raises."""
+    method = get(job.recipe.name)
+    if method.resized is None:
+        return None
+    with memory_errors(f"predicting sizes for {job.checkout.source.name} on {job.device}", ADVICE):
+        larger = method.resized(job, share, most)
+    return dataclasses.replace(larger, recipe=normalized(larger.recipe))
