@@ -247,7 +247,8 @@ without a word, and computes something else.
 
 **Pictures.** The package has the original's names of tensors. An original in the files that transformers 5.23 itself
 writes leaves `vision_model` out of the names of its CLIP tower. transformers 4.57 does not find these, says so in a
-warning, and goes on with a tower of random weights, as it does with such an original.
+warning, and goes on with a tower of random weights, as it does with such an original. The card of such a package names
+the transformers that wrote the original as the least.
 
 **Experts.** transformers 4.57 puts a 4-bit matrix in the place of the router, which is no linear module in transformers
 5 and lies in the file in half precision, so that loading ends in an error. Cards of such packages name the transformers
