@@ -58,7 +58,7 @@ SENTENCES: list[tuple[str, Callable[[CardFacts], bool]]] = [
     (r"block size 64", lambda f: f.bits == 4),
     (r"or 32 in the", lambda f: f.bits == 4 and f.block_32_modules > 0),
     (r"the scales are stored in 8 bits", lambda f: f.bits == 4 and f.double_quant),
-    (r"sensitive layers stay in", lambda f: f.bits == 4 and f.half_precision_modules > 0),
+    (r"sensitive layers stay in", lambda f: f.half_precision_modules > 0),
     (r"LLM\.int8", lambda f: f.bits == 8),
     (r"Byte-for-byte copies", lambda f: bool(f.copied_files)),
     (r"names code of its own, which was not allowed", lambda f: f.code_left_out),

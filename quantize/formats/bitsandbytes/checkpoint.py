@@ -10,13 +10,15 @@ from types import MappingProxyType
 from typing import Any
 
 from quantize.documents import read_json
-from quantize.errors import CorruptModel, UnsupportedModel, memory_errors, storage_errors
+from quantize.errors import CorruptModel, memory_errors, storage_errors
 from quantize.files import CONFIG, GENERATION_CONFIG
 from quantize.formats import experts, safetensors, source_model
 from quantize.formats.bitsandbytes import config, modules, tensor_plan, writer
+from quantize.formats.bitsandbytes.sizes import MatrixFormat
 from quantize.formats.bitsandbytes.tensor_plan import NotKnown, PrecomputedTensors
 from quantize.formats.bitsandbytes.writer import MatrixRounding
 from quantize.formats.bounds import are_bounds
+from quantize.formats.ties import distinct_parameters
 from quantize.progress import Progress
 from quantize.records import Checkout, Recipe
 from quantize.resume import ResumeFolder
@@ -58,13 +60,12 @@ def write(
     names = modules.to_quantize(model, recipe, checkout.source.name)
     modules.require_quantized(names, model, checkout.source.name)
     modules.require_mostly_linear(model, checkout.source.name)
+    tensor_plan.require_readable(model, checkout.source.name)
     try:
         plans = tensor_plan.plan(checkout, model, names, getattr(torch, dtype), precomputed)
     except NotKnown as reason:
         if experts.has_linear_experts(model):
-            raise UnsupportedModel(
-                f"{checkout.source.name} has experts, and cannot be read tensor by tensor: {reason}"
-            ) from None
+            raise tensor_plan.without_whole_model(checkout.source.name, str(reason)) from None
         progress.note(f"{reason}: the model is loaded as a whole")
         if rounding is not None:
             precomputed = _rounded_whole(checkout, recipe, dtype, device, rounding)
@@ -198,6 +199,24 @@ def quantized_names(checkout: Checkout, recipe: Recipe) -> tuple[str, ...]:
     return modules.to_quantize(model, recipe, checkout.source.name)
 
 
+def predicted_bytes(checkout: Checkout, recipe: Recipe) -> int:
+    """Bytes of the tensors that nearest codes would make of a source; nothing is loaded for it.
+
+    What stays in half precision counts two bytes a parameter, and the headers of files are left out.
+    """
+    import torch
+
+    model = experts.unstacked(source_model.skeleton(checkout, "float16"))
+    names = set(modules.to_quantize(model, recipe, checkout.source.name))
+    total = 0
+    for module, key, parameter in distinct_parameters(model):
+        if module in names and key == "weight":
+            total += MatrixFormat.of(recipe).stored_bytes(*modules.matrix(model.get_submodule(module)).shape)
+        else:
+            total += parameter.numel() * torch.float16.itemsize
+    return total
+
+
 def load_quantized(checkout: Checkout, recipe: Recipe, dtype: str, device: str) -> Any:
     """The source as stock transformers and bitsandbytes quantize it; raises DeviceError."""
     import torch
@@ -215,9 +234,8 @@ def load_quantized(checkout: Checkout, recipe: Recipe, dtype: str, device: str) 
 
 def _quantization_config(model: Any, checkout: Checkout, recipe: Recipe, dtype: str) -> Any:
     """The skip list is left to transformers unless more stays as it is than it leaves alone itself."""
-    kept = modules.routers(model) or modules.read_directly(model)
     towers = modules.towers(model) and not recipe.quantize_towers
-    own_list = recipe.skip_modules or kept or towers
+    own_list = recipe.skip_modules or modules.kept_besides(model) or towers
     skip_list = modules.to_skip(model, recipe, checkout.source.name) if own_list else None
     return config.build(recipe, dtype, skip_list)
 

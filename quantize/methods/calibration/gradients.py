@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from quantize.formats.experts import linear_experts
 from quantize.logits import SlicedLogits
 from quantize.methods.calibration import sampling
-from quantize.methods.calibration.layers import autocast
+from quantize.methods.calibration.layers import autocast, first_tensor, uncached
 from quantize.methods.rounding.gptq import HessianAccumulator
 from quantize.progress import Progress
 
@@ -61,6 +61,7 @@ def output_gradients(
     shares = sampling.shares(len(tokens), tokens.shape[1], seed)
     with (
         _recomputed(layers),
+        uncached(),
         _embeddings_with_gradients(model),
         progress.task("reading gradients", len(tokens), "windows") as advance,
     ):
@@ -110,7 +111,7 @@ def _embeddings_with_gradients(model: Any) -> Iterator[None]:
 
 
 class _GradientHooks:
-    """Backward hooks that gather the gradients at each module's outputs."""
+    """Hooks that gather the gradients at each module's outputs."""
 
     def __init__(self, model: Any, names: list[str], device: str, tokens: int, hessians: bool) -> None:
         self.squared_norms: dict[str, list[torch.Tensor]] = {name: [] for name in names}
@@ -118,9 +119,10 @@ class _GradientHooks:
         self.hessians: dict[str, HessianAccumulator] = {}
         self.device, self.start, self.tokens, self.with_hessians = device, 0, tokens, hessians
         self.widths: dict[str, int] = {}
-        self.choices: dict[str, torch.Tensor] = {}
-        self.hooks = [model.get_submodule(name).register_full_backward_hook(self._hook(name)) for name in names]
-        for path, module in linear_experts(model):
+        self.experts = dict(linear_experts(model))
+        self.choices: dict[str, Any] = {}
+        self.hooks = [model.get_submodule(name).register_forward_hook(self._hook(name)) for name in names]
+        for path, module in self.experts.items():
             self.hooks.append(module.register_forward_pre_hook(self._keep_choices(path)))
 
     def results(self) -> Iterator[tuple[str, OutputGradient]]:
@@ -138,8 +140,8 @@ class _GradientHooks:
                     yield name, gradient
 
     def _hook(self, name: str) -> Callable[..., None]:
-        def accumulate(_: Any, __: Any, gradients: tuple[torch.Tensor, ...]) -> None:
-            flat = gradients[0].reshape(-1, gradients[0].shape[-1]).float()
+        def accumulate(gradient: torch.Tensor) -> None:
+            flat = gradient.reshape(-1, gradient.shape[-1]).float()
             self.squared_norms[name].append(flat.square().sum(1).cpu())
             self._keep_places(name)
             self.widths[name] = flat.shape[1]
@@ -149,11 +151,17 @@ class _GradientHooks:
                 self.hessians[name] = HessianAccumulator(flat.shape[1], self.device)
             self.hessians[name].add(flat)
 
-        return accumulate
+        def watch(_: Any, __: Any, output: Any) -> None:
+            # a backward hook of the module would forbid the model to add to its outputs in place
+            tensor = first_tensor(output)
+            if tensor.requires_grad:
+                tensor.register_hook(accumulate)  # type: ignore[no-untyped-call]
+
+        return watch
 
     def _keep_choices(self, path: str) -> Callable[..., None]:
-        def keep(_: Any, arguments: tuple[torch.Tensor, ...]) -> None:
-            self.choices[path] = arguments[1]
+        def keep(module: Any, arguments: tuple[Any, ...]) -> None:
+            self.choices[path] = module.choices(*arguments)
 
         return keep
 
@@ -162,7 +170,9 @@ class _GradientHooks:
         for path, choices in self.choices.items():
             if name.startswith(f"{path}."):
                 number = int(name.removeprefix(f"{path}.").partition(".")[0])
-                self.places[name].append(self.start + torch.where(choices == number)[0].cpu())
+                token = self.experts[path].tokens(number, choices)
+                if token is not None:
+                    self.places[name].append(self.start + token.cpu())
 
     def _placed(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """A value for every token, NaN for those that an expert did not get."""

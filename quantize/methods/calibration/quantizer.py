@@ -385,7 +385,9 @@ def _quantize_layer(stream: ActivationStream, index: int, names: list[str], plan
     """Matrix after matrix in forward order, each on the inputs that the ones before it leave; experts come last."""
     layer, path = stream.decoder.layers[index], stream.decoder.name(index)
     matrices: dict[str, QuantizedLayer] = {}
-    routed = [RoutedExperts(stream, index, place) for place, _ in experts.linear_experts(layer)]
+    places = [place for place, _ in experts.linear_experts(layer)]
+    ordered = stream.execution_order(index, places) if len(places) > 1 else [places]
+    routed = [RoutedExperts(stream, index, place) for group in ordered for place in group]
     inside = {name: part for part in routed for name in names if name.startswith(f"{part.path}.")}
 
     def quantize_all(hessians: Mapping[str, CenteredHessianAccumulator]) -> None:
