@@ -343,7 +343,7 @@ def test_auto_climbs_to_the_smallest_file_that_is_good_enough(tmp_path: Path, mo
 
 
 def test_eight_bits_have_one_attempt() -> None:
-    assert [one.name for one in search.attempts(Recipe(bits=8))] == ["rtn"]
+    assert [one.name for one in search.attempts(Recipe(bits=8))] == ["int8"]
 
 
 def asked(recipe: Recipe) -> CalibratedOptions:
