@@ -188,20 +188,22 @@ def show_diagnostics(console: Console, report: Diagnostics) -> None:
 
 
 def _attempts_table(evidence: Evidence) -> Table:
-    """What was tried in turn: sizes, seconds of quantizing, what was predicted and measured."""
+    """What was tried in turn: sizes, seconds of quantizing, what was measured, and what was predicted of sizes."""
+    made = [attempt for attempt in evidence.attempts if not attempt.failure]
+    predicted = any(attempt.predicted for attempt in made)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("tried", "MB", "seconds", "predicted KLD", "mean KLD (nats)", "grade"):
+    for name in ("tried", "MB", "seconds", *(["predicted KLD"] if predicted else []), "mean KLD (nats)", "grade"):
         table.add_column(name, justify="left" if name in ("tried", "grade") else "right", no_wrap=True)
-    for attempt in evidence.attempts:
-        if not attempt.failure:
-            table.add_row(
-                _named(attempt),
-                f"{attempt.weight_bytes / 1e6:.1f}",
-                f"{attempt.seconds:.0f}",
-                nats(attempt.predicted) if attempt.predicted else "",
-                nats(attempt.kld.value) if attempt.kld else "",
-                f"{attempt.grade}, chosen" if attempt.chosen else attempt.grade,
-            )
+    for attempt in made:
+        expected = [nats(attempt.predicted) if attempt.predicted else ""] if predicted else []
+        table.add_row(
+            _named(attempt),
+            f"{attempt.weight_bytes / 1e6:.1f}",
+            f"{attempt.seconds:.0f}",
+            *expected,
+            nats(attempt.kld.value) if attempt.kld else "",
+            f"{attempt.grade}, chosen" if attempt.chosen else attempt.grade,
+        )
     return table
 
 

@@ -119,6 +119,40 @@ def test_a_killed_run_continues_at_its_first_unfinished_layer(tmp_path: Path, mo
     assert all(torch.equal(tensors[name], first[name]) for name in first)
 
 
+@pytest.mark.slow
+def test_attempts_share_text_gradients_and_what_sizes_would_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sizes after a plain attempt: nothing of that is made twice, and predictions fall as bytes grow."""
+    tiny("llama", tmp_path / "tiny")
+    calls: list[str] = []
+
+    def counted(name: str, whole: Any) -> Any:
+        def counting(*arguments: Any) -> Any:
+            calls.append(name)
+            return whole(*arguments)
+
+        return counting
+
+    for module, name in ((calibration_text, "prepare"), (quantizer, "output_gradients"), (quantizer, "_compare_forms")):
+        monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+    checkout = source.fetch(str(tmp_path / "tiny"), revision=None, trust_remote_code=False, progress=Silent())
+    sizes: list[int] = []
+    for number, budget in enumerate((1.0, 1.02, 1.05)):
+        job = methods.Job(
+            *(checkout, tmp_path / f"{number}", methods.replace(LITTLE, size_budget=budget), "cpu", Silent(), ""),
+            resume=tmp_path / f"{number}-work",
+            shared=tmp_path / "shared",
+        )
+        job.output.mkdir()
+        methods.quantize(job)
+        sizes.append((job.output / "model.safetensors").stat().st_size)
+    assert calls == ["prepare", "output_gradients", "_compare_forms"] and sizes == sorted(sizes)
+    offers = quantizer.offers(job, asked(LITTLE))
+    divergences = [offers.divergence(times) for times in (1.0, 1.02, 1.05, 9.0)]
+    assert divergences == sorted(divergences, reverse=True) and divergences[0] > 0 == divergences[-1]
+
+
 def test_work_of_another_recipe_is_not_taken_up(tmp_path: Path) -> None:
     checkout = source.fetch(str(POCKET), revision=None, trust_remote_code=False, progress=Silent())
     for recipe in (LITTLE, methods.replace(LITTLE, calibration_seed=1)):
@@ -307,7 +341,7 @@ def test_auto_climbs_to_the_smallest_file_that_is_good_enough(tmp_path: Path) ->
 
 
 def test_eight_bits_have_one_attempt() -> None:
-    assert [one.name for one in search.attempts(Recipe(bits=8))] == ["rtn"]
+    assert [one.name for one in search.attempts(Recipe(bits=8))] == ["int8"]
 
 
 def asked(recipe: Recipe) -> CalibratedOptions:
