@@ -317,13 +317,15 @@ def test_auto_stops_at_the_first_attempt_that_is_good_enough(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_auto_climbs_to_the_smallest_file_that_is_good_enough(tmp_path: Path) -> None:
+def test_auto_climbs_to_the_smallest_file_that_is_good_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In more bytes, as refining would not do; their divergence was predicted, and is told with what was measured."""
+    monkeypatch.setattr(search, "RESIZED", 1)
+    monkeypatch.setattr(search, "MARGIN", 0.7)
     recipe = methods.replace(LITTLE, name="auto", calibration_windows=8, calibration_length=64)
     hard = pipeline.RunRequest(
         *(str(POCKET), None, tmp_path / "hard"),
         recipe=dataclasses.replace(recipe, max_size=2.5),
-        settings=dataclasses.replace(SETTINGS, max_windows=48),
+        settings=dataclasses.replace(SETTINGS, max_windows=32),
         device="cpu",
     )
     made = pipeline.run(hard, Silent()).package
