@@ -99,7 +99,7 @@ MISSED = {"grade": "degraded", "passed": False, "reasons": ("mean KLD up to 0.09
 OTHER = {**MISSED, "grade": "changed", "advice": ("--recipe calibrated",)}
 BETTER = {"grade": "parity", "required_grade": "good"}
 ADVISED = {**MISSED, "advice": ("--size-budget 1.2",)}
-OUTCOMES = [{}, BETTER, MISSED, ADVISED, OTHER, BROKEN, UNMEASURED]
+OUTCOMES: list[dict[str, Any]] = [{}, BETTER, MISSED, ADVISED, OTHER, BROKEN, UNMEASURED]
 
 INTERVAL = Interval(0.01, 0.005, 0.02)
 ATTEMPTS = (
