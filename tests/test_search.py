@@ -265,6 +265,13 @@ def test_a_refusal_says_what_would_help(base: package.Package, tmp_path: Path, m
     assert tries.recipes[-1].bits == 8 and best.recipe.bits == 4
 
 
+def test_a_size_that_was_asked_for_is_not_changed(
+    base: package.Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best = Resized(base, 0.050).search(methods.replace(AUTO, size_budget=1.2), "good", tmp_path, monkeypatch)
+    assert budgets(best) == [1, 1.2] and best.evidence.verdict.grade == "good"
+
+
 def test_a_prediction_that_fails_loses_nothing(
     base: package.Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
