@@ -219,7 +219,7 @@ def test_other_architectures(kind: str, tmp_path: Path) -> None:
     folder = tmp_path / kind
     model = tiny(kind, folder)
     errors = {}
-    whole = methods.replace(LITTLE, passes=1)
+    whole = methods.replace(LITTLE, passes=1, calibration_length=64)
     tried = {"rtn": Recipe(name="rtn"), "calibrated": whole, "learned": methods.replace(whole, epochs=2)}
     for name, recipe in tried.items():
         checkout, _ = made(tmp_path / name, recipe, folder)
@@ -256,6 +256,7 @@ def test_a_cache_with_room_holds_what_a_growing_one_does(
     assert len(held) == (2 if kind == "gemma2" else 1)
 
 
+@pytest.mark.slow
 def test_inputs_that_64_does_not_divide_are_rounded_to_nearest(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -319,6 +320,7 @@ def prepared(recipe: Recipe, corpus: str) -> tuple[torch.Tensor, CalibrationText
     return calibration_text.prepare(asked(recipe), model.float(), tokenizer, corpus, "cpu", False, Silent(), (1.0,))
 
 
+@pytest.mark.slow
 def test_calibration_never_sees_the_corpus(tmp_path: Path) -> None:
     corpus = corpus_text(EvaluationSettings())
     (tmp_path / "copied.txt").write_text(corpus)
@@ -331,6 +333,7 @@ def test_calibration_never_sees_the_corpus(tmp_path: Path) -> None:
     assert not torch.equal(tokens, again)
 
 
+@pytest.mark.slow
 def test_what_the_model_repeats_of_the_corpus_is_left_out() -> None:
     """The corpus holds one of the windows that the model will write."""
     from transformers import AutoTokenizer

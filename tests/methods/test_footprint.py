@@ -85,7 +85,7 @@ import transformers.models.llama.modeling_llama
 def most():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
-recipe = methods.recipe_of({"name": "calibrated", "calibration_windows": 16, "epochs": 1})
+recipe = methods.recipe_of({"name": "calibrated", "calibration_windows": 16, "calibration_length": 256, "epochs": 1})
 checkout = source.fetch(sys.argv[1], revision=None, trust_remote_code=False, progress=Silent())
 before = most()
 methods.quantize(methods.Job(checkout, Path(sys.argv[2]), recipe, "cpu", Silent()))
@@ -95,7 +95,7 @@ print(most() - before)
 
 @pytest.mark.slow
 def test_the_most_that_calibration_takes(place: Place, tmp_path: Path) -> None:
-    """A small model with many tokens, of which whole logits of 8 windows alone would be a gigabyte."""
+    """A small model with many tokens, of which whole logits of 16 windows alone would be a gigabyte."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -215,6 +215,7 @@ def test_verify_measures_again_and_says_the_same(finished: Path, command: Callab
     assert {**again, "seconds": 0} == {**before, "seconds": 0}
 
 
+@pytest.mark.slow
 def test_verify_judges_a_checkpoint_that_is_no_package(
     tmp_path: Path, finished: Path, command: Callable[..., Outcome]
 ) -> None:

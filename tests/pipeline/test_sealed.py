@@ -14,7 +14,7 @@ from quantize.errors import PackageError, SourceChanged
 from quantize.progress import Silent
 from quantize.records import EvaluationSettings, Recipe
 
-SMALL = EvaluationSettings(max_windows=8, window=64, new_tokens=2, require="degraded")
+SMALL = EvaluationSettings(max_windows=16, window=64, new_tokens=2, require="degraded")
 
 
 class At(Silent):

@@ -81,6 +81,7 @@ def test_a_refused_model_is_not_made_again(place: Place, folder: Path) -> None:
     assert "scoring" in first.err and "scoring" not in again.err and "was refused before" in again.out
 
 
+@pytest.mark.slow
 def test_what_is_up_to_date_is_made_again_by_force_only(place: Place, folder: Path) -> None:
     assert states(place.quantize(*SYNC, folder=folder).out) == {TARGET: "published"}
     assert states(place.quantize(*SYNC, folder=folder).out) == {TARGET: "up to date"}
@@ -105,6 +106,7 @@ def test_quiet_still_tells_what_failed(place: Place, folder: Path) -> None:
     assert ended.code == 1 and ended.err.startswith(f"failed: {TARGET}: the Hub refused")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_kept_fails_its_entry_only(place: Place, folder: Path) -> None:
     """The evidence has no place to go, and the summary neither; the package is on the Hub all the same."""
     (folder / "sync" / "evidence").write_text("a file")

@@ -115,15 +115,20 @@ def warm_process(env: Mapping[str, str], folder: Path) -> Iterator[Warm]:
 def _serve() -> None:
     import accelerate
     import matplotlib.pyplot
+    import peft
     import scipy.stats
     import torch
     import transformers.models.gpt2.modeling_gpt2
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import quantize.cli.console
+    from quantize import serialization
     from quantize.formats.bitsandbytes import checkpoint
+    from quantize.records import Recipe
 
-    del accelerate, matplotlib, scipy, torch, transformers, AutoModelForCausalLM, AutoTokenizer, quantize, checkpoint
+    serialization.to_json(Recipe())  # makes its converter
+    del accelerate, matplotlib, peft, scipy, torch, transformers, AutoModelForCausalLM, AutoTokenizer, quantize
+    del serialization, checkpoint
     ssl.create_default_context = functools.cache(ssl.create_default_context)  # type: ignore[assignment]
     orders, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", buffering=1)
     for line in orders:
