@@ -19,7 +19,7 @@ from quantize.serialization import read_record
 from tests.conftest import POCKET
 from tests.package.test_card import EVIDENCE, snippets
 from tests.parity.test_generation import TEMPLATE
-from tests.pipeline.test_run import small_run
+from tests.pipeline.test_run import SMALL, small_run
 from tests.publishing.workspace import Place
 
 REQUIRED = "degraded"
@@ -70,7 +70,7 @@ def test_windows_stand_behind_the_template() -> None:
 def test_a_chat_model_is_scored_in_both_framings_and_its_card_asks_it(place: Place, tmp_path: Path) -> None:
     source = Path(shutil.copytree(POCKET, tmp_path / "chat"))
     (source / "chat_template.jinja").write_text(TEMPLATE)
-    made = small_run(tmp_path / "out", source)
+    made = small_run(tmp_path / "out", source, dataclasses.replace(SMALL, window=256))
     require_sound(made)
     evidence = made.evidence
     assert evidence.chat and evidence.chat_framing is not None and evidence.corpus is not None

@@ -23,7 +23,7 @@ from quantize.progress import Silent
 from quantize.records import EvaluationSettings
 from tests.conftest import POCKET, Outcome
 
-SETTINGS = EvaluationSettings(max_windows=8, window=64, new_tokens=2, require="degraded")
+SETTINGS = EvaluationSettings(max_windows=8, new_tokens=2, require="degraded")
 CONTENTS = Contents(source="s", corpus="c", window=6, seed=0, vocabulary=11)
 
 

@@ -22,12 +22,14 @@ from tests.publishing.workspace import MEASURING
 SMALL = EvaluationSettings(max_windows=16, window=64, new_tokens=2, require="degraded")
 
 
-def small_run(output: Path, model: Path = POCKET, **recipe: Any) -> package.Package:
+def small_run(
+    output: Path, model: Path = POCKET, settings: EvaluationSettings = SMALL, **recipe: Any
+) -> package.Package:
     request = pipeline.RunRequest(
         str(model),
         output=output,
         recipe=Recipe(**{"name": "stock", **recipe}),
-        settings=SMALL,
+        settings=settings,
         device="cpu",
     )
     return pipeline.run(request, Silent()).package

@@ -209,7 +209,7 @@ def test_what_was_published_is_fetched_loaded_and_scored(place: Place, tmp_path:
 def test_weights_of_another_recipe_are_found_by_measuring_again(place: Place, tmp_path: Path) -> None:
     folder = place.fresh(tmp_path)
     forged = Forged(folder / NAME)
-    weights_of(Recipe("hqq"), forged)
+    weights_of(Recipe("hqq"), forged, place.source)
     forged.seal()
     ended = place.quantize(*PUSH, "--verify-download", "--device", "cpu", folder=folder)
     assert ended.code == 1 and "is not the one that was measured" in ended.err, ended.err

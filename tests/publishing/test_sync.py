@@ -145,7 +145,7 @@ def test_former_names_in_a_catalogue_are_told(place: Place, folder: Path) -> Non
     notes = [line.strip() for line in ended.err.splitlines() if line.strip().startswith("note: ")]
     assert notes == [
         "note: catalogue.toml:3: stock is called rtn now",
-        "note: catalogue.toml:10: target is called repo now",
+        "note: catalogue.toml:11: target is called repo now",
     ]
 
 
@@ -200,7 +200,7 @@ def test_a_second_job_on_the_same_catalogue_is_refused(place: Place, folder: Pat
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        (CATALOGUE.replace("require", "requires"), (), "catalogue.toml:6: unknown key 'requires': is require meant?"),
+        (CATALOGUE.replace("require", "requires"), (), "catalogue.toml:7: unknown key 'requires': is require meant?"),
         (CATALOGUE, ("--only", "tester/other"), "catalogue.toml has no repo tester/other"),
     ],
 )
