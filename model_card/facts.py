@@ -60,7 +60,8 @@ class CardCalibration:
 class CardAttempt:
     """One attempt of the recipe search; size in bytes, measured values None where it failed a structural check.
 
-    `failure` says why it could not be made, and is empty where it was.
+    `failure` says why it could not be made, and is empty where it was. `predicted` is the KLD (nats) that was expected
+    of a file whose size was looked for.
     """
 
     name: str
@@ -71,6 +72,7 @@ class CardAttempt:
     grade: str
     chosen: bool
     failure: str = ""
+    predicted: float | None = None
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ class CardFacts:
     required_grade: str
     passed: bool
     reasons: tuple[str, ...]
+    advice: tuple[str, ...]
     corpus: str | None
     corpus_dataset: CardDataset | None
     corpus_sha256: str | None

@@ -294,7 +294,8 @@ class Coverage:
 class Attempt:
     """One recipe that `auto` tried, and what it gave; measured values are None where structure refused it.
 
-    `failure` says why it could not be made or measured, and is empty where it was.
+    `failure` says why it could not be made or measured, and is empty where it was. Of a file whose size was looked for
+    the KLD (nats) that was `predicted` is told as well.
     """
 
     recipe: Recipe
@@ -306,6 +307,7 @@ class Attempt:
     seconds: float
     chosen: bool
     failure: str = ""
+    predicted: float | None = None
 
 
 @dataclass(frozen=True)
@@ -318,7 +320,7 @@ class Evidence:
     has a chat template, through which prompts went, and windows as well (`chat_framing`). Modules that are
     `misread_on_cpu`, by those with AVX-512, were measured at their real values. Of a model that `reads_pictures` either
     `pictures` were measured as well, or `pictures_left_out` says why not. `coverage` is None where a structural check
-    failed before the weights were compared.
+    failed before the weights were compared. `advice` says of a package that was refused what would help.
     """
 
     reference_dtype: str
@@ -347,6 +349,7 @@ class Evidence:
     reads_pictures: bool = False
     pictures: Pictures | None = None
     pictures_left_out: str = ""
+    advice: tuple[str, ...] = ()
     format_version: int = FORMAT_VERSION
 
     @property

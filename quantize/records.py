@@ -75,7 +75,8 @@ class Recipe:
     """How weights become 4-bit (or 8-bit, where only `skip_modules` and `compute_dtype` matter).
 
     `name` is that of a method in quantize/methods, or `auto`, which tries them from the plainest on until
-    `target_grade` is reached. `options` are the method's own that differ from their defaults, by name.
+    `target_grade` is reached, in files of up to `max_size` times the bytes of plain 4-bit ones. `options` are the
+    method's own that differ from their defaults, by name.
 
     Towers, through which pictures and sounds enter a model, stay in half precision unless `quantize_towers`.
 
@@ -85,6 +86,7 @@ class Recipe:
 
     name: str = "auto"
     target_grade: str = "parity"
+    max_size: float = 1.5
     bits: int = 4
     quant_type: str = "nf4"
     double_quant: bool = True

@@ -1,13 +1,14 @@
-"""Recipe search: attempts from the plainest to the most elaborate until parity is content; the best candidate stays."""
+"""Recipe search: attempts from the plainest to the most elaborate, then larger files; the best candidate stays."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +16,22 @@ from quantize import devices, methods, package, source
 from quantize.errors import CorpusError, CorruptModel, QuantizeError, UnsupportedModel, storage_errors
 from quantize.evidence import Attempt, Evidence
 from quantize.files import records_of
-from quantize.grades import GRADES, UNMEASURED, grade_at_least
-from quantize.methods import Job
-from quantize.parity import judged
+from quantize.grades import GRADES, PASSING_GRADES, UNMEASURED, grade_at_least
+from quantize.methods import Job, Larger
+from quantize.parity import headroom, judged
 from quantize.records import EvaluationSettings, FileRecord, Quantized, Recipe
 
 ATTEMPTS = "attempts"
 SAME_SIZE = 1.001
 """Times the smallest one's bytes: so much larger weight files still count as equally large."""
+RESIZED = 3
+"""Files of other sizes that are tried at the most."""
+MARGIN = 0.95
+"""Of the divergence that a grade allows: what a file of another size is looked for with."""
+EIGHT_BITS = 8
+"""In place of the number of an attempt."""
+WORTH_TRYING = 0.02
+"""Of the plain bytes: by so much smaller a file must be predicted to be tried after one that is good enough."""
 FOLDERS = re.compile(r"(?<![\w:/.])/(?:[^\s/'\"]+/)+")
 """The folders of an absolute path, but not of an address."""
 Measure = Callable[[Path, Recipe, Quantized, EvaluationSettings, int], Evidence]
@@ -35,7 +44,8 @@ Measured = Callable[[Path, Recipe, Quantized, str], Evidence]
 class Candidate:
     """A quantized model in a folder: by which recipe, what was measured, and the files as they were before that.
 
-    `bug` is an error that nobody foresaw, which ended the search after this candidate was finished.
+    `bug` is an error that nobody foresaw, which ended the search after this candidate was finished. `predicted` is the
+    KLD (nats) that was expected of a file whose size was looked for.
     """
 
     folder: Path
@@ -44,6 +54,7 @@ class Candidate:
     evidence: Evidence
     files: tuple[FileRecord, ...]
     bug: Exception | None = None
+    predicted: float | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,13 @@ def attempts(recipe: Recipe) -> tuple[Recipe, ...]:
     return tuple(methods.normalized(attempt) for attempt in offered)
 
 
+def most_attempts(recipe: Recipe) -> int:
+    """How many candidates may be judged on the same windows at the most."""
+    planned = attempts(recipe)
+    resizable = recipe.name == methods.AUTO and any(methods.get(one.name).resized for one in planned)
+    return len(planned) + (RESIZED if resizable else 0)
+
+
 def build(job: Job, settings: EvaluationSettings, measure: Measure) -> Candidate:
     """Fill the folder `job.output` with the best that the attempts of `job.recipe` give.
 
@@ -72,26 +90,91 @@ def build(job: Job, settings: EvaluationSettings, measure: Measure) -> Candidate
     attempt that fails is listed with its reason, and an unforeseen error ends the search as the candidate's `bug`.
     """
     searching = job.recipe.name == methods.AUTO
-    required = _stricter(job.recipe.target_grade, settings.require) if searching else settings.require
-    planned = attempts(job.recipe)
+    target = _stricter(job.recipe.target_grade, settings.require) if searching else settings.require
+    count = most_attempts(job.recipe)
 
     def measured(folder: Path, recipe: Recipe, quantized: Quantized, grade: str) -> Evidence:
-        return measure(folder, recipe, quantized, dataclasses.replace(settings, require=grade), len(planned))
+        return measure(folder, recipe, quantized, dataclasses.replace(settings, require=grade), count)
 
-    tried: list[Candidate | Failure] = []
-    for number, recipe in enumerate(planned):
-        tried.append(_tried(job, number, recipe, required, measured))
-        if _ends_search(tried[-1], required):
-            break
+    tried = _planned(job, target, measured)
+    needed = _resized(job, tried, target, settings.require, measured) if searching else None
     tried = _settled(tried, settings.require, measured, job)
     best = preferred(_candidates(tried), settings.require)
     evidence = _judged(best.evidence, settings.require)
     if searching:
         evidence = dataclasses.replace(evidence, attempts=tuple(_attempt(outcome, best) for outcome in tried))
+    if not evidence.verdict.passed and evidence.verdict.grade != UNMEASURED:
+        evidence = dataclasses.replace(evidence, advice=tuple(_advice(evidence, job, tried, needed, measured)))
     _keep(best.folder, job.output)
     shutil.rmtree(job.resume_folder, ignore_errors=True)
     bugs = [outcome.bug for outcome in tried if outcome.bug is not None]
     return dataclasses.replace(best, folder=job.output, evidence=evidence, bug=bugs[0] if bugs else None)
+
+
+def _planned(job: Job, target: str, measured: Measured) -> list[Candidate | Failure]:
+    """The attempts that are the same for every model, until one is content; none of which it is known to be in vain."""
+    tried: list[Candidate | Failure] = []
+    for recipe in attempts(job.recipe):
+        if tried and _in_vain(tried[-1], recipe, target):
+            job.progress.note(f"more work in the same bytes is left out: it would not bring the grade {target}")
+            continue
+        tried.append(_tried(job, len(tried), recipe, target, measured))
+        if _ends_search(tried[-1], target):
+            break
+    return tried
+
+
+def _in_vain(before: Candidate | Failure, recipe: Recipe, target: str) -> bool:
+    """Whether the divergence would have to fall further than such a recipe ever brought it."""
+    if isinstance(before, Failure):
+        return False
+    return headroom(before.evidence, target) < methods.get(recipe.name).least_left(before.recipe, recipe)
+
+
+def _resized(
+    job: Job, tried: list[Candidate | Failure], target: str, require: str, measured: Measured
+) -> Larger | None:
+    """Try files of other sizes until the smallest one of the grade `target` is near, or else that of `require`.
+
+    Each is predicted from the one that was measured last. Returns the one for `require` if it would be too large.
+    """
+    for _ in range(RESIZED):
+        latest = tried[-1]
+        if isinstance(latest, Failure) or (latest.predicted is None and _ends_search(latest, target)):
+            return None
+        passes = any(_judged(one.evidence, require).verdict.passed for one in _candidates(tried))
+        for goal in (target,) if passes else dict.fromkeys((target, require)):
+            larger = _predicted(job, latest, goal, tried)
+            if larger is None:
+                return None
+            if larger.within_reach and abs(larger.times - larger.before) > SAME_SIZE - 1:
+                break
+        else:
+            return None if passes else larger
+        outcome = _tried(job, len(tried), larger.recipe, target, measured)
+        if isinstance(outcome, Candidate):
+            outcome = dataclasses.replace(outcome, predicted=larger.left * _divergence(latest.evidence))
+        tried.append(outcome)
+    return None
+
+
+def _predicted(job: Job, latest: Candidate, goal: str, tried: list[Candidate | Failure]) -> Larger | None:
+    """The smallest file that should get the grade `goal`; None where that cannot be said, or `latest` is hardly larger.
+
+    An error is added to what was tried.
+    """
+    room = headroom(latest.evidence, goal)
+    if room == 0:
+        return None
+    started = time.monotonic()
+    job.progress.stage(f"look for the smallest file of the grade {goal}")
+    try:
+        larger = methods.resized(_attempt_job(job, len(tried), latest.recipe), room * MARGIN, job.recipe.max_size)
+    except Exception as error:  # noqa: BLE001 - a finished package is never lost for want of a better one
+        tried.append(_failure(job, latest.recipe, started, error))
+        return None
+    worth_trying = larger is not None and (room < 1 or larger.times < larger.before - WORTH_TRYING)
+    return larger if worth_trying else None
 
 
 def preferred(candidates: Sequence[Candidate], required: str) -> Candidate:
@@ -122,9 +205,7 @@ def _divergence(evidence: Evidence) -> float:
 def _tried(job: Job, number: int, recipe: Recipe, required: str, measured: Measured) -> Candidate | Failure:
     """One attempt in a folder of its own; all but the first may fail."""
     started = time.monotonic()
-    attempt = dataclasses.replace(
-        job, output=job.output / ATTEMPTS / str(number), recipe=recipe, resume=job.resume_folder / str(number)
-    )
+    attempt = _attempt_job(job, number, recipe)
     try:
         with storage_errors(attempt.output):
             quantized = _quantize(attempt, job.resume_folder)
@@ -134,9 +215,24 @@ def _tried(job: Job, number: int, recipe: Recipe, required: str, measured: Measu
     except Exception as error:
         if number == 0:
             raise
-        failure = Failure(recipe, round(time.monotonic() - started, 3), *_reason(error))
+        failure = _failure(job, recipe, started, error)
     shutil.rmtree(attempt.output, ignore_errors=True)
     devices.release(job.device)
+    return failure
+
+
+def _attempt_job(job: Job, number: int, recipe: Recipe) -> Job:
+    return dataclasses.replace(
+        job,
+        output=job.output / ATTEMPTS / str(number),
+        recipe=recipe,
+        resume=job.resume_folder / str(number),
+        shared=job.resume_folder / "shared",
+    )
+
+
+def _failure(job: Job, recipe: Recipe, started: float, error: Exception) -> Failure:
+    failure = Failure(recipe, round(time.monotonic() - started, 3), *_reason(error))
     job.progress.note(f"the recipe {recipe.name} is left out: {failure.reason}")
     return failure
 
@@ -214,6 +310,36 @@ def _keep(folder: Path, staging: Path) -> None:
     shutil.rmtree(staging / ATTEMPTS)
 
 
+def _advice(
+    evidence: Evidence, job: Job, tried: list[Candidate | Failure], needed: Larger | None, measured: Measured
+) -> Iterator[str]:
+    """What would help a package that was refused, a line each."""
+    verdict = evidence.verdict
+    if needed is not None:
+        plain = min(candidate.evidence.sizes.package_bytes for candidate in _candidates(tried))
+        megabytes = needed.needed * plain / 1e6
+        yield (
+            f"a file of {needed.needed:.2f} times the plain 4-bit bytes, about {megabytes:.0f} MB, is predicted to be "
+            f"{verdict.required}: ask for --max-size {math.ceil(needed.needed * 20) / 20:.2f}"
+        )
+    elif job.recipe.name != methods.AUTO:
+        yield f"--recipe auto looks for the smallest file that is {verdict.required}"
+    if job.recipe.bits == 4 and job.recipe.name == methods.AUTO:
+        yield from _eight_bits(job, verdict.required, measured)
+    if verdict.grade in PASSING_GRADES:
+        yield f"--require {verdict.grade} takes this package as it is"
+
+
+def _eight_bits(job: Job, required: str, measured: Measured) -> Iterator[str]:
+    """What 8 bits would give, measured; they are never chosen for somebody who asked for 4."""
+    recipe = dataclasses.replace(job.recipe, name="rtn", bits=8, options={})
+    outcome = _tried(job, EIGHT_BITS, recipe, required, measured)
+    if isinstance(outcome, Candidate):
+        verdict, megabytes = outcome.evidence.verdict, outcome.evidence.sizes.package_bytes / 1e6
+        why = "" if verdict.passed else f": {verdict.reasons[0]}"
+        yield f"--bits 8 was measured as {verdict.grade}, in {megabytes:.0f} MB{why}"
+
+
 def _stricter(*grades: str) -> str:
     return min(grades, key=GRADES.index)
 
@@ -231,4 +357,5 @@ def _attempt(outcome: Candidate | Failure, best: Candidate) -> Attempt:
         weight_bytes=evidence.sizes.package_bytes,
         seconds=outcome.quantized.seconds,
         chosen=outcome is best,
+        predicted=outcome.predicted,
     )

@@ -33,6 +33,7 @@ from quantize.methods import Job
 from quantize.methods.calibration import calibration_text, quantizer
 from quantize.methods.calibration.options import CalibratedOptions
 from quantize.methods.calibration.quantizer import Ablation
+from quantize.methods.calibration.resume import TOKENS
 from quantize.methods.rounding.gptq import GptqOptions
 from quantize.parity.models import load_tokenizer
 from quantize.progress import Silent
@@ -57,6 +58,8 @@ class Variant:
     """Learning rate at which norms and biases are then distilled on the calibration text."""
     learned: Callable[..., None] | None = None
     """Then learns the rounding of all matrices at once."""
+    predicted: bool = False
+    """Whether the divergence is predicted as well, from the error of each matrix."""
 
 
 CALIBRATED = Recipe(name="calibrated")
@@ -79,6 +82,11 @@ VARIANTS = {
     "calibrated, without output Hessian": Variant(CALIBRATED, replace(FULL, output_hessians=False)),
     "calibrated, groups of 256": Variant(CALIBRATED, replace(FULL, gptq=GptqOptions(group=256))),
     "calibrated, groups of 96": Variant(CALIBRATED, replace(FULL, gptq=GptqOptions(group=96))),
+    "calibrated, H damped by 0.3 %": Variant(CALIBRATED, replace(FULL, gptq=GptqOptions(damping=0.003))),
+    "calibrated, H damped by 3 %": Variant(CALIBRATED, replace(FULL, gptq=GptqOptions(damping=0.03))),
+    "calibrated, A damped by 3 %": Variant(CALIBRATED, replace(FULL, gptq=GptqOptions(output_damping=0.03))),
+    "calibrated, A damped by 30 %": Variant(CALIBRATED, replace(FULL, gptq=GptqOptions(output_damping=0.3))),
+    "calibrated, without token weights": Variant(CALIBRATED, replace(FULL, token_weights=False)),
     "calibrated, groups of 128": Variant(CALIBRATED, replace(FULL, gptq=GptqOptions(group=128))),
     "calibrated, groups of 1024": Variant(CALIBRATED, replace(FULL, gptq=GptqOptions(group=1024))),
     "calibrated, three passes": Variant(CALIBRATED, THREE_PASSES),
@@ -99,8 +107,10 @@ VARIANTS = {
         methods.replace(CALIBRATED, calibration_windows=256, epochs=8), THREE_PASSES
     ),
     **{
-        f"calibrated, {budget:.2f} x the bytes": Variant(methods.replace(CALIBRATED, size_budget=budget), FULL)
-        for budget in (1.03, 1.06, 1.10, 1.20, 1.35)
+        f"calibrated, {budget:.2f} x the bytes": Variant(
+            methods.replace(CALIBRATED, size_budget=budget), FULL, predicted=True
+        )
+        for budget in (1.01, 1.02, 1.03, 1.05, 1.07, 1.10, 1.15, 1.20, 1.30, 1.40)
     },
     "rtn, mlp.c_proj in half precision": Variant(Recipe(name="rtn", skip_modules=("mlp.c_proj",))),
     "rtn, last two decoder layers in half precision": Variant(Recipe(name="rtn", skip_modules=("h.4", "h.5"))),
@@ -119,6 +129,8 @@ class Measured:
     top: dict[str, np.ndarray[Any, Any]]
     weight_bytes: int
     seconds: float
+    predicted: float | None
+    """KLD (nats) on calibration text, where a size was asked for."""
 
 
 def stdlib_text(characters: int) -> str:
@@ -198,20 +210,30 @@ def packed_matrices(folder: Path, device: str) -> dict[str, Packed]:
 
 
 def measure(
-    name: str, variant: Variant, checkout: Checkout, texts: dict[str, torch.Tensor], reference: Any, device: str
+    name: str,
+    variant: Variant,
+    checkout: Checkout,
+    texts: dict[str, torch.Tensor],
+    reference: Any,
+    device: str,
+    shared: Path,
 ) -> Measured:
-    """Quantize, load and compare one variant; `seconds` are those of quantizing, calibration text included."""
+    """Quantize, load and compare one variant; `seconds` are those of quantizing, and of what it does not find among the
+    `shared` texts and gradients of other variants."""
     with tempfile.TemporaryDirectory(prefix="accuracy-") as place:
         folder = Path(place) / "package"
         folder.mkdir()
         resume = Path(place) / "work"
         started = time.monotonic()
-        job = Job(checkout, folder, variant.recipe, device, Silent(), resume=resume)
+        job = Job(checkout, folder, variant.recipe, device, Silent(), resume=resume, shared=shared)
+        options, predicted = CalibratedOptions.of(variant.recipe), None
         if variant.ablation is None:
             methods.quantize(job)
         else:
-            quantizer.quantize(job, CalibratedOptions.of(variant.recipe), variant.ablation)
+            quantizer.quantize(job, options, variant.ablation)
         seconds = time.monotonic() - started
+        if variant.predicted:
+            predicted = quantizer.offers(job, options, variant.ablation).divergence(options.size_budget)
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         candidate = load(folder, device)
         if device == "cpu":
@@ -220,8 +242,11 @@ def measure(
             candidate.dequantize(dtype=torch.float32)
             candidate.float()
         candidate.requires_grad_(False)
-        tokens_file = resume / "tokens.safetensors"
-        text = load_file(tokens_file)["tokens"] if tokens_file.is_file() else torch.empty(0)
+        text = torch.empty(0)
+        if variant.distilled or variant.learned:
+            tokens = quantizer.shared_parts(job, options, variant.ablation or FULL).part(TOKENS)
+            assert tokens is not None, "a calibrated variant has its text"
+            text = load_file(tokens)["tokens"]
         if variant.distilled:
             candidate = distil(candidate, reference, text, variant.distilled, device)
         if variant.learned:
@@ -229,7 +254,7 @@ def measure(
             variant.learned(reference, candidate, packed, text, LEARNING_EPOCHS, LEARNING_RATE)
         figures = {text: compare(reference, candidate, tokens, device) for text, tokens in texts.items()}
     kld, loss, top = ({text: columns[index] for text, columns in figures.items()} for index in range(3))
-    return Measured(name, kld, loss, top, size, seconds)
+    return Measured(name, kld, loss, top, size, seconds, predicted)
 
 
 def ratio(divergences: np.ndarray[Any, Any], base: np.ndarray[Any, Any]) -> tuple[float, float, float]:
@@ -255,6 +280,7 @@ def row(measured: Measured, base: Measured) -> dict[str, Any]:
         "variant": measured.name,
         "weight_bytes": measured.weight_bytes,
         "seconds": round(measured.seconds, 1),
+        "predicted": measured.predicted,
         "texts": texts,
     }
 
@@ -310,18 +336,19 @@ def main(
     texts["own"] = calibration_text.generated(reference, own, length, device, False, Silent(), (1.0,))
     rows: list[dict[str, Any]] = []
     base: Measured | None = None
-    for name, variant in VARIANTS.items():
-        if only and name not in (*only, "rtn"):
-            continue
-        if calibration_windows:
-            changed = methods.replace(variant.recipe, calibration_windows=calibration_windows)
-            variant = replace(variant, recipe=changed)
-        measured = measure(name, variant, checkout, texts, reference, device)
-        base = base or measured
-        rows.append(row(measured, base))
-        click.echo(markdown(rows).splitlines()[-1], err=True)
-        if json_file:
-            json_file.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+    with tempfile.TemporaryDirectory(prefix="accuracy-shared-") as shared:
+        for name, variant in VARIANTS.items():
+            if only and name not in (*only, "rtn"):
+                continue
+            if calibration_windows:
+                changed = methods.replace(variant.recipe, calibration_windows=calibration_windows)
+                variant = replace(variant, recipe=changed)
+            measured = measure(name, variant, checkout, texts, reference, device, Path(shared))
+            base = base or measured
+            rows.append(row(measured, base))
+            click.echo(markdown(rows).splitlines()[-1], err=True)
+            if json_file:
+                json_file.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
     click.echo(markdown(rows))
 
 

@@ -62,6 +62,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **{"mamba_num_heads": 4, "mamba_head_dim": 16},
     },
     "cohere2_moe": FOUR,
+    "llama4_text": {**FOUR_LOCAL, "intermediate_size_mlp": 96},
+    "jetmoe": {**FOUR_LOCAL, "kv_channels": 16, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "longcat_flash": {**FOUR_ROUTED, **LATENT, "q_lora_rank": 16, "zero_expert_num": 2, "moe_topk": 3, "num_layers": 2},
+    "deepseek_v32": {**FOUR_ROUTED, **LATENT, "q_lora_rank": 16, "index_n_heads": 4, "index_head_dim": 16},
     "afmoe": {**FOUR, "num_dense_layers": 1, "num_shared_experts": 1},
 }
 

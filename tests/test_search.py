@@ -19,7 +19,8 @@ from quantize.formats.bitsandbytes import checkpoint
 from quantize.grades import GRADES
 from quantize.methods import calibrated
 from quantize.methods.calibration import quantizer
-from quantize.parity import gate, models
+from quantize.methods.calibration.allocation import Offers, StorageOption
+from quantize.parity import gate, judged, models
 from quantize.progress import Silent
 from quantize.records import Checkout, EvaluationSettings, Quantized, Recipe
 from quantize.search import Candidate
@@ -131,6 +132,8 @@ def fetched() -> Checkout:
 
 def searched(attempts: Attempts, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Candidate:
     monkeypatch.setattr(methods, "quantize", attempts.quantize)
+    monkeypatch.setattr(search, "RESIZED", 0)
+    monkeypatch.setattr(calibrated, "REFINED_SHARE", 0.0)
     (folder / "staging").mkdir()
     job = methods.Job(fetched(), folder / "staging", HARD, "cpu", Silent(), "", folder / "unfinished")
     return search.build(job, QUICK, attempts.measure)
@@ -175,6 +178,103 @@ def test_an_interruption_ends_the_run(base: package.Package, tmp_path: Path, mon
         searched(Attempts(base, 1, "quantize", KeyboardInterrupt()), tmp_path, monkeypatch)
 
 
+OFFERS = Offers(
+    {
+        name: (StorageOption(64, 5_000, 0.05), StorageOption(32, 5_100, 0.04), StorageOption(0, 20_000, 0.0))
+        for name in map(str, range(200))
+    },
+    1_000_000,
+)
+"""Of a model of 200 equal matrices, in any unit of divergence."""
+
+
+class Resized:
+    """Stands for quantizing and measuring a model whose KLD goes with OFFERS, times `off` in all larger files."""
+
+    def __init__(self, base: package.Package, plain: float, off: float = 1.0, error: Exception | None = None) -> None:
+        self.base, self.plain, self.off, self.error, self.recipes = base, plain, off, error, list[Recipe]()
+
+    def quantize(self, job: methods.Job) -> Quantized:
+        self.recipes.append(job.recipe)
+        (job.output / WEIGHTS).write_text(job.output.name)
+        return self.base.provenance.quantized
+
+    def measure(
+        self, folder: Path, recipe: Recipe, quantized: Quantized, settings: EvaluationSettings, planned: int
+    ) -> Evidence:
+        times = float(recipe.options.get("size_budget", 1.0))
+        kld = 0.09 if recipe.name == "rtn" else self.plain * OFFERS.divergence(times) / OFFERS.divergence(1)
+        kld = 0.001 if recipe.bits == 8 else kld * (self.off if times > 1 else 1)
+        scored = candidate(self.base, 1.001, 1.002, kld, times)
+        return judged(scored.evidence, settings.require)
+
+    def offers(self, *_: object) -> Offers:
+        if self.error is not None:
+            raise self.error
+        return OFFERS
+
+    def search(self, recipe: Recipe, require: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Candidate:
+        monkeypatch.setattr(methods, "quantize", self.quantize)
+        monkeypatch.setattr(quantizer, "offers", self.offers)
+        (folder / "staging").mkdir()
+        job = methods.Job(fetched(), folder / "staging", recipe, "cpu", Silent(), "", folder / "unfinished")
+        return search.build(job, dataclasses.replace(QUICK, require=require), self.measure)
+
+
+def budgets(best: Candidate) -> list[float]:
+    return [
+        float(one.recipe.options.get("size_budget", 1)) for one in best.evidence.attempts if one.recipe.name != "rtn"
+    ]
+
+
+@pytest.mark.parametrize("off", [1.0, 1.3])
+def test_the_smallest_file_that_reaches_the_target(
+    base: package.Package, off: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What no refinement could give is left out; a prediction that was wrong is mended by what was measured."""
+    asked = dataclasses.replace(AUTO, max_size=2.0)
+    best = Resized(base, 0.030, off).search(asked, "good", tmp_path, monkeypatch)
+    assert best.evidence.verdict.grade == "parity" and not best.evidence.advice
+    assert "epochs" not in best.recipe.options
+    needed = OFFERS.smallest(0.02 / 1.01 / 0.030 / off * OFFERS.divergence(1))
+    chosen = float(best.recipe.options["size_budget"])
+    assert needed <= chosen == max(budgets(best)) < needed + 0.08
+    assert len(budgets(best)) == (2 if off == 1 else 3)
+    last = best.evidence.attempts[-1]
+    assert last.predicted is not None and last.kld is not None
+    assert last.predicted == pytest.approx(last.kld.value, rel=1e-3)
+
+
+def test_the_required_grade_where_the_target_is_out_of_reach(
+    base: package.Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = dataclasses.replace(AUTO, target_grade="lossless")
+    best = Resized(base, 0.025).search(asked, "parity", tmp_path, monkeypatch)
+    assert best.evidence.verdict.passed and best.evidence.verdict.grade == "parity"
+    assert 1 < float(best.recipe.options["size_budget"]) < 1.5
+
+
+def test_a_refusal_says_what_would_help(base: package.Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = dataclasses.replace(AUTO, max_size=1.1)
+    tries = Resized(base, 0.050)
+    best = tries.search(asked, "parity", tmp_path, monkeypatch)
+    assert not best.evidence.verdict.passed and best.evidence.verdict.grade == "good" and budgets(best) == [1]
+    larger, eight, grade = best.evidence.advice
+    needed = OFFERS.smallest(search.MARGIN * 0.02 / 1.01 / 0.050 * OFFERS.divergence(1))
+    assert f"a file of {needed:.2f} times the plain 4-bit bytes" in larger and "is predicted to be parity" in larger
+    assert eight.startswith("--bits 8 was measured as lossless") and grade.startswith("--require good takes")
+    assert tries.recipes[-1].bits == 8 and best.recipe.bits == 4
+
+
+def test_a_prediction_that_fails_loses_nothing(
+    base: package.Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = DeviceError("out of memory while predicting sizes")
+    best = Resized(base, 0.050, error=error).search(AUTO, "good", tmp_path, monkeypatch)
+    assert best.evidence.verdict.grade == "good"
+    assert best.evidence.attempts[-1].failure == "out of memory while predicting sizes"
+
+
 STAGES = {"gradients": (quantizer, "output_gradients"), "loading": (models, "_load")}
 
 
@@ -195,6 +295,7 @@ def test_memory_that_runs_out_in_a_later_attempt(
     monkeypatch.setattr(module, name, failing)
     monkeypatch.setattr(calibrated, "REFINED_PASSES", 0)
     monkeypatch.setattr(calibrated, "REFINED_EPOCHS", 0)
+    monkeypatch.setattr(calibrated, "REFINED_SHARE", 0.0)
     shape = ("--passes", "0", "--calibration-windows", "8", "--calibration-length", "32", "--target", "lossless")
     quick = (*MEASURING, "--device", "cpu")
     ended = command("run", shallow, "-o", tmp_path / "out", *shape, *quick)

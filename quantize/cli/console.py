@@ -17,7 +17,7 @@ from model_card import nats, split
 from quantize.cli.visible_console import VisibleConsole
 from quantize.diagnostics import Diagnostics
 from quantize.errors import printable
-from quantize.evidence import Coverage, Estimate, Evidence
+from quantize.evidence import Attempt, Coverage, Estimate, Evidence
 from quantize.files import CARD
 from quantize.grades import LIMITS, UNMEASURED
 from quantize.package import Package
@@ -87,8 +87,12 @@ def show_evidence(console: Console, evidence: Evidence) -> None:
     )
     for reason in verdict.reasons:
         console.print(f"    {reason}", soft_wrap=True)
+    for line in evidence.advice:
+        console.print(f"    {line}", soft_wrap=True)
     if evidence.reads_pictures and evidence.scores is not None:
         console.print(f"measured on {evidence.modalities}", soft_wrap=True)
+    if len(evidence.attempts) > 1:
+        console.print(_attempts_table(evidence))
     for attempt in evidence.attempts:
         if attempt.failure:
             console.print(f"    not made: {attempt.recipe.name}: {attempt.failure}", soft_wrap=True)
@@ -181,6 +185,31 @@ def show_diagnostics(console: Console, report: Diagnostics) -> None:
     table.add_row("Hub cache", f"{report.hub_cache}, {report.hub_cache_free / 1e9:.1f} GB free")
     table.add_row("this folder", f"{report.folder_free / 1e9:.1f} GB free")
     console.print(table)
+
+
+def _attempts_table(evidence: Evidence) -> Table:
+    """What was tried in turn: sizes, seconds of quantizing, what was measured, and what was predicted of sizes."""
+    made = [attempt for attempt in evidence.attempts if not attempt.failure]
+    predicted = any(attempt.predicted for attempt in made)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("tried", "MB", "seconds", *(["predicted KLD"] if predicted else []), "mean KLD (nats)", "grade"):
+        table.add_column(name, justify="left" if name in ("tried", "grade") else "right", no_wrap=True)
+    for attempt in made:
+        expected = [nats(attempt.predicted) if attempt.predicted else ""] if predicted else []
+        table.add_row(
+            _named(attempt),
+            f"{attempt.weight_bytes / 1e6:.1f}",
+            f"{attempt.seconds:.0f}",
+            *expected,
+            nats(attempt.kld.value) if attempt.kld else "",
+            f"{attempt.grade}, chosen" if attempt.chosen else attempt.grade,
+        )
+    return table
+
+
+def _named(attempt: Attempt) -> str:
+    changed = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in attempt.recipe.options.items())
+    return f"{attempt.recipe.name}, {changed}" if changed else attempt.recipe.name
 
 
 def _scores_table(evidence: Evidence) -> Table:

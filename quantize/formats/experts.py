@@ -65,11 +65,11 @@ def linear_experts(model: Any) -> Iterator[tuple[str, Any]]:
 @contextmanager
 def as_linear(model: Any) -> Iterator[None]:
     """Within, a loaded model of transformers has linear experts, which are views of the stacked tensors."""
-    from quantize.formats.modeling_experts import LinearExperts, is_stacked
+    from quantize.formats.modeling_experts import is_stacked, linear
 
     stacked = {name: module for name, module in model.named_modules() if is_stacked(module)}
     for name, module in stacked.items():
-        model.set_submodule(name, LinearExperts(module))
+        model.set_submodule(name, linear(module))
     try:
         yield
     finally:
@@ -86,9 +86,7 @@ def class_name(model: Any) -> str:
 
 def stacks(model: Any) -> dict[str, Any]:
     """The modules of linear experts by the names of the stacked tensors that they stand for."""
-    from quantize.formats.modeling_experts import tensors_of
-
-    return {f"{path}.{name}": module for path, module in linear_experts(model) for name in tensors_of(module)}
+    return {f"{path}.{name}": module for path, module in linear_experts(model) for name in module.stacked_tensors()}
 
 
 def parts(module: Any, name: str, entry: Entry) -> Iterator[tuple[str, Entry, StackedPart | None]]:
@@ -96,12 +94,10 @@ def parts(module: Any, name: str, entry: Entry) -> Iterator[tuple[str, Entry, St
 
     None is said of one that lies there as it is.
     """
-    from quantize.formats.modeling_experts import tensors_of
-
-    layers = tensors_of(module)[name]
+    layers = module.stacked_tensors()[name]
     slab = replace(entry, shape=entry.shape[1:])
     transposed = _is_transposed(module, layers, slab)
-    for number in range(entry.shape[0]):
+    for number in range(min(entry.shape[0], module.num_experts)):
         own = replace(slab, start=entry.start + number * slab.numel * entry.dtype.itemsize)
         for index, (layer, kind) in enumerate(layers):
             yield f"{number}.{layer}.{kind}", *_part(own, module, transposed, index, len(layers))

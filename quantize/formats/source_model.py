@@ -42,12 +42,15 @@ FORMER_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"(^|\.)mask
 class Renamed:
     """What the model calls a tensor of its files, and what the tensor is called when the model is saved again.
 
-    One that is fused with others or split is `converted`, and its shape with it.
+    One that is fused with others or split is `converted`, and its shape with it; `others` come of it besides. Where it
+    is `split_by_rows`, each gets as many of its rows.
     """
 
     name: str
     saved_name: str
     converted: bool = False
+    others: tuple[str, ...] = ()
+    split_by_rows: bool = False
 
 
 def skeleton(checkout: Checkout, dtype: str = "float32") -> Any:
@@ -163,24 +166,73 @@ def require_known_tokens(ids: torch.Tensor, vocabulary: int, name: str) -> None:
 def renaming(model: Any, expected: Container[str]) -> Callable[[str], Renamed]:
     """Tells what `model` calls a tensor of its files, out of the names in `expected`.
 
-    Names may lack the model's prefix, or have it too much, and some architectures have had others.
+    Names may lack the model's prefix, or have it too much, and some architectures have had others. As in transformers,
+    all renamings come first, and then one conversion at most.
     """
+    renamings, converters = _transforms(model)
+    prefix = model.base_model_prefix
+
+    def rename(key: str) -> Renamed:
+        name = key
+        for transform in renamings:
+            name, _ = transform.rename_source_key(name)
+        converter, names = None, [name]
+        for transform in converters:
+            first, pattern = transform.rename_source_key(name)
+            if pattern is not None:
+                converter, names = transform, _targets(first, transform.target_patterns)
+                break
+        name, *others = [_variant(name, prefix, expected, key) for name in names]
+        split = converter is not None and _splits_rows(converter)
+        return Renamed(name, name if names == [key] else key, converter is not None, tuple(others), split)
+
+    return rename
+
+
+def converted(model: Any) -> set[str]:
+    """Names of a model's tensors that transformers fuses, splits or permutes while it loads files of its authors' form.
+
+    Those that take equal numbers of rows of another one are left out.
+    """
+    _, converters = _transforms(model)
+    back = [transform.reverse_transform() for transform in converters if not _splits_rows(transform)]
+    return {name for name in model.state_dict() if any(item.rename_source_key(name)[1] is not None for item in back)}
+
+
+def converts_experts(model: Any) -> bool:
+    """Whether transformers makes the experts of a model, which are linear here, of tensors in a form not known here."""
+    return any("experts" in target for transform in _transforms(model)[1] for target in transform.target_patterns)
+
+
+def _transforms(model: Any) -> tuple[list[Any], list[Any]]:
+    """What transformers does to names, and to tensors, of a model's files."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
-    transforms, prefix = get_model_conversion_mapping(model), model.base_model_prefix
+    transforms = get_model_conversion_mapping(model)
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    return [transform for transform in transforms if not isinstance(transform, WeightConverter)], converters
 
-    def rename(key: str) -> Renamed:
-        name, converted = key, False
-        for transform in transforms:
-            name, pattern = transform.rename_source_key(name)
-            converted = converted or (pattern is not None and isinstance(transform, WeightConverter))
-        for variant in _variants(name, prefix):
-            if variant in expected:
-                return Renamed(variant, variant if name == key else key, converted)
-        return Renamed(key, key, converted)
 
-    return rename
+def _splits_rows(converter: Any) -> bool:
+    """Whether a conversion gives equal numbers of one tensor's rows to others."""
+    from transformers.core_model_loading import Chunk
+
+    operations = converter.operations
+    return len(operations) == 1 and isinstance(operations[0], Chunk) and operations[0].dim == 0
+
+
+def _targets(first: str, patterns: list[str]) -> list[str]:
+    """All names that a tensor becomes, of which `first` is the one by the first of the target `patterns`."""
+    match = re.search(re.escape(patterns[0]).replace(re.escape(r"\1"), "(.+)"), first)
+    if match is None:
+        return [first]
+    return [first[: match.start()] + match.expand(pattern) + first[match.end() :] for pattern in patterns]
+
+
+def _variant(name: str, prefix: str, expected: Container[str], key: str) -> str:
+    """The name with the model's prefix, or without it, as it is expected, or the `key` where none of them is."""
+    return next((variant for variant in _variants(name, prefix) if variant in expected), key)
 
 
 def same_values(first: Entry, second: Entry) -> bool:

@@ -16,13 +16,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantize.errors import ConfigError, memory_errors
-from quantize.methods.method import Job, Method, no_attempts
+from quantize.methods.method import Job, Larger, Method, no_attempts
 from quantize.options import OTHERS, RECIPE, SOURCE, Choice, Option
 from quantize.records import Checkout, Quantized, Recipe, Scalar
 
 __all__ = [
     "AUTO",
     "Job",
+    "Larger",
     "Method",
     "all_options",
     "check",
@@ -170,3 +171,14 @@ def quantize(job: Job) -> Quantized:
         quantized = method.quantize(dataclasses.replace(job, resume=temporary))
     shutil.rmtree(temporary, ignore_errors=True)
     return quantized
+
+
+def resized(job: Job, share: float, most: float) -> Larger | None:
+    """The smallest file that is predicted to diverge by `share` of what the recipe of `job` does, or the one of `most`
+    times the plain bytes; None where the method makes files of one size only. Raises what `quantize` raises."""
+    method = get(job.recipe.name)
+    if method.resized is None:
+        return None
+    with memory_errors(f"predicting sizes for {job.checkout.source.name} on {job.device}", ADVICE):
+        larger = method.resized(job, share, most)
+    return dataclasses.replace(larger, recipe=normalized(larger.recipe))

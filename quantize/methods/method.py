@@ -17,7 +17,7 @@ class Job:
     """What a method is asked to do: write `checkout`, quantized by `recipe` on `device`, into the folder `output`.
 
     A method that looks at text never looks at `corpus`, by which the result is judged. Finished parts are kept in the
-    folder `resume`, and taken up from there.
+    folder `resume`, and taken up from there; those that other attempts of the same run can use in the folder `shared`.
     """
 
     checkout: Checkout
@@ -27,11 +27,16 @@ class Job:
     progress: Progress
     corpus: str = ""
     resume: Path | None = None
+    shared: Path | None = None
 
     @property
     def resume_folder(self) -> Path:
         assert self.resume is not None, "methods.quantize gives every job a folder for finished parts"
         return self.resume
+
+    @property
+    def shared_folder(self) -> Path:
+        return self.shared or self.resume_folder / "shared"
 
 
 def accept(checkout: Checkout, recipe: Recipe, corpus: str) -> None:
@@ -41,6 +46,36 @@ def accept(checkout: Checkout, recipe: Recipe, corpus: str) -> None:
 def no_attempts(recipe: Recipe) -> tuple[Recipe, ...]:
     """Of a method that `auto` does not try."""
     return ()
+
+
+def any_share(before: Recipe, then: Recipe) -> float:
+    """Of a method of which it is not known how little one attempt may leave of another's divergence."""
+    return 0.0
+
+
+PREDICTION_ERROR = 1.15
+"""By how much the divergence of trained models was smaller than predicted at the most (docs/accuracy.md)."""
+
+
+@dataclass(frozen=True)
+class Larger:
+    """A recipe for a file of so many `times` the plain bytes, in place of one of so many times `before`.
+
+    It should leave a share `left` of that one's divergence. The `share` that was asked for needs `needed` times the
+    bytes, which may be more than a file may have.
+    """
+
+    recipe: Recipe
+    times: float
+    before: float
+    left: float
+    share: float
+    needed: float
+
+    @property
+    def within_reach(self) -> bool:
+        """Whether it may do what was asked for, so far as such predictions were wrong."""
+        return self.left <= PREDICTION_ERROR * self.share
 
 
 def nothing(recipe: Recipe, quantized: Quantized) -> str:
@@ -53,9 +88,11 @@ class Method:
     """A way to choose codes and scales.
 
     `options` are its rows, whose fields are those of its options record. `attempts` says what `auto` tries of it for a
-    recipe, and methods are asked in their `order`. `check` raises what stands against a recipe before any work.
-    `describe` says on a card how codes were chosen. `improves_on` names the method whose result is measured on the same
-    windows, so that the card shows the gain. `former_names` still work.
+    recipe, and methods are asked in their `order`; `least_left` is the share of one attempt's divergence that another
+    one leaves at the least, as far as anybody saw. `resized` gives the smallest file, up to a multiple of the plain
+    bytes, that is predicted to diverge by a share of what the job's recipe does. `check` raises what stands against a
+    recipe before any work. `describe` says on a card how codes were chosen. `improves_on` names the method whose result
+    is measured on the same windows, so that the card shows the gain. `former_names` still work.
     """
 
     name: str
@@ -66,6 +103,8 @@ class Method:
     bits: tuple[int, ...] = (4,)
     check: Callable[[Checkout, Recipe, str], None] = accept
     attempts: Callable[[Recipe], tuple[Recipe, ...]] = no_attempts
+    least_left: Callable[[Recipe, Recipe], float] = any_share
+    resized: Callable[[Job, float, float], Larger] | None = None
     describe: Callable[[Recipe, Quantized], str] = nothing
     improves_on: str | None = None
     former_names: tuple[str, ...] = ()

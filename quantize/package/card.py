@@ -81,6 +81,7 @@ def facts(
         required_grade=evidence.verdict.required,
         passed=evidence.verdict.passed,
         reasons=evidence.verdict.reasons,
+        advice=evidence.advice,
         corpus=text.name if text else None,
         corpus_dataset=CardDataset(**dataclasses.asdict(dataset)) if dataset else None,
         corpus_sha256=text.sha256 if text else None,
@@ -196,6 +197,7 @@ def _attempt(attempt: Attempt) -> CardAttempt:
         grade=attempt.grade,
         chosen=attempt.chosen,
         failure=attempt.failure,
+        predicted=attempt.predicted,
     )
 
 

@@ -8,7 +8,7 @@ from quantize.parity.measure import check_inputs, measure, unmeasured
 from quantize.parity.picture_prompts import problem as picture_problem
 from quantize.parity.remeasure import differs, figures_again
 from quantize.parity.sample import sample_loss
-from quantize.parity.verdict import gate, judged
+from quantize.parity.verdict import gate, headroom, judged
 
 __all__ = [
     "check_inputs",
@@ -16,6 +16,7 @@ __all__ = [
     "differs",
     "figures_again",
     "gate",
+    "headroom",
     "judged",
     "measure",
     "picture_problem",

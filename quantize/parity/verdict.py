@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from quantize.errors import PackageError
 from quantize.evidence import Check, Estimate, Evidence, Look, LookPlan, Pictures, Scores, Verdict
 from quantize.grades import CHANGED, GRADES, IMPLAUSIBLE_RATIO, LIMITS, UNMEASURED, grade_at_least, grade_of
 from quantize.parity import sequential
+
+SMALLEST = 1e-12
+"""Divergence (nats) below which there is none."""
 
 
 def unmeasured(checks: Sequence[Check], required: str) -> Verdict:
@@ -89,9 +93,44 @@ def gate(
     )
 
 
+def headroom(evidence: Evidence, grade: str) -> float:
+    """Times its divergence a candidate could diverge and be graded so: below 1 where it is not as good.
+
+    0 where it is refused for another reason than how far it is from the original. Bounds from few windows count as they
+    would be after all of them: a verdict that was certain early says little about how far it is from its limit.
+    """
+    if evidence.scores is None or any(not check.passed for check in evidence.checks):
+        return 0.0
+    framings = [(evidence.scores, evidence.looks, evidence.look_plan)]
+    if evidence.chat_framing is not None:
+        framing = evidence.chat_framing
+        framings.append((framing.scores, framing.looks, framing.look_plan))
+    if any(scores.perplexity_ratio.value < IMPLAUSIBLE_RATIO for scores, _, _ in framings):
+        return 0.0
+    ratio_limit, kld_limit = LIMITS[grade]
+    klds = [_high(scores.kld.mean, _unread(looks, plan)) for scores, looks, plan in framings]
+    ratios = [math.log(_high(scores.perplexity_ratio, _unread(looks, plan))) for scores, looks, plan in framings]
+    if evidence.pictures is not None:
+        klds.append(evidence.pictures.kld.high)
+    return min(kld_limit / max(*klds, SMALLEST), math.log(ratio_limit) / max(*ratios, SMALLEST))
+
+
+def _high(estimate: Estimate, share: float) -> float:
+    """The upper bound with a share of its distance from the value."""
+    return estimate.value + share * (estimate.high - estimate.value)
+
+
+def _unread(looks: Sequence[Look], plan: LookPlan | None) -> float:
+    """By how much an interval would shrink if all windows were read."""
+    return math.sqrt(looks[-1].windows / plan.windows) if looks and plan else 1.0
+
+
 def _grade(scores: Scores) -> str:
+    """The grade of these scores; whose perplexity is not lower than the original's is no other model, but perhaps
+    measured on too few windows to say so."""
     ratio, kld = scores.perplexity_ratio, scores.kld.mean
-    return grade_of(ratio.low, ratio.high, kld.high)
+    low = max(ratio.low, IMPLAUSIBLE_RATIO) if ratio.value >= 1 else ratio.low
+    return grade_of(low, ratio.high, kld.high)
 
 
 def _shortfalls(scores: Scores, required: str, where: str) -> list[str]:
@@ -105,7 +144,13 @@ def _shortfalls(scores: Scores, required: str, where: str) -> list[str]:
     limit, reasons = LIMITS[required][0], []
     if ratio.high > limit:
         reasons.append(f"perplexity ratio{where} up to {ratio.high:.4f}, {required} allows {limit}")
-    return reasons + _kld_shortfall(kld, required, where)
+    reasons += _kld_shortfall(kld, required, where)
+    if ratio.low < IMPLAUSIBLE_RATIO:
+        reasons.append(
+            f"perplexity ratio{where} from {ratio.low:.4f} on: too few windows to tell it from another model, below "
+            f"{IMPLAUSIBLE_RATIO}"
+        )
+    return reasons
 
 
 def _kld_shortfall(kld: Estimate, required: str, where: str) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from quantize.errors import CorruptModel, UnsupportedModel
 from quantize.formats import experts, remote_code, source_model
-from quantize.formats.bitsandbytes import coverage
+from quantize.formats.bitsandbytes import coverage, tensor_plan
 from quantize.formats.bitsandbytes.config import quantization_method
 from quantize.formats.bitsandbytes.modules import require_mostly_linear
 from quantize.formats.model_class import reads_pictures
@@ -28,6 +28,8 @@ LOW_PRECISION = {
     "mxfp4": ("4-bit floats (mxfp4)", "Mxfp4Config"),
 }
 """Forms in which originals are published, in words, and the config by which transformers makes 16 bits of them."""
+LOOKING_AHEAD = ("xlnet",)
+"""Types that transformers lists among the causal ones, and that are trained to predict tokens in any order."""
 OTHER_SENSES = ("vision_config", "audio_config", "vision_tower", "mm_vision_tower", "speech_config")
 """Keys of models that see or hear."""
 
@@ -57,6 +59,7 @@ def check_model(config: Mapping[str, Any], name: str) -> None:
         model = experts.unstacked(source_model.promised(config, name))
         require_mostly_linear(model, name)
         coverage.require(model, Recipe(), name)
+        tensor_plan.require_readable(model, name)
 
 
 def needs_remote_code(config: Mapping[str, Any]) -> bool:
@@ -162,6 +165,10 @@ def _require_causal(config: Mapping[str, Any], architectures: list[str], name: s
         raise UnsupportedModel(
             f"{name} reads more than text and pictures ({listed}): only models of text, and of text and pictures, can "
             f"be quantized here"
+        )
+    if config["model_type"] in LOOKING_AHEAD:
+        raise UnsupportedModel(
+            f"{name} lets each token see those behind it ({listed}): only causal language models can be quantized here"
         )
     if classes & _named(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         return

@@ -13,14 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantize import methods, source
+from quantize.errors import UnsupportedModel
 from quantize.formats import experts, modeling_experts
 from quantize.formats.bitsandbytes import checkpoint
 from quantize.progress import Silent
 from quantize.records import Recipe
+from quantize.source import support
 from tests.mixtures import FAMILIES, mixture, saved
+from tests.models import tiny
 
 RTN = Recipe(name="rtn")
-QUICK = ("qwen3_moe", "mixtral", "gpt_oss")
+QUICK = ("qwen3_moe", "mixtral", "gpt_oss", "llama4_text", "jetmoe", "longcat_flash")
 SLOW = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow, id=name) for name in FAMILIES]
 IDS = torch.arange(48).view(2, 24)
 
@@ -137,6 +140,32 @@ def in_memory(folder: Path) -> Any:
 def test_every_family_makes_a_package_that_loads(tmp_path: Path, family: str) -> None:
     made = package(saved(family, tmp_path / "source"), tmp_path / "made")
     assert bool(torch.isfinite(logits(loaded(made))).all())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["llama4_text", "jetmoe", pytest.param("longcat_flash", marks=pytest.mark.slow)])
+def test_experts_of_a_kind_of_their_own_have_the_codes_of_their_part(tmp_path: Path, family: str) -> None:
+    from bitsandbytes import functional
+
+    made = loaded(package(saved(family, tmp_path / "source", vocab_size=64), tmp_path / "made"))
+    original = modeling_experts.unstack(mixture(family, torch.float16, vocab_size=64))
+    names = [name for name, module in made.named_modules() if type(module).__name__ == "Linear4bit"]
+    inside = [name for name in names if any(name.startswith(path) for path, _ in experts.linear_experts(original))]
+    assert len(inside) >= 2 * 4 * 2
+    for name in inside:
+        weight = original.get_submodule(name).weight.detach().contiguous()
+        codes, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        held = made.get_submodule(name).weight
+        expected = functional.dequantize_4bit(codes, state)
+        assert torch.equal(functional.dequantize_4bit(held.data, held.quant_state), expected), name
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["inkling_mm_model", "diffusion_gemma"])
+def test_what_cannot_be_read_tensor_by_tensor_is_refused_by_its_config(kind: str) -> None:
+    with pytest.raises(UnsupportedModel, match=r"tied to other experts|stored in a form that is not known"):
+        described = tiny.config(kind, architectures=[tiny.model_class(kind).__name__]).to_json_string(use_diff=False)
+        support.check_model(json.loads(described), "their-model")
 
 
 def test_routers_stay_as_they_are(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from quantize import methods, search, source
 from quantize.errors import ConfigError
 from quantize.formats.bitsandbytes.sizes import BLOCK
 from quantize.methods.calibration import allocation
-from quantize.methods.calibration.allocation import HALF_PRECISION, SMALL_BLOCK, StorageOption
+from quantize.methods.calibration.allocation import HALF_PRECISION, SMALL_BLOCK, STEP, Offers, StorageOption
 from quantize.progress import Silent
 from tests.conftest import POCKET
 
@@ -33,21 +33,27 @@ def test_no_more_is_spent_than_there_is_and_never_for_the_worse(
     offers: dict[str, list[StorageOption]], extra: int
 ) -> None:
     chosen = allocation.spend(offers, extra)
-    options = {name: next(option for option in offers[name] if option.block == block) for name, block in chosen.items()}
     assert chosen.keys() == offers.keys()
-    assert sum(option.size for option in options.values()) <= sum(one[0].size for one in offers.values()) + extra
-    assert all(options[name].divergence <= offers[name][0].divergence for name in offers)
+    assert sum(option.size for option in chosen.values()) <= sum(one[0].size for one in offers.values()) + extra
+    assert all(chosen[name].divergence <= offers[name][0].divergence for name in offers)
 
 
 @given(matrices)
 def test_with_bytes_for_all_nothing_diverges_and_with_none_all_stay_plain(
     offers: dict[str, list[StorageOption]],
 ) -> None:
-    assert not any(
-        next(option.divergence for option in offers[name] if option.block == block)
-        for name, block in allocation.spend(offers, 1e9).items()
-    )
-    assert set(allocation.spend(offers, 0).values()) == {BLOCK}
+    assert not any(option.divergence for option in allocation.spend(offers, 1e9).values())
+    assert {option.block for option in allocation.spend(offers, 0).values()} == {BLOCK}
+
+
+@given(matrices, st.floats(0, 1))
+def test_the_smallest_budget_that_keeps_a_divergence(offers: dict[str, list[StorageOption]], share: float) -> None:
+    """A step less would diverge more."""
+    ways = Offers({name: tuple(options) for name, options in offers.items()}, 10_000)
+    limit = share * ways.divergence(1)
+    times = ways.smallest(limit)
+    assert times >= 1 and ways.divergence(times) <= limit
+    assert times == 1 or ways.divergence(times - STEP) > limit
 
 
 def test_auto_spends_its_budget_last() -> None:

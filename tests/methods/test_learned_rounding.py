@@ -110,7 +110,8 @@ def test_a_layer_comes_nearer_to_the_source_and_never_goes_away_from_it(
     plan = Plan(LITTLE, "float16", Ablation(), {}, block_sizes)
     found = quantizer._quantize_layer(stream, 0, list(INSIDE), plan)
     half = torch.randn(256, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
-    gradient = OutputGradient(torch.ones(1), half.T @ half / 256) if by_gradient else None
+    hessian = half.T @ half / 256
+    gradient = OutputGradient(torch.ones(1), torch.ones(()), hessian) if by_gradient else None
     objective = Objective(targets, weights, gradient)
 
     def error(chosen: dict[str, QuantizedLayer]) -> float:
@@ -118,7 +119,7 @@ def test_a_layer_comes_nearer_to_the_source_and_never_goes_away_from_it(
             f"{name}.weight": laid_out(layer.get_submodule(name), one.packed.weight()) for name, one in chosen.items()
         }
         offs = [stream.output(0, part, values) - target for part, target in enumerate(targets)]
-        return sum(float((off * (off @ gradient.hessian if gradient else off)).mean()) for off in offs)
+        return sum(float((off * (off @ hessian if gradient else off)).mean()) for off in offs)
 
     passes: list[int] = []
     learned = learned_rounding.learn(stream, 0, found, objective, 12, passes.append)

@@ -6,6 +6,7 @@ import gc
 import json
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ def trial(name: str, place: Path) -> Trial:
         name,
         FAILS if failed else FALLS_BACK if notes.whole else WORKS,
         share=share,
-        stock=_like_stock(folder, place / "rtn", place / "stock"),
+        stock=_like_stock(folder, place / "rtn", place / "stock", model),
         calibrated=_calibrated(checkout, place / "calibrated", name, model),
         reason=failed or notes.whole,
     )
@@ -150,7 +151,7 @@ def _calibrated(checkout: Checkout, output: Path, name: str, source_shape: Any) 
         return f"{FAILS}: {_said(error)}"
 
 
-def _like_stock(folder: Path, package: Path, output: Path) -> str:
+def _like_stock(folder: Path, package: Path, output: Path, source_shape: Any) -> str:
     """Whether a package holds the very tensors that three lines of stock transformers and bitsandbytes write."""
     import torch
     from safetensors.torch import load_file
@@ -177,14 +178,26 @@ def _like_stock(folder: Path, package: Path, output: Path) -> str:
         {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
         for folder in (package, output)
     )
-    return _difference(ours, theirs)
+    return _difference(ours, theirs, _is_of_experts(source_shape))
 
 
-def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+def _is_of_experts(source_shape: Any) -> Callable[[str], bool]:
+    """Tells which tensors of files are parts of experts, by the source's model whose experts are linear."""
+    stacks, paths = experts.stacks(source_shape), [f"{path}." for path, _ in experts.linear_experts(source_shape)]
+    rename = source_model.renaming(source_shape, {*source_shape.state_dict(), *stacks})
+
+    def is_of_experts(name: str) -> bool:
+        known = rename(name).name
+        return known in stacks or known.startswith(tuple(paths)) or ".experts." in name
+
+    return is_of_experts
+
+
+def _difference(ours: dict[str, Any], theirs: dict[str, Any], is_of_experts: Callable[[str], bool]) -> str:
     """What is otherwise in one of two files; experts that stock leaves in half precision are none of it."""
     import torch
 
-    compared = [name for name in sorted(ours.keys() | theirs.keys()) if ".experts." not in name]
+    compared = [name for name in sorted(ours.keys() | theirs.keys()) if not is_of_experts(name)]
     for name in compared:
         if name not in ours or name not in theirs:
             return f"{name} is in {'ours' if name in ours else 'theirs'} alone"

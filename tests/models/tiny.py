@@ -89,6 +89,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True},
     "llama4": {"vision_config": {"projector_input_dim": 128, "projector_output_dim": 128, "vision_output_dim": 128}},
     "kimi_linear": {"linear_attn_config": {"num_heads": 4, "head_dim": 32, "full_attn_layers": [2], "kda_layers": [1]}},
+    "longcat_flash": {"zero_expert_num": 2},
     "blt": {"encoder_hash_byte_group_vocab": 256},
 }
 """What single architectures need besides, by the names of their types; a part's in a mapping of its own."""

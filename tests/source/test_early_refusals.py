@@ -24,16 +24,16 @@ SMALL = {
 }
 DBRX = {"hidden_size": 32, "ffn_hidden_size": 64, "moe_num_experts": 8, "moe_top_k": 2}
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
-    "jetmoe": (
-        {**SMALL, "model_type": "jetmoe", "architectures": ["JetMoeForCausalLM"], "num_local_experts": 4},
-        "stacked expert tensors, in modules that are not known here .*JetMoeParallelExperts",
+    "xlnet": (
+        {**SMALL, "model_type": "xlnet", "architectures": ["XLNetLMHeadModel"]},
+        "lets each token see those behind it",
     ),
     "dbrx": (
         {
             **{"model_type": "dbrx", "architectures": ["DbrxForCausalLM"], "d_model": 32, "n_heads": 2, "n_layers": 1},
             **{"vocab_size": 64, "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}, "ffn_config": DBRX},
         },
-        "stacked expert tensors",
+        "stacked expert tensors, in modules that are not known here .*DbrxExpertGLU",
     ),
     "t5": ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "an encoder and a decoder"),
     "hears": (

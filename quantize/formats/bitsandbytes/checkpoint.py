@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from quantize.documents import read_json
-from quantize.errors import CorruptModel, UnsupportedModel, memory_errors, storage_errors
+from quantize.errors import CorruptModel, memory_errors, storage_errors
 from quantize.files import CONFIG, GENERATION_CONFIG
 from quantize.formats import experts, safetensors, source_model
 from quantize.formats.bitsandbytes import config, modules, tensor_plan, writer
@@ -58,13 +58,12 @@ def write(
     names = modules.to_quantize(model, recipe, checkout.source.name)
     modules.require_quantized(names, model, checkout.source.name)
     modules.require_mostly_linear(model, checkout.source.name)
+    tensor_plan.require_readable(model, checkout.source.name)
     try:
         plans = tensor_plan.plan(checkout, model, names, getattr(torch, dtype), precomputed)
     except NotKnown as reason:
         if experts.has_linear_experts(model):
-            raise UnsupportedModel(
-                f"{checkout.source.name} has experts, and cannot be read tensor by tensor: {reason}"
-            ) from None
+            raise tensor_plan.without_whole_model(checkout.source.name, str(reason)) from None
         progress.note(f"{reason}: the model is loaded as a whole")
         if rounding is not None:
             precomputed = _rounded_whole(checkout, recipe, dtype, device, rounding)
@@ -215,9 +214,8 @@ def load_quantized(checkout: Checkout, recipe: Recipe, dtype: str, device: str) 
 
 def _quantization_config(model: Any, checkout: Checkout, recipe: Recipe, dtype: str) -> Any:
     """The skip list is left to transformers unless more stays as it is than it leaves alone itself."""
-    kept = modules.routers(model) or modules.read_directly(model)
     towers = modules.towers(model) and not recipe.quantize_towers
-    own_list = recipe.skip_modules or kept or towers
+    own_list = recipe.skip_modules or modules.kept_besides(model) or towers
     skip_list = modules.to_skip(model, recipe, checkout.source.name) if own_list else None
     return config.build(recipe, dtype, skip_list)
 

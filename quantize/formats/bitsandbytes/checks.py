@@ -13,8 +13,10 @@ from quantize.formats import safetensors
 from quantize.formats.bitsandbytes.config import QUANTIZATION_KEY, ExpectedConfig
 from quantize.formats.bitsandbytes.modules import (
     block_size,
+    converted,
     is_listed,
     kept_by_default,
+    kept_in_float32,
     linear_names,
     matrix,
     names_holding_codes,
@@ -95,7 +97,7 @@ def _finite_check(folder: Path, names: set[str]) -> Check:
 def due_names(reference: Any, expected: ExpectedConfig) -> set[str]:
     """Names of the modules of the source's model that should be quantized."""
     skip_list = kept_by_default(reference) if expected.skips_head else []
-    skip_list += reference._keep_in_fp32_modules or []
+    skip_list += [*kept_in_float32(reference), *converted(reference)]
     skip_list += towers(reference) if expected.skips_towers else []
     skip_list += read_directly(reference) if expected.skips_head else []
     skip_list += routers(reference) if expected.skips_routers else []

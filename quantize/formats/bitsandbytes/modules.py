@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from quantize.errors import UnsupportedModel
+from quantize.formats import source_model
 from quantize.formats.experts import linear_experts
 from quantize.records import Recipe
 
@@ -80,8 +81,8 @@ def to_quantize(model: Any, recipe: Recipe, model_name: str) -> tuple[str, ...]:
 
 
 def to_skip(model: Any, recipe: Recipe, model_name: str) -> list[str]:
-    """Full names of what stays as it is: the head, what is tied to it, routers, and weights that are read directly,
-    always; towers, unless the recipe quantizes them; and what the recipe skips.
+    """Full names of what stays as it is: the head, what is tied to it, and what `kept_besides` says, always; towers,
+    unless the recipe quantizes them; and what the recipe skips.
 
     Raises UnsupportedModel where the recipe skips what is not there.
     """
@@ -90,7 +91,7 @@ def to_skip(model: Any, recipe: Recipe, model_name: str) -> list[str]:
         if not any(map(Recipe(skip_modules=(name,)).skips, linear)):
             raise UnsupportedModel(f"--skip-modules {name}: {model_name} has no linear module of that name")
     kept = () if recipe.quantize_towers else towers(model)
-    always = (*kept_by_default(model), *routers(model), *read_directly(model))
+    always = (*kept_by_default(model), *kept_besides(model))
     return sorted({*always, *kept, *filter(recipe.skips, linear)})
 
 
@@ -104,6 +105,34 @@ def kept_by_default(model: Any) -> list[str]:
     last = list(dict(model.named_parameters(remove_duplicate=False)))[-1]
     heads = (name for name, module in model.named_modules() if head is not None and module is head)
     return sorted({name.removesuffix(".weight") for name in (*ties, *ties.values(), last, *heads)})
+
+
+def kept_besides(model: Any) -> tuple[str, ...]:
+    """Linear modules that are never quantized, besides those that transformers leaves alone itself: routers, what the
+    architecture wants in float32, weights that are read directly, and those that files have in another form."""
+    return (*routers(model), *kept_in_float32(model), *read_directly(model), *converted(model))
+
+
+def converted(model: Any) -> tuple[str, ...]:
+    """Linear modules whose weights transformers makes of others while it loads them, which it cannot of codes."""
+    names = source_model.converted(model)
+    return tuple(name for name in linear_names(model) if f"{name}.weight" in names)
+
+
+def kept_in_float32(model: Any) -> tuple[str, ...]:
+    """Linear modules that the architecture wants in float32, in models of half precision or of float16."""
+    listed, patterns = list(model._keep_in_fp32_modules or ()), float32_patterns(model, float16=True)
+    return tuple(
+        name
+        for name in linear_names(model)
+        if is_listed(name, listed) or any(pattern.search(f"{name}.weight") for pattern in patterns)
+    )
+
+
+def float32_patterns(model: Any, *, float16: bool) -> list[re.Pattern[str]]:
+    """In the names of tensors that transformers loads as float32 into a model of `float16`, or else of bfloat16."""
+    listed = [*(model._keep_in_fp32_modules_strict or ()), *list(model._keep_in_fp32_modules or ()) * float16]
+    return [re.compile(pattern.replace("*", ".*")) for pattern in listed]
 
 
 def read_directly(model: Any) -> tuple[str, ...]:

@@ -6,19 +6,19 @@ that is not known here, `plan` raises NotKnown.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from quantize.errors import UnsupportedModel
 from quantize.formats import experts
-from quantize.formats.bitsandbytes.modules import is_listed, is_transposed
+from quantize.formats.bitsandbytes.modules import float32_patterns, is_transposed
 from quantize.formats.bitsandbytes.sizes import STATE, MatrixFormat
 from quantize.formats.experts import StackedPart
 from quantize.formats.safetensors import Entry, Slot
-from quantize.formats.source_model import Renamed, natural, renaming, same_values, tensors
+from quantize.formats.source_model import Renamed, converts_experts, natural, renaming, same_values, tensors
 from quantize.records import Checkout, Recipe
 
 PrecomputedTensors = Mapping[str, Mapping[str, torch.Tensor]]
@@ -88,23 +88,37 @@ def plan(
     """
     quantized = tuple(quantized)
     _require_plain(model)
-    in_float32 = _kept_in_float32(model, dtype, quantized)
+    in_float32 = _in_float32(model, dtype)
     expected, ties = model.state_dict(), dict(model.all_tied_weights_keys)
     stacks = experts.stacks(model)
-    stored = _with_parts(_stored(checkout, renaming(model, {*expected, *stacks})), stacks)
+
+    def kept_type(name: str) -> torch.dtype:
+        return torch.float32 if in_float32(name) else expected[name].dtype
+
+    matrices = {f"{module}.weight": model.get_submodule(module) for module in quantized}
+    rename = renaming(model, {*expected, *stacks})
+    held, converted = _stored_and_converted(checkout, rename, matrices.keys())
+    stored = _with_parts(held, stacks)
     for target, kept in ties.items():
         if target in stored and kept in stored and not same_values(stored[target].entry, stored[kept].entry):
             raise NotKnown(f"{target} is to be {kept}, and differs from it")
-    matrices = {f"{module}.weight": model.get_submodule(module) for module in quantized}
-    plans = []
-    for name in sorted(expected.keys() - ties.keys() - set(model._keys_to_ignore_on_save or ()), key=natural):
+    plain = expected.keys() - ties.keys() - set(model._keys_to_ignore_on_save or ())
+    for tensor in converted:
+        if not set(tensor.targets) <= plain - matrices.keys():
+            raise NotKnown(f"{tensor.name} is fused or split while it is loaded")
+    plans = [
+        TensorPlan(tensor.name, tensor.entry, kept_type(tensor.targets[0]), rounded=False, transposed=False)
+        for tensor in converted
+    ]
+    for name in sorted(plain - {target for tensor in converted for target in tensor.targets}, key=natural):
         if name not in stored or tuple(expected[name].shape) != stored[name].shape:
             raise NotKnown(f"{name} is not in the source as the model has it")
-        rounded, held = name in matrices, stored[name]
+        rounded, source = name in matrices, stored[name]
         transposed = rounded and is_transposed(matrices[name])
-        own = _precomputed_for(name, held.saved_name, precomputed)
-        kept_type = expected[name].dtype if not in_float32(name) else torch.float32
-        plans.append(TensorPlan(held.saved_name, held.entry, kept_type, rounded, transposed, own, held.stacked))
+        own = _precomputed_for(name, source.saved_name, precomputed)
+        plans.append(
+            TensorPlan(source.saved_name, source.entry, kept_type(name), rounded, transposed, own, source.stacked)
+        )
     return plans
 
 
@@ -125,17 +139,49 @@ def _shape(entry: Entry, stacked: StackedPart | None) -> tuple[int, ...]:
     return stacked.shape(entry.shape) if stacked else entry.shape
 
 
-def _stored(checkout: Checkout, rename: Callable[[str], Renamed]) -> dict[str, _Stored]:
-    """The source's tensors by the model's names for them."""
+@dataclass(frozen=True)
+class _Converted:
+    """A tensor of the source of which transformers makes others, its `targets`, as it will of the package's again."""
+
+    name: str
+    entry: Entry
+    targets: tuple[str, ...]
+
+
+def _stored_and_converted(
+    checkout: Checkout, rename: Callable[[str], Renamed], matrices: Container[str]
+) -> tuple[dict[str, _Stored], list[_Converted]]:
+    """The source's tensors by the model's names for them, and those that it has in another form.
+
+    Where `matrices` are some of a tensor's rows, all that come of it are taken apart here.
+    """
     stored: dict[str, _Stored] = {}
+    converted: list[_Converted] = []
     for key, entry in tensors(checkout).items():
         renamed = rename(key)
-        if renamed.converted:
-            raise NotKnown(f"{key} is fused or split while it is loaded")
-        if renamed.name in stored:
-            raise NotKnown(f"{renamed.name} is stored twice")
-        stored[renamed.name] = _Stored(renamed.saved_name, entry)
-    return stored
+        targets = (renamed.name, *renamed.others)
+        if not renamed.converted:
+            parts = {renamed.name: _Stored(renamed.saved_name, entry)}
+        elif renamed.split_by_rows and any(target in matrices for target in targets):
+            parts = dict(zip(targets, _rows_apart(targets, entry), strict=True))
+        else:
+            converted.append(_Converted(key, entry, targets))
+            continue
+        if twice := next((name for name in parts if name in stored), None):
+            raise NotKnown(f"{twice} is stored twice")
+        stored |= parts
+    return stored, converted
+
+
+def _rows_apart(names: tuple[str, ...], entry: Entry) -> Iterator[_Stored]:
+    """What each of the tensors called `names` has of a stored one: equal numbers of its rows."""
+    rows, rest = divmod(entry.shape[0], len(names))
+    if rest:
+        raise NotKnown(f"{names[0]} has no whole share of the rows that are stored")
+    size = entry.numel // len(names)
+    for index, name in enumerate(names):
+        start = entry.start + index * size * entry.dtype.itemsize
+        yield _Stored(name, replace(entry, shape=(rows, *entry.shape[1:]), start=start))
 
 
 def _with_parts(stored: dict[str, _Stored], stacks: Mapping[str, Any]) -> dict[str, _Stored]:
@@ -159,26 +205,33 @@ def _precomputed_for(name: str, saved_name: str, precomputed: PrecomputedTensors
     }
 
 
+def require_readable(model: Any, name: str) -> None:
+    """Raise UnsupportedModel where a `model` with linear experts has files that cannot be read tensor by tensor.
+
+    Told before they are here, by what transformers does to the files of such models while it loads them.
+    """
+    if not experts.has_linear_experts(model):
+        return
+    if tied := sorted(experts.stacks(model).keys() & model.all_tied_weights_keys.keys()):
+        raise without_whole_model(name, f"{tied[0]} is tied to other experts")
+    if converts_experts(model):
+        raise without_whole_model(name, "its experts are stored in a form that is not known here")
+
+
+def without_whole_model(name: str, reason: str) -> UnsupportedModel:
+    """What is said of a model with experts where another would be loaded as a whole."""
+    return UnsupportedModel(f"{name} has experts, and cannot be read tensor by tensor: {reason}")
+
+
 def _require_plain(model: Any) -> None:
     if model.is_remote_code():
         raise NotKnown("the model brings its own code")
 
 
-def _kept_in_float32(model: Any, dtype: torch.dtype, quantized: Iterable[str]) -> Callable[[str], bool]:
-    """Tells which tensors transformers loads as float32 into a model of `dtype`.
-
-    Raises NotKnown where matrices are among them that could be quantized otherwise.
-    """
-    always, from_float16 = list(model._keep_in_fp32_modules_strict or ()), list(model._keep_in_fp32_modules or ())
-    patterns = [*always * (dtype != torch.float32), *from_float16 * (dtype == torch.float16)]
-    kept = [re.compile(pattern.replace("*", ".*")) for pattern in patterns]
-
-    def in_float32(name: str) -> bool:
-        return any(pattern.search(name) for pattern in kept)
-
-    if any(in_float32(f"{name}.weight") or is_listed(name, from_float16) for name in quantized):
-        raise NotKnown("the architecture keeps matrices in float32")
-    return in_float32
+def _in_float32(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Tells which tensors transformers loads as float32 into a model of `dtype`."""
+    patterns = float32_patterns(model, float16=dtype == torch.float16) if dtype != torch.float32 else []
+    return lambda name: any(pattern.search(name) for pattern in patterns)
 
 
 def module_of(name: str) -> str:

@@ -68,13 +68,14 @@ class RoutedExperts:
         width, device = _inputs(self.stream.decoder.layers[self.index], names[0]), self.stream.device
         all_tokens, counts = CenteredHessianAccumulator(width, device), Counter[int]()
         own = {name: CenteredHessianAccumulator(width, device) for name in names}
-        for start, states, choices in self._routing():
-            all_tokens.add(states.float(), None)
-            for number in {self.number(name) for name in names}:
-                counts[number] += int((choices == number).sum())
-            for name in names:
-                _add(own[name], states, _tokens(choices, self.number(name)), start, weights.get(name))
         numbers = {self.number(name) for name in names}
+        for start, arguments in self._calls():
+            all_tokens.add(self.module.all_inputs(*arguments).float(), None)
+            sent = {number: self._sent(number, arguments) for number in numbers}
+            for number, (states, _) in sent.items():
+                counts[number] += len(states)
+            for name in names:
+                _add(own[name], *sent[self.number(name)], start, weights.get(name))
         few = frozenset(number for number in numbers if counts[number] < LEAST_TOKENS_PER_INPUT * width)
         return Entering({name: all_tokens if self.number(name) in few else own[name] for name in names}, few)
 
@@ -84,46 +85,45 @@ class RoutedExperts:
         """Of the matrices that experts end with, in the model as their first ones are now."""
         layer, device = self.stream.decoder.layers[self.index], self.stream.device
         own = {name: CenteredHessianAccumulator(_inputs(layer, name), device) for name in names}
-        for start, states, choices in self._routing():
+        for start, arguments in self._calls():
             for name in names:
                 number = self.number(name)
                 every = number in shared
-                token = torch.arange(len(states), device=device) if every else _tokens(choices, number)
-                if len(token):
+                states, token = (self.module.all_inputs(*arguments), None) if every else self._sent(number, arguments)
+                if len(states):
                     with torch.no_grad(), autocast(device, self.stream.bfloat16):
-                        inputs = self.module.gated(number, states[token])
-                    weight = None if every else weights.get(name)
-                    own[name].add(inputs.float(), None if weight is None else weight[start + token.cpu()].to(device))
+                        inputs = self.module.gated(number, states)
+                    _add(own[name], inputs, token, start, weights.get(name))
         return own
 
     def _runs_last(self, name: str) -> bool:
-        *_, last = self.module.get_submodule(str(self.number(name))).named_children()
-        return name.endswith(f".{last[0]}")
+        """Whether a matrix ends an expert that begins with others."""
+        *others, (last, _) = self.module.get_submodule(str(self.number(name))).named_children()
+        return bool(others) and name.endswith(f".{last}")
 
-    def _routing(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """Of each micro-batch its first token, hidden states [tokens, width], and choices of experts [tokens, few]."""
-        start = 0
-        for states, choices, *_ in self.stream.arguments(self.index, self.path):
-            yield start, states.flatten(0, -2), choices
-            start += len(choices)
+    def _calls(self) -> Iterator[tuple[int, tuple[Any, ...]]]:
+        """Of each micro-batch its first token, and what the experts are called with; hidden states [tokens, width]."""
+        calls = self.stream.arguments(self.index, self.path)
+        for part, (states, *others) in enumerate(calls):
+            yield part * self.stream.tokens_each, (states.flatten(0, -2), *others)
+
+    def _sent(self, number: int, arguments: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The hidden states that an expert gets, and the tokens that they belong to, where that is known."""
+        return self.module.inputs(number, *arguments), self.module.tokens(number, self.module.choices(*arguments))
 
 
 def _inputs(layer: Any, name: str) -> int:
     return int(layer.get_submodule(name).in_features)
 
 
-def _tokens(choices: torch.Tensor, number: int) -> torch.Tensor:
-    """The tokens of a micro-batch that are sent to an expert, in the order in which it gets them."""
-    return torch.where(choices == number)[0]
-
-
 def _add(
     hessian: CenteredHessianAccumulator,
     states: torch.Tensor,
-    token: torch.Tensor,
+    token: torch.Tensor | None,
     start: int,
     weights: torch.Tensor | None,
 ) -> None:
-    if len(token):
-        weight = None if weights is None else weights[start + token.cpu()].to(states.device)
-        hessian.add(states[token].float(), weight)
+    """Add hidden states to a Hessian, each with the weight of its token where both are known."""
+    if len(states):
+        weight = None if weights is None or token is None else weights[start + token.cpu()].to(states.device)
+        hessian.add(states.float(), weight)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from quantize.formats.experts import linear_experts
 from quantize.logits import SlicedLogits
 from quantize.methods.calibration import sampling
-from quantize.methods.calibration.layers import autocast
+from quantize.methods.calibration.layers import autocast, first_tensor, uncached
 from quantize.methods.rounding.gptq import HessianAccumulator
 from quantize.progress import Progress
 
@@ -29,10 +29,13 @@ class OutputGradient:
     `hessian` [outputs, outputs] is the second moment of the gradient, with a mean diagonal of 1;
     `token_weights` [tokens] are its squared norms at the calibration tokens, with mean 1. A matrix of an expert has
     them at the tokens that are sent there; others have 1, as they may be sent there when the model is quantized.
+    `magnitude` [] is that mean diagonal before, over all tokens, in nats^2 by the square of an output. There is no
+    `hessian` where those of all matrices take too much memory.
     """
 
     token_weights: torch.Tensor
-    hessian: torch.Tensor
+    magnitude: torch.Tensor
+    hessian: torch.Tensor | None = None
 
 
 def output_gradients(
@@ -45,6 +48,7 @@ def output_gradients(
     bfloat16: bool,
     seed: int,
     progress: Progress,
+    hessians: bool = True,
 ) -> Iterator[tuple[str, OutputGradient]]:
     """For each named module of `model` on the device, from the loss at tokens drawn from the model's own prediction.
 
@@ -53,10 +57,11 @@ def output_gradients(
     """
     with torch.no_grad(), autocast(device, bfloat16):
         sliced = SlicedLogits.of(model, tokens[:1].to(device))
-    hooks = _GradientHooks(model, names, device, tokens.numel())
+    hooks = _GradientHooks(model, names, device, tokens.numel(), hessians)
     shares = sampling.shares(len(tokens), tokens.shape[1], seed)
     with (
         _recomputed(layers),
+        uncached(),
         _embeddings_with_gradients(model),
         progress.task("reading gradients", len(tokens), "windows") as advance,
     ):
@@ -106,16 +111,18 @@ def _embeddings_with_gradients(model: Any) -> Iterator[None]:
 
 
 class _GradientHooks:
-    """Backward hooks that gather the gradients at each module's outputs."""
+    """Hooks that gather the gradients at each module's outputs."""
 
-    def __init__(self, model: Any, names: list[str], device: str, tokens: int) -> None:
+    def __init__(self, model: Any, names: list[str], device: str, tokens: int, hessians: bool) -> None:
         self.squared_norms: dict[str, list[torch.Tensor]] = {name: [] for name in names}
         self.places: dict[str, list[torch.Tensor]] = {name: [] for name in names}
         self.hessians: dict[str, HessianAccumulator] = {}
-        self.device, self.start, self.tokens = device, 0, tokens
-        self.choices: dict[str, torch.Tensor] = {}
-        self.hooks = [model.get_submodule(name).register_full_backward_hook(self._hook(name)) for name in names]
-        for path, module in linear_experts(model):
+        self.device, self.start, self.tokens, self.with_hessians = device, 0, tokens, hessians
+        self.widths: dict[str, int] = {}
+        self.experts = dict(linear_experts(model))
+        self.choices: dict[str, Any] = {}
+        self.hooks = [model.get_submodule(name).register_forward_hook(self._hook(name)) for name in names]
+        for path, module in self.experts.items():
             self.hooks.append(module.register_forward_pre_hook(self._keep_choices(path)))
 
     def results(self) -> Iterator[tuple[str, OutputGradient]]:
@@ -123,26 +130,38 @@ class _GradientHooks:
         for hook in self.hooks:
             hook.remove()
         for name, squared_norms in self.squared_norms.items():
-            if name in self.hessians:
-                gradient = _scaled(self.hessians.pop(name), self._placed(name, torch.cat(squared_norms)))
+            if name in self.widths:
+                norms = torch.cat(squared_norms)
+                magnitude = norms.sum(dtype=torch.float64).float() / self.tokens / self.widths[name]
+                hessian = self.hessians.pop(name, None)
+                gradient = _scaled(hessian, self._placed(name, norms), magnitude)
                 squared_norms.clear()
                 if gradient is not None:
                     yield name, gradient
 
     def _hook(self, name: str) -> Callable[..., None]:
-        def accumulate(_: Any, __: Any, gradients: tuple[torch.Tensor, ...]) -> None:
-            flat = gradients[0].reshape(-1, gradients[0].shape[-1]).float()
+        def accumulate(gradient: torch.Tensor) -> None:
+            flat = gradient.reshape(-1, gradient.shape[-1]).float()
             self.squared_norms[name].append(flat.square().sum(1).cpu())
             self._keep_places(name)
+            self.widths[name] = flat.shape[1]
+            if not self.with_hessians:
+                return
             if name not in self.hessians:
                 self.hessians[name] = HessianAccumulator(flat.shape[1], self.device)
             self.hessians[name].add(flat)
 
-        return accumulate
+        def watch(_: Any, __: Any, output: Any) -> None:
+            # a backward hook of the module would forbid the model to add to its outputs in place
+            tensor = first_tensor(output)
+            if tensor.requires_grad:
+                tensor.register_hook(accumulate)  # type: ignore[no-untyped-call]
+
+        return watch
 
     def _keep_choices(self, path: str) -> Callable[..., None]:
-        def keep(_: Any, arguments: tuple[torch.Tensor, ...]) -> None:
-            self.choices[path] = arguments[1]
+        def keep(module: Any, arguments: tuple[Any, ...]) -> None:
+            self.choices[path] = module.choices(*arguments)
 
         return keep
 
@@ -151,7 +170,9 @@ class _GradientHooks:
         for path, choices in self.choices.items():
             if name.startswith(f"{path}."):
                 number = int(name.removeprefix(f"{path}.").partition(".")[0])
-                self.places[name].append(self.start + torch.where(choices == number)[0].cpu())
+                token = self.experts[path].tokens(number, choices)
+                if token is not None:
+                    self.places[name].append(self.start + token.cpu())
 
     def _placed(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """A value for every token, NaN for those that an expert did not get."""
@@ -160,12 +181,18 @@ class _GradientHooks:
         return torch.full((self.tokens,), torch.nan).index_copy_(0, torch.cat(self.places[name]), values)
 
 
-def _scaled(accumulator: HessianAccumulator, token_weights: torch.Tensor) -> OutputGradient | None:
+def _scaled(
+    accumulator: HessianAccumulator | None, token_weights: torch.Tensor, magnitude: torch.Tensor
+) -> OutputGradient | None:
     """Both with a mean of 1; None where the gradient is zero or not finite."""
-    hessian = accumulator.total.div_(max(accumulator.weight, 1e-30)).cpu()
-    size = float(hessian.diagonal().mean())
-    if not 0 < size < float("inf"):
+    if not 0 < float(magnitude) < float("inf"):
         return None
+    hessian = None if accumulator is None else accumulator.total.div_(max(accumulator.weight, 1e-30)).cpu()
+    if hessian is not None:
+        size = float(hessian.diagonal().mean())
+        if not 0 < size < float("inf"):
+            return None
+        hessian.div_(size)
     token_weights = token_weights.clamp(max=MAX_TOKEN_WEIGHT * float(token_weights.nanmedian()))
     relative = token_weights / token_weights.nanmean().clamp(min=1e-30)
-    return OutputGradient(relative.nan_to_num(nan=1.0), hessian.div_(size))
+    return OutputGradient(relative.nan_to_num(nan=1.0), magnitude, hessian)

@@ -73,6 +73,7 @@ class ActivationStream:
     ) -> None:
         self.decoder, self.device, self.bfloat16, self._memory = decoder, device, bfloat16, memory
         parts = [part for part in torch.split(tokens, batch) if len(part) == batch]
+        self.tokens_each = batch * tokens.shape[1]
         _move_rest(model, decoder, device)
         self._forwards = [_HeldForward(self._forward(model, part.to(device))) for part in parts]
         self._standing_in = _standing_in(decoder.layers)
@@ -154,11 +155,11 @@ class ActivationStream:
         call = self._call(index, part)
         layer = self.decoder.layers[index]
         with autocast(self.device, self.bfloat16):
-            return _tensor(torch.func.functional_call(layer, dict(weights), call.arguments, call.named))
+            return first_tensor(torch.func.functional_call(layer, dict(weights), call.arguments, call.named))
 
     def _advance(self, index: int, part: int) -> torch.Tensor:
         output = self._run(index, part)
-        hidden = _tensor(output).cpu()
+        hidden = first_tensor(output).cpu()
         self._page(hidden)
         if index + 1 < len(self.decoder.layers):
             forward = self._forwards[part]
@@ -240,7 +241,7 @@ def _last_output(model: Any, decoder: DecoderLayers, tokens: torch.Tensor, devic
     outputs: list[torch.Tensor] = []
 
     def keep(_: Any, __: Any, output: Any) -> None:
-        outputs.append(_tensor(output).cpu())
+        outputs.append(first_tensor(output).cpu())
 
     hook = decoder.layers[-1].register_forward_hook(keep)
     try:
@@ -330,7 +331,8 @@ def _standing_in(layers: torch.nn.ModuleList) -> Iterator[None]:
     for layer in layers:
         layer.forward = _stand_in(layer, layer.forward)
     try:
-        yield
+        with uncached():
+            yield
     finally:
         for layer, forward in zip(layers, own, strict=True):
             layer.forward = forward
@@ -345,6 +347,19 @@ def on_device(layer: torch.nn.Module, device: str) -> Iterator[None]:
     finally:
         layer.to("cpu")
         devices.empty(device)
+
+
+@contextlib.contextmanager
+def uncached() -> Iterator[None]:
+    """Within, nothing is kept of keys and values: layers run more than once here, and XLM caches unasked."""
+    from transformers.cache_utils import Cache
+
+    own = Cache.update
+    Cache.update = lambda _, keys, values, *__, **___: (keys, values)
+    try:
+        yield
+    finally:
+        Cache.update = own
 
 
 def autocast(device: str, bfloat16: bool) -> torch.autocast:
@@ -370,6 +385,7 @@ def _move_rest(model: torch.nn.Module, decoder: DecoderLayers, device: str) -> N
             tensor.data = tensor.data.to(device)
 
 
-def _tensor(output: Any) -> torch.Tensor:
+def first_tensor(output: Any) -> torch.Tensor:
+    """The hidden states among what a module returns."""
     hidden: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden

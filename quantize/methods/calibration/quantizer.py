@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,9 @@ from quantize.files import require_space
 from quantize.formats import experts, source_model
 from quantize.formats.bitsandbytes import checkpoint, packing
 from quantize.formats.bitsandbytes.modules import laid_out, matrix
+from quantize.formats.bitsandbytes.sizes import BLOCK
 from quantize.methods.calibration import allocation, calibration_text
+from quantize.methods.calibration.allocation import Offers, StorageOption
 from quantize.methods.calibration.expert_hessians import RoutedExperts
 from quantize.methods.calibration.footprint import Budget, output_hessian_bytes, require_memory, waiting_bytes
 from quantize.methods.calibration.gradients import OutputGradient, output_gradients
@@ -32,12 +35,13 @@ from quantize.methods.calibration.hessian import CenteredHessianAccumulator
 from quantize.methods.calibration.layers import ActivationStream, DecoderLayers, check_walk, on_device
 from quantize.methods.calibration.options import CalibratedOptions
 from quantize.methods.calibration.paging import PagedMemory
-from quantize.methods.calibration.resume import FinishedParts, QuantizedLayer
+from quantize.methods.calibration.resume import FinishedLayers, PreparedParts, QuantizedLayer
 from quantize.methods.method import Job
-from quantize.methods.rounding import learned_rounding
+from quantize.methods.rounding import gptq, learned_rounding
 from quantize.methods.rounding.gptq import GptqOptions
 from quantize.methods.rounding.stored import compensated
 from quantize.records import CalibrationText, Checkout, Quantized, Recipe
+from quantize.resume import ResumeFolder
 
 WEIGHT_TOLERANCE = 1e-3
 """Of the norm of a matrix before and after the model ran, possibly on two devices."""
@@ -68,6 +72,7 @@ class Plan:
     """How each matrix is to be rounded.
 
     `gradients` of one decoder layer and its matrices, and `block_sizes` of all matrices, by their names in the model.
+    What a matrix would make the model diverge is predicted in all block sizes where they are `compared`.
     """
 
     recipe: Recipe
@@ -75,14 +80,31 @@ class Plan:
     ablation: Ablation
     gradients: Mapping[str, OutputGradient]
     block_sizes: Mapping[str, int]
+    compared: bool = False
 
     def names(self, layer: str) -> list[str]:
         """The matrices of a decoder layer that are quantized, by their names in it."""
         inside = [name for name, block in self.block_sizes.items() if block != allocation.HALF_PRECISION]
         return [name.removeprefix(f"{layer}.") for name in inside if name.startswith(f"{layer}.")]
 
-    def gptq(self, name: str) -> GptqOptions:
-        return dataclasses.replace(self.ablation.gptq, block=self.block_sizes[name])
+    def gptq(self, block: int) -> GptqOptions:
+        return dataclasses.replace(self.ablation.gptq, block=block)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A source on the CPU, ready for a walk through its decoder layers.
+
+    `tokens` [windows, length] run in micro-batches of `batch` windows; matrices `names` are to be quantized.
+    """
+
+    model: Any
+    decoder: DecoderLayers
+    names: list[str]
+    tokens: torch.Tensor
+    record: CalibrationText
+    batch: int
+    bfloat16: bool
 
 
 @dataclass(frozen=True)
@@ -106,22 +128,19 @@ def quantize(job: Job, options: CalibratedOptions, ablation: Ablation | None = N
     checkout, recipe, device = job.checkout, job.recipe, job.device
     dtype = checkpoint.choose_dtype(checkout, recipe, job.progress)
     ablation = ablation or Ablation(GptqOptions(passes=options.passes))
-    fingerprint = {
-        "source": checkout.source.fingerprint(),
-        "recipe": recipe,
-        "device": torch.device(device).type,
-        "ablation": ablation,
-        "corpus": hashlib.sha256(job.corpus.encode()).hexdigest(),
-        "calibration": calibration_text.content_hash(options),
-    }
-    finished = FinishedParts.begin(job.resume_folder, fingerprint)
-    quantized = _quantize_model(job, options, ablation, dtype, finished)
+    common = shared_parts(job, options, ablation)
+    block_sizes = None
+    if options.size_budget > 1:
+        block_sizes = offers(job, options, ablation).within(options.size_budget)
+    fingerprint = {**_inputs(job, ablation), "recipe": recipe, "block sizes": block_sizes}
+    finished = FinishedLayers.begin(job.resume_folder / "layers", fingerprint)
+    quantized = _quantize_model(job, options, ablation, dtype, common, finished, block_sizes)
     devices.release(device)
     half_precision = quantized.with_block_size(allocation.HALF_PRECISION)
     skipping = dataclasses.replace(recipe, skip_modules=(*recipe.skip_modules, *half_precision))
     precomputed = {name: layer.tensors() for name, layer in quantized.layers.items()}
-    files = FinishedParts.begin(
-        finished.folder / "files", {**fingerprint, "device": device, "precomputed": finished.hashes}
+    files = ResumeFolder.begin(
+        job.resume_folder / "files", {**fingerprint, "device": device, "precomputed": finished.hashes}
     )
     written = checkpoint.write(checkout, job.output, skipping, dtype, device, job.progress, files, precomputed)
     return Quantized(
@@ -136,56 +155,138 @@ def quantize(job: Job, options: CalibratedOptions, ablation: Ablation | None = N
     )
 
 
+def offers(job: Job, options: CalibratedOptions, ablation: Ablation | None = None) -> Offers:
+    """What each matrix makes the model diverge in each form that it can be stored in, as this recipe rounds it.
+
+    All are rounded in a walk of their own, and their errors weighed by the Hessians of inputs and outputs. Every
+    attempt on the same text shares the result.
+    """
+    dtype = checkpoint.choose_dtype(job.checkout, job.recipe, job.progress)
+    ablation = ablation or Ablation(GptqOptions(passes=options.passes))
+    common = shared_parts(job, options, ablation)
+    return common.offers(lambda: _compare_forms(job, options, ablation, dtype, common))
+
+
+def _compare_forms(
+    job: Job, options: CalibratedOptions, ablation: Ablation, dtype: str, common: PreparedParts
+) -> Offers:
+    unlearned = dataclasses.replace(options, epochs=0)
+    prepared = _prepared(job, unlearned, ablation, dtype, common, gradients=True)
+    shapes = {name: matrix(prepared.model.get_submodule(name)).shape for name in prepared.names}
+    others = 2 * (prepared.model.num_parameters() - sum(shape.numel() for shape in shapes.values()))
+    plan = Plan(job.recipe, dtype, ablation, {}, dict.fromkeys(prepared.names, BLOCK), compared=True)
+    inputs = {**_inputs(job, ablation), "common": common.hashes}
+    finished = FinishedLayers.begin(common.folder / "layers", inputs)
+    layers = _walk(prepared, plan, 0, common, finished, job)
+    compared: dict[str, tuple[StorageOption, ...]] = {}
+    for name, (rows, width) in shapes.items():
+        divergences = layers[name].divergences
+        if divergences is None:
+            others += allocation.stored_bytes(rows, width, BLOCK, job.recipe.double_quant)
+        else:
+            of_blocks = dict(zip(allocation.block_sizes(width), divergences.tolist(), strict=True))
+            compared[name] = allocation.options(rows, width, job.recipe.double_quant, of_blocks)
+    return Offers(compared, others)
+
+
+def _inputs(job: Job, ablation: Ablation) -> dict[str, Any]:
+    """What decides about a walk besides its recipe."""
+    return {
+        "source": job.checkout.source.fingerprint(),
+        "recipe": dataclasses.replace(job.recipe, options={}),
+        "device": torch.device(job.device).type,
+        "ablation": ablation,
+        "corpus": hashlib.sha256(job.corpus.encode()).hexdigest(),
+    }
+
+
+def shared_parts(job: Job, options: CalibratedOptions, ablation: Ablation) -> PreparedParts:
+    """What all attempts on the same text share; begun, or as far as it was finished."""
+    inputs = {
+        **_inputs(job, dataclasses.replace(ablation, gptq=GptqOptions())),
+        "text": dataclasses.replace(options, size_budget=1.0, passes=0, epochs=0),
+        "calibration": calibration_text.content_hash(options),
+    }
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=dataclasses.asdict).encode()).hexdigest()
+    return PreparedParts.begin(job.shared_folder / f"text-{digest[:12]}", inputs)
+
+
 def _quantize_model(
-    job: Job, options: CalibratedOptions, ablation: Ablation, dtype: str, finished: FinishedParts
+    job: Job,
+    options: CalibratedOptions,
+    ablation: Ablation,
+    dtype: str,
+    common: PreparedParts,
+    finished: FinishedLayers,
+    block_sizes: Mapping[str, int] | None,
 ) -> QuantizedModel:
-    """Prepare text, gradients and block sizes on the whole model, then quantize layer after layer."""
+    """Quantize layer after layer, in blocks of one size where there are no `block_sizes`."""
+    prepared = _prepared(job, options, ablation, dtype, common, gradients=block_sizes is not None)
+    sizes = dict.fromkeys(prepared.names, ablation.gptq.block) | dict(block_sizes or {})
+    plan = Plan(job.recipe, dtype, ablation, {}, sizes)
+    return QuantizedModel(_walk(prepared, plan, options.epochs, common, finished, job), sizes, prepared.record)
+
+
+def _prepared(
+    job: Job, options: CalibratedOptions, ablation: Ablation, dtype: str, common: PreparedParts, gradients: bool
+) -> Prepared:
+    """Load the source, and have its text and gradients; `gradients` are read even where Hessians are too large."""
     device, budget = job.device, Budget.of(job.checkout.source.name, job.device)
     tokens_at_once = TOKENS_AT_ONCE[devices.kind(device)]
     model = _load_source(job.checkout, dtype, budget)
     linear = checkpoint.quantized_names(job.checkout, job.recipe)
     decoder = DecoderLayers.of(model, linear)
     names = [name for name in linear if name.startswith(f"{decoder.path}.")]
-    by_gradient = _reads_gradients(job, options, ablation, model, decoder, names)
-    require_memory(budget, model, decoder, names, options, tokens_at_once, by_gradient)
+    hessians = _reads_hessians(job, options, ablation, model, decoder, names)
+    learning = options.epochs > 0
+    require_memory(budget, model, decoder, names, options, tokens_at_once, hessians)
     bfloat16 = next(model.parameters()).dtype == torch.float32 and _computes_bfloat16(device)
     sizes = _sizes(model, names)
     model.to(device)
-    tokens, record = finished.text(lambda: _calibration_text(job, options, model, bfloat16, ablation))
+    tokens, record = common.text(lambda: _calibration_text(job, options, model, bfloat16, ablation))
     batch = math.gcd(len(tokens), max(1, tokens_at_once // tokens.shape[1]))
     check_walk(model, decoder, tokens, device, bfloat16)
     _require_unchanged(sizes, _sizes(model, names))
     model.to(device)
-    if by_gradient and not finished.has_gradients:
-        require_space(finished.folder, output_hessian_bytes(model, names, len(decoder.layers)), "gradients")
-        finished.save_gradients(_gradients(job, options, model, decoder, names, tokens, batch, bfloat16))
-    block_sizes = dict.fromkeys(names, ablation.gptq.block)
-    if options.size_budget > 1:
-        block_sizes = finished.allocation(
-            lambda: allocation.allocate(
-                model, names, tokens, job.recipe, options.size_budget, dtype, device, job.progress
-            )
-        )
+    prepared = Prepared(model, decoder, names, tokens, record, batch, bfloat16)
+    if (hessians or gradients) and not common.has_gradients(learning):
+        require_space(common.folder, output_hessian_bytes(model, names, len(decoder.layers)), "gradients")
+        common.save_gradients(_gradients(job, options, prepared, hessians), learning)
     model.to("cpu")
     devices.release(device)
-    require_space(finished.folder, waiting_bytes(model, options), "hidden states")
-    plan, paged = Plan(job.recipe, dtype, ablation, {}, block_sizes), PagedMemory(finished.folder)
+    require_space(common.folder, waiting_bytes(model, options), "hidden states")
+    return prepared
+
+
+def _walk(
+    prepared: Prepared, plan: Plan, epochs: int, common: PreparedParts, finished: FinishedLayers, job: Job
+) -> dict[str, QuantizedLayer]:
+    """All matrices by their names in the model, which computes with the quantized ones afterwards."""
+    paged = PagedMemory(finished.folder)
     with ExitStack() as streams:
         stream, *source_stream = [
-            streams.enter_context(ActivationStream(model, decoder, tokens, device, batch, bfloat16, paged))
-            for _ in range(2 if options.epochs else 1)
+            streams.enter_context(
+                ActivationStream(
+                    prepared.model,
+                    prepared.decoder,
+                    prepared.tokens,
+                    job.device,
+                    prepared.batch,
+                    prepared.bfloat16,
+                    paged,
+                )
+            )
+            for _ in range(2 if epochs else 1)
         ]
-        layers = _quantize_layers(
-            stream, source_stream[0] if source_stream else None, plan, options.epochs, finished, job
+        return _quantize_layers(
+            stream, source_stream[0] if source_stream else None, plan, epochs, common, finished, job
         )
-    finished.drop_gradients(len(decoder.layers))
-    return QuantizedModel(layers, block_sizes, record)
 
 
-def _reads_gradients(
+def _reads_hessians(
     job: Job, options: CalibratedOptions, ablation: Ablation, model: Any, decoder: DecoderLayers, names: list[str]
 ) -> bool:
-    """Whether the gradients are used, and are of a size that is worth while."""
+    """Whether output Hessians are used, and are of a size that is worth while."""
     if not (ablation.output_hessians or ablation.token_weights):
         return False
     layers = len(decoder.layers) if options.epochs else 0
@@ -196,27 +297,29 @@ def _reads_gradients(
 
 
 def _gradients(
-    job: Job,
-    options: CalibratedOptions,
-    model: Any,
-    decoder: DecoderLayers,
-    names: list[str],
-    tokens: torch.Tensor,
-    batch: int,
-    bfloat16: bool,
+    job: Job, options: CalibratedOptions, prepared: Prepared, hessians: bool
 ) -> Iterator[tuple[int, dict[str, OutputGradient]]]:
     """Of each layer's named matrices, and where rounding is learned of the layer itself, by their names."""
+    decoder = prepared.decoder
     inside = {
-        index: [name for name in names if name.startswith(f"{decoder.name(index)}.")]
+        index: [name for name in prepared.names if name.startswith(f"{decoder.name(index)}.")]
         for index in range(len(decoder.layers))
     }
     layer_of = {name: index for index, matrices in inside.items() for name in matrices}
     if options.epochs:
         layer_of |= {decoder.name(index): index for index in inside}
     ordered = sorted(layer_of, key=lambda name: layer_of[name])
-    seed = options.calibration_seed
     gradients = output_gradients(
-        model, decoder.layers, ordered, tokens, job.device, batch, bfloat16, seed, job.progress
+        prepared.model,
+        decoder.layers,
+        ordered,
+        prepared.tokens,
+        job.device,
+        prepared.batch,
+        prepared.bfloat16,
+        options.calibration_seed,
+        job.progress,
+        hessians,
     )
     for index, group in itertools.groupby(gradients, key=lambda named: layer_of[named[0]]):
         yield index, dict(group)
@@ -227,7 +330,8 @@ def _quantize_layers(
     source_stream: ActivationStream | None,
     plan: Plan,
     epochs: int,
-    finished: FinishedParts,
+    common: PreparedParts,
+    finished: FinishedLayers,
     job: Job,
 ) -> dict[str, QuantizedLayer]:
     """All matrices, one decoder layer on the device at a time; finished ones are taken from the resume folder.
@@ -237,7 +341,8 @@ def _quantize_layers(
     decoder = stream.decoder
     quantized: dict[str, QuantizedLayer] = {}
     total = len(decoder.layers) * (1 + epochs)
-    with job.progress.task("choosing codes and scales", total, "passes") as advance:
+    task = "comparing block sizes" if plan.compared else "choosing codes and scales"
+    with job.progress.task(task, total, "passes") as advance:
         for index, layer in enumerate(decoder.layers):
             with on_device(layer, stream.device):
                 targets = source_stream.advance(index) if source_stream else None
@@ -245,7 +350,7 @@ def _quantize_layers(
                 if matrices or not plan.names(decoder.name(index)):
                     advance(1 + epochs)
                 else:
-                    of_layer = dataclasses.replace(plan, gradients=finished.gradients(index))
+                    of_layer = dataclasses.replace(plan, gradients=common.gradients(index))
                     matrices = _quantize_and_learn(stream, targets, index, of_layer, epochs, advance)
                     finished.save(index, matrices)
                 for name, quantized_matrix in matrices.items():
@@ -280,7 +385,9 @@ def _quantize_layer(stream: ActivationStream, index: int, names: list[str], plan
     """Matrix after matrix in forward order, each on the inputs that the ones before it leave; experts come last."""
     layer, path = stream.decoder.layers[index], stream.decoder.name(index)
     matrices: dict[str, QuantizedLayer] = {}
-    routed = [RoutedExperts(stream, index, place) for place, _ in experts.linear_experts(layer)]
+    places = [place for place, _ in experts.linear_experts(layer)]
+    ordered = stream.execution_order(index, places) if len(places) > 1 else [places]
+    routed = [RoutedExperts(stream, index, place) for group in ordered for place in group]
     inside = {name: part for part in routed for name in names if name.startswith(f"{part.path}.")}
 
     def quantize_all(hessians: Mapping[str, CenteredHessianAccumulator]) -> None:
@@ -328,19 +435,32 @@ def _quantize_matrix(module: Any, name: str, inputs: CenteredHessianAccumulator,
     The bias b becomes b + (W - Q) mean(x), and then only the covariance of the inputs x counts.
     """
     weight, stored, recipe = matrix(module).float(), getattr(torch, plan.dtype), plan.recipe
-    options = plan.gptq(name)
+    block = plan.block_sizes[name]
     bias = None if module.bias is None else module.bias.detach()
     if not inputs.weight or not bool(inputs.covariance.diagonal().mean() > 0):
-        packed = packing.nearest(weight.to(stored), recipe.quant_type, recipe.double_quant, options.block)
+        packed = packing.nearest(weight.to(stored), recipe.quant_type, recipe.double_quant, block)
         return QuantizedLayer(packed, None if bias is None else bias.to(stored))
-    gradient = plan.gradients.get(name) if plan.ablation.output_hessians else None
-    output_hessian = gradient.hessian.to(weight.device) if gradient else None
+    gradient = plan.gradients.get(name)
+    output_hessian = None
+    if gradient and gradient.hessian is not None and plan.ablation.output_hessians:
+        output_hessian = gradient.hessian.to(weight.device)
     corrected = plan.ablation.bias_correction and bias is not None
     hessian = inputs.covariance if corrected else inputs.hessian
-    packed = compensated(weight, hessian, recipe.quant_type, recipe.double_quant, stored, options, output_hessian)
+
+    def rounded(block: int) -> packing.Packed:
+        return compensated(
+            weight, hessian, recipe.quant_type, recipe.double_quant, stored, plan.gptq(block), output_hessian
+        )
+
+    packed, divergences = rounded(block), None
+    if plan.compared and gradient:
+        others = (rounded(size) for size in allocation.block_sizes(weight.shape[1])[1:])
+        errors = [weight - form.weight().float() for form in (packed, *others)]
+        losses = [float(gptq.loss(error, hessian, output_hessian)) for error in errors]
+        divergences = torch.tensor(losses) * float(gradient.magnitude) / 2
     if bias is not None and corrected:
         bias = bias.float() + (weight - packed.weight()) @ inputs.mean
-    return QuantizedLayer(packed, None if bias is None else bias.to(stored))
+    return QuantizedLayer(packed, None if bias is None else bias.to(stored), divergences)
 
 
 def _load_source(checkout: Checkout, dtype: str, budget: Budget) -> Any:
@@ -380,7 +500,14 @@ def _calibration_text(
     trust = job.checkout.source.remote_code
     tokenizer = AutoTokenizer.from_pretrained(job.checkout.folder, local_files_only=True, trust_remote_code=trust)
     return calibration_text.prepare(
-        options, model, tokenizer, job.corpus, job.device, bfloat16, job.progress, ablation.temperatures
+        options,
+        model,
+        tokenizer,
+        job.corpus,
+        job.device,
+        bfloat16,
+        job.progress,
+        ablation.temperatures,
     )
 
 

@@ -147,6 +147,12 @@ def output_error(error: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     return squared
 
 
+def loss(error: torch.Tensor, hessian: torch.Tensor, output_hessian: torch.Tensor | None) -> torch.Tensor:
+    """tr(A E H E^T) for the `error` E [rows, inputs] of a matrix; without an `output_hessian` A is the identity."""
+    coupled = error if output_hessian is None else output_hessian @ error
+    return (coupled @ hessian * error).sum()
+
+
 def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     """`hessian` with `damping` x its mean diagonal added to the diagonal; inputs that never fire cannot divide by 0."""
     diagonal = hessian.diagonal()
@@ -407,7 +413,7 @@ def _lower_error(
     output_errors = [output_error(error, hessian) for error in errors]
     better = output_errors[0] <= output_errors[1]
     if output_hessian is not None:
-        losses = [(output_hessian @ error @ hessian * error).sum() for error in errors]
+        losses = [loss(error, hessian, output_hessian) for error in errors]
         better = (losses[0] <= losses[1]).expand_as(better)
     return Rounded(
         torch.where(better[:, None], compensated.codes, nearest.codes),

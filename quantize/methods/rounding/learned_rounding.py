@@ -105,7 +105,8 @@ def learn(
     rounding = {
         name: RoundingVariables.of(layer.packed, objective.originals[name].float()) for name, layer in quantized.items()
     }
-    output_hessian = objective.output_gradient.hessian.to(device) if objective.output_gradient else None
+    coupling = objective.output_gradient.hessian if objective.output_gradient else None
+    output_hessian = None if coupling is None else coupling.to(device)
     decoder_layer = stream.decoder.layers[index]
     variables = [matrix.variables for matrix in rounding.values()]
 
