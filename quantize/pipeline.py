@@ -309,7 +309,7 @@ def _measurement(request: RunRequest, job: methods.Job) -> search.Measure:
         recipes = {
             name: control
             for name, control in CONTROLS.items()
-            if settings.controls or (control.name, control.bits) == (baseline, 4)
+            if settings.controls or (control.name, control.bits) == (baseline, recipe.bits)
         }
         cache, progress = request.reference_cache, job.progress
         with _controls(checkout, recipes, job.device, progress) as controls:

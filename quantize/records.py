@@ -121,7 +121,8 @@ class CalibrationText:
 class Quantized:
     """What a recipe did: module names, the half-precision type of the rest, where and how long (seconds).
 
-    Under a size budget `half_precision_modules` were kept in half precision, and `block_32_modules` have blocks of 32.
+    For the sake of accuracy `half_precision_modules` were kept in half precision, and `block_32_modules` have blocks of
+    32. Inputs of 8-bit modules are outliers from `outlier_threshold` on; None means that of stock transformers.
     """
 
     modules: tuple[str, ...]
@@ -132,6 +133,7 @@ class Quantized:
     calibration_text: CalibrationText | None = None
     half_precision_modules: tuple[str, ...] = ()
     block_32_modules: tuple[str, ...] = ()
+    outlier_threshold: float | None = None
 
 
 @dataclass(frozen=True)

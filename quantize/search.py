@@ -332,7 +332,7 @@ def _advice(
 
 def _eight_bits(job: Job, required: str, measured: Measured) -> Iterator[str]:
     """What 8 bits would give, measured; they are never chosen for somebody who asked for 4."""
-    recipe = dataclasses.replace(job.recipe, name="rtn", bits=8, options={})
+    (recipe,) = attempts(dataclasses.replace(job.recipe, name=methods.AUTO, bits=8, options={}))
     outcome = _tried(job, EIGHT_BITS, recipe, required, measured)
     if isinstance(outcome, Candidate):
         verdict, megabytes = outcome.evidence.verdict, outcome.evidence.sizes.package_bytes / 1e6

@@ -42,6 +42,8 @@ from quantize.records import Checkout, Recipe
 OWN_SEED, STDLIB_SEED, BOOTSTRAP_SEED = 1000, 1, 7
 BOOTSTRAPS = 2000
 BATCH, EPOCHS = 4, 2
+TIMED_TOKENS, TIMED_RUNS = (512, 1), {"cpu": 3, "gpu": 30}
+"""Of a forward pass, after one that is not timed."""
 LEARNING_EPOCHS, LEARNING_RATE = 20, 0.003
 PLAIN = Ablation(output_hessians=False, token_weights=False, bias_correction=False, temperatures=(1.0,))
 ABSMAX = replace(PLAIN, gptq=GptqOptions(scale_grid=(1.0,), signed=False, passes=0))
@@ -114,6 +116,16 @@ VARIANTS = {
     },
     "rtn, mlp.c_proj in half precision": Variant(Recipe(name="rtn", skip_modules=("mlp.c_proj",))),
     "rtn, last two decoder layers in half precision": Variant(Recipe(name="rtn", skip_modules=("h.4", "h.5"))),
+    "8 bits, stock": Variant(Recipe(name="rtn", bits=8)),
+    **{
+        f"8 bits, threshold {threshold:g}": Variant(
+            Recipe(name="rtn", bits=8, options={"outlier_threshold": threshold})
+        )
+        for threshold in (4.0, 3.0, 2.0, 1.0, 0.5)
+    },
+    "8 bits, v_proj in half precision": Variant(Recipe(name="rtn", bits=8, skip_modules=("v_proj",))),
+    "8 bits, chosen": Variant(Recipe(name="int8", bits=8)),
+    "8 bits, chosen, threshold 6": Variant(Recipe(name="int8", bits=8, options={"outlier_threshold": 6.0})),
     "rtn fp4": Variant(Recipe(name="rtn", quant_type="fp4")),
     "calibrated fp4": Variant(replace(CALIBRATED, quant_type="fp4"), FULL),
 }
@@ -129,6 +141,8 @@ class Measured:
     top: dict[str, np.ndarray[Any, Any]]
     weight_bytes: int
     seconds: float
+    forward: dict[int, float]
+    """Median seconds of a forward pass by its number of tokens."""
     predicted: float | None
     """KLD (nats) on calibration text, where a size was asked for."""
 
@@ -174,6 +188,20 @@ def load(folder: Path, device: str, **options: Any) -> Any:
 
     options = {"device_map": {"": device}, "local_files_only": True, "use_safetensors": True, **options}
     return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def forward_seconds(model: Any, tokens: torch.Tensor, device: str) -> dict[int, float]:
+    """Median seconds of forward passes of `model` as it is loaded, by their number of tokens."""
+    seconds = {}
+    for length in TIMED_TOKENS:
+        window, runs = tokens[:1, :length].to(device), []
+        for _ in range(1 + TIMED_RUNS[devices.kind(device)]):
+            started = time.perf_counter()
+            with torch.inference_mode():
+                float(model(window).logits.flatten()[0])  # waits for the device
+            runs.append(time.perf_counter() - started)
+        seconds[length] = float(np.median(runs[1:]))
+    return seconds
 
 
 def distil(candidate: Any, reference: Any, text: torch.Tensor, rate: float, device: str) -> Any:
@@ -236,6 +264,7 @@ def measure(
             predicted = quantizer.offers(job, options, variant.ablation).divergence(options.size_budget)
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         candidate = load(folder, device)
+        forward = forward_seconds(candidate, next(iter(texts.values())), device)
         if device == "cpu":
             upcast(candidate)
         elif variant.distilled or variant.learned:
@@ -254,7 +283,7 @@ def measure(
             variant.learned(reference, candidate, packed, text, LEARNING_EPOCHS, LEARNING_RATE)
         figures = {text: compare(reference, candidate, tokens, device) for text, tokens in texts.items()}
     kld, loss, top = ({text: columns[index] for text, columns in figures.items()} for index in range(3))
-    return Measured(name, kld, loss, top, size, seconds, predicted)
+    return Measured(name, kld, loss, top, size, seconds, forward, predicted)
 
 
 def ratio(divergences: np.ndarray[Any, Any], base: np.ndarray[Any, Any]) -> tuple[float, float, float]:
@@ -280,6 +309,7 @@ def row(measured: Measured, base: Measured) -> dict[str, Any]:
         "variant": measured.name,
         "weight_bytes": measured.weight_bytes,
         "seconds": round(measured.seconds, 1),
+        "forward_seconds": measured.forward,
         "predicted": measured.predicted,
         "texts": texts,
     }
@@ -289,9 +319,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     names = list(rows[0]["texts"])
     lines = [
         "| variant | weights | seconds | "
+        + "".join(f"ms for {length} | " for length in rows[0]["forward_seconds"])
         + " | ".join(f"{name}: KLD, ratio to rtn, perplexity, same top" for name in names)
         + " |",
-        f"|---|---:|---:|{'---|' * len(names)}",
+        f"|---|---:|---:|{'---:|' * len(rows[0]['forward_seconds'])}{'---|' * len(names)}",
     ]
     for variant in rows:
         cells = [
@@ -299,9 +330,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             f"x {text['perplexity']:.4f}, {text['same_top']:.1%}"
             for text in variant["texts"].values()
         ]
-        lines.append(
-            f"| {variant['variant']} | {variant['weight_bytes']:,} | {variant['seconds']} | {' | '.join(cells)} |"
-        )
+        times = [f"{1000 * seconds:.1f}" for seconds in variant["forward_seconds"].values()]
+        facts = [variant["variant"], f"{variant['weight_bytes']:,}", str(variant["seconds"]), *times, *cells]
+        lines.append(f"| {' | '.join(facts)} |")
     return "\n".join(lines)
 
 

@@ -19,6 +19,10 @@ POCKET = Path(__file__).resolve().parents[1] / "tests" / "models" / "pocket-gpt2
 LLAMA = {"model_type": "llama", "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256}
 SHAPES: dict[str, dict[str, Any]] = {
     "distilgpt2": {"model_type": "gpt2", "vocab_size": 50_257, "n_embd": 768, "n_layer": 6, "n_head": 12},
+    "smollm2-135m": {
+        **{"model_type": "llama", "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536},
+        **{"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+    },
     "1b": LLAMA
     | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True},
     "8b": LLAMA | {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32},

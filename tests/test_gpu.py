@@ -11,11 +11,14 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from bitsandbytes.nn import Linear8bitLt
 
 from quantize import methods, package, pipeline
+from quantize.formats.bitsandbytes import int8
 from quantize.formats.bitsandbytes.packing import table
 from quantize.methods.rounding import gptq
 from quantize.progress import Silent
+from quantize.publishing.audit import require_sound
 from quantize.records import EvaluationSettings, Recipe
 from tests.conftest import POCKET
 from tests.formats.test_writer import RECIPES, by_stock, fetched, require_equal, stream
@@ -80,6 +83,24 @@ def test_other_recipes(tmp_path: Path, recipe: dict[str, object]) -> None:
     )
     made = pipeline.run(request, Silent()).package
     assert not [check for check in made.evidence.checks if not check.passed]
+
+
+def test_eight_bits_are_chosen_as_on_a_cpu_and_lossless(tmp_path: Path) -> None:
+    """Products agree with those of the kernels; what is chosen on text of the pocket model's own is what stock has."""
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = (torch.randn(rows, 256, generator=generator).half() for rows in (128, 64))
+    inputs[3, 40], inputs[7, 41] = 9.0, -4.0
+    for threshold in (6.0, 3.0, 1.0):
+        stock = Linear8bitLt(256, 128, bias=False, has_fp16_weights=False, threshold=threshold)
+        stock.load_state_dict({"weight": weight})
+        expected = stock.to("cuda").eval()(inputs.cuda()).float()
+        seen, _ = int8.read(inputs.cuda().float(), threshold)
+        assert torch.allclose(seen @ int8.stored(weight.cuda()).T, expected, atol=0.05)
+    request = pipeline.RunRequest(str(POCKET), output=tmp_path / "out", recipe=Recipe(bits=8), settings=SETTINGS)
+    made = pipeline.run(request, Silent()).package
+    assert made.provenance.recipe.name == "int8" and made.provenance.quantized.outlier_threshold == 6.0
+    assert made.evidence.scores is not None and made.evidence.scores.kld.mean.value < 0.004
+    require_sound(made)
 
 
 def test_a_package_made_on_the_gpu_verifies_on_the_cpu(on_gpu: package.Package) -> None:

@@ -90,12 +90,14 @@ def options(name: str | None = None) -> tuple[Option, ...]:
 def recipe_options() -> tuple[Option, ...]:
     """All options that fill a recipe: which method, what every method has, what is a method's own."""
     summaries = "; ".join(f"{method.name} {method.summary}" for method in registered())
-    tried = " and ".join(method.name for method in tried_by_auto())
+    tried, for_8_bits = (
+        " and ".join(method.name for method in tried_by_auto() if method.attempts(Recipe(bits=bits))) for bits in (4, 8)
+    )
     which = Option(
         "--recipe",
         "name",
         Choice(names()),
-        f"{summaries}; {AUTO} tries {tried} until --target is reached.",
+        f"{summaries}; {AUTO} tries {tried} until --target is reached, and takes {for_8_bits} for 8 bits.",
         Recipe,
         former_values=tuple(former_names().items()),
         key="recipe",

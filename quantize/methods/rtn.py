@@ -24,7 +24,7 @@ def quantize(job: Job) -> Quantized:
 
 
 def attempts(recipe: Recipe) -> tuple[Recipe, ...]:
-    return (dataclasses.replace(recipe, name=METHOD.name, options={}),)
+    return (dataclasses.replace(recipe, name=METHOD.name, options={}),) if recipe.bits == 4 else ()
 
 
 def describe(recipe: Recipe, quantized: Quantized) -> str:

@@ -14,9 +14,11 @@ from quantize.errors import CorruptModel, memory_errors, storage_errors
 from quantize.files import CONFIG, GENERATION_CONFIG
 from quantize.formats import experts, safetensors, source_model
 from quantize.formats.bitsandbytes import config, modules, tensor_plan, writer
+from quantize.formats.bitsandbytes.sizes import MatrixFormat
 from quantize.formats.bitsandbytes.tensor_plan import NotKnown, PrecomputedTensors
 from quantize.formats.bitsandbytes.writer import MatrixRounding
 from quantize.formats.bounds import are_bounds
+from quantize.formats.ties import distinct_parameters
 from quantize.progress import Progress
 from quantize.records import Checkout, Recipe
 from quantize.resume import ResumeFolder
@@ -195,6 +197,24 @@ def quantized_names(checkout: Checkout, recipe: Recipe) -> tuple[str, ...]:
     """Names of the modules that become 4-bit, in the order of the model; nothing is loaded for it."""
     model = experts.unstacked(source_model.skeleton(checkout))
     return modules.to_quantize(model, recipe, checkout.source.name)
+
+
+def predicted_bytes(checkout: Checkout, recipe: Recipe) -> int:
+    """Bytes of the tensors that nearest codes would make of a source; nothing is loaded for it.
+
+    What stays in half precision counts two bytes a parameter, and the headers of files are left out.
+    """
+    import torch
+
+    model = experts.unstacked(source_model.skeleton(checkout, "float16"))
+    names = set(modules.to_quantize(model, recipe, checkout.source.name))
+    total = 0
+    for module, key, parameter in distinct_parameters(model):
+        if module in names and key == "weight":
+            total += MatrixFormat.of(recipe).stored_bytes(*modules.matrix(model.get_submodule(module)).shape)
+        else:
+            total += parameter.numel() * torch.float16.itemsize
+    return total
 
 
 def load_quantized(checkout: Checkout, recipe: Recipe, dtype: str, device: str) -> Any:

@@ -20,6 +20,8 @@ QUANTIZATION_KEY, COMPRESSION_KEY = "quantization_config", "compression_config"
 """Of the config of a quantized model; bitsandbytes has the first."""
 DTYPE_KEYS = ("dtype", "torch_dtype")
 """What transformers calls the type of the weights, and what versions before 4.56 did."""
+OUTLIER_THRESHOLD, STOCK_THRESHOLD = "llm_int8_threshold", 6.0
+"""From where on inputs of 8-bit products are outliers, and its value where nothing else is said."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,8 @@ def build(recipe: Recipe, compute_dtype: str, skip_list: list[str] | None) -> An
     from transformers import BitsAndBytesConfig
 
     if recipe.bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip_list)
+        threshold = float(recipe.options.get("outlier_threshold") or STOCK_THRESHOLD)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold, llm_int8_skip_modules=skip_list)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=recipe.quant_type,

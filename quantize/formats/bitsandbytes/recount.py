@@ -14,7 +14,12 @@ from quantize.evidence import Coverage
 from quantize.files import CONFIG
 from quantize.formats import safetensors
 from quantize.formats.bitsandbytes import checks
-from quantize.formats.bitsandbytes.config import QUANTIZATION_KEY, ExpectedConfig
+from quantize.formats.bitsandbytes.config import (
+    OUTLIER_THRESHOLD,
+    QUANTIZATION_KEY,
+    STOCK_THRESHOLD,
+    ExpectedConfig,
+)
 from quantize.formats.bitsandbytes.sizes import BLOCK, ROW_SCALES, STATE, MatrixFormat
 from quantize.formats.safetensors import Entry
 from quantize.records import Quantized, Recipe
@@ -58,7 +63,7 @@ def contradictions(
         )
     if configured is not None:
         yield from _misconfigured(configured, quantized)
-    yield from _other_types(settings, quantized)
+    yield from _other_settings(settings, quantized)
 
 
 def counted_in(folder: Path, matrices: MatrixFormat) -> Counted:
@@ -131,7 +136,7 @@ def _misconfigured(configured: ExpectedConfig, quantized: Quantized) -> Iterator
         yield f"{CONFIG} does not say that {quantized.half_precision_modules[0]} is not quantized"
 
 
-def _other_types(settings: Mapping[str, Any], quantized: Quantized) -> Iterator[str]:
+def _other_settings(settings: Mapping[str, Any], quantized: Quantized) -> Iterator[str]:
     own = settings[QUANTIZATION_KEY]
     stated = {
         "dtype": settings.get("dtype", settings.get("torch_dtype")),
@@ -140,3 +145,7 @@ def _other_types(settings: Mapping[str, Any], quantized: Quantized) -> Iterator[
     for key, dtype in stated.items():
         if dtype not in (None, quantized.dtype):
             yield f"{CONFIG} says {key} {dtype}, and the record {quantized.dtype}"
+    if own.get("load_in_8bit"):
+        held, recorded = own.get(OUTLIER_THRESHOLD, STOCK_THRESHOLD), quantized.outlier_threshold or STOCK_THRESHOLD
+        if held != recorded:
+            yield f"{CONFIG} says {OUTLIER_THRESHOLD} {held}, and the record {recorded}"

@@ -1,0 +1,45 @@
+"""The source on a device, and the text that it writes there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from quantize import devices
+from quantize.errors import DeviceError
+from quantize.formats import experts, source_model
+from quantize.formats.bitsandbytes import checkpoint
+from quantize.methods.calibration import calibration_text
+from quantize.methods.calibration.options import CalibratedOptions
+from quantize.methods.method import Job
+from quantize.records import CalibrationText
+
+FLOAT32, BFLOAT16 = 4, 2
+
+
+def load(job: Job) -> tuple[Any, tuple[str, ...]]:
+    """The source in float32, or in bfloat16 where that does not fit, and the names of the modules that become 8-bit.
+
+    Raises DeviceError where neither fits.
+    """
+    source, room = job.checkout.source, devices.usable_memory(job.device)
+    if source.parameters * BFLOAT16 > room:
+        raise DeviceError(f"{source.name} in half precision does not fit into the {room / 1e9:.1f} GB of {job.device}")
+    dtype = torch.float32 if source.parameters * FLOAT32 <= room else torch.bfloat16
+    model = source_model.load(
+        job.checkout.folder, source.name, dtype=dtype, trust_remote_code=source.remote_code, device_map={"": job.device}
+    )
+    return experts.unstacked(model.eval().requires_grad_(False)), checkpoint.quantized_names(job.checkout, job.recipe)
+
+
+def written(job: Job, model: Any, windows: int, length: int, seed: int) -> tuple[torch.Tensor, CalibrationText]:
+    """Tokens [windows, length] that the model writes, none of them a passage of the corpus, and their record."""
+    from transformers import AutoTokenizer
+
+    trust = job.checkout.source.remote_code
+    tokenizer = AutoTokenizer.from_pretrained(job.checkout.folder, local_files_only=True, trust_remote_code=trust)
+    options = CalibratedOptions(calibration_windows=windows, calibration_length=length, calibration_seed=seed)
+    return calibration_text.prepare(
+        options, model, tokenizer, job.corpus, job.device, False, job.progress, calibration_text.TEMPERATURES
+    )
