@@ -298,7 +298,7 @@ def test_an_own_template_and_its_mistakes(package_copy: Path, tmp_path: Path, co
     assert "\n# pocket-gpt2 by Ada Reed\n" in card and "quantized_by: Ada Reed" in card
     assert "pocket-gpt2 by Ada Reed" in outcome.err
     page = (tmp_path / "card.html").read_text()
-    assert "<h1>pocket-gpt2 by Ada Reed</h1>" in page and "default-src 'none'" in page
+    assert ">pocket-gpt2 by Ada Reed</h1>" in page and "default-src 'none'" in page
     for text, problem in (
         ("{{ nothing }}", "line 1: 'nothing' is undefined"),
         ("\n{% if %}", "line 2: Expected an expression"),
