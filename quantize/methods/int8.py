@@ -98,10 +98,10 @@ def _measured(job: Job, fixed: float) -> tuple[Choice, CalibrationText]:
     model, names = text.load(job)
     tokens, record = text.written(job, model, WINDOWS, LENGTH, SEED)
     comparison = sensitivity.Comparison(model, names, tokens)
-    stock = choice.Choice(thresholds[0], (), 0.0, 0, 0.0)
-    plain, aim = comparison.divergence(stock), TARGET
-    best, measured = stock, plain
-    if plain > TARGET:
+    plain = comparison.divergence(choice.Choice(STOCK, (), 0.0, 0, 0.0))
+    best, aim = choice.Choice(fixed or STOCK, (), 0.0, 0, 0.0), TARGET
+    measured = comparison.divergence(best) if fixed else plain
+    if measured > TARGET:
         matrices = sensitivity.sensitivities(model, names, tokens, thresholds, SEED, job.progress)
         for _ in range(ROUNDS):
             candidate = choice.choose(matrices, thresholds, aim)
@@ -138,14 +138,16 @@ def describe(recipe: Recipe, quantized: Quantized) -> str:
     threshold, text = quantized.outlier_threshold, quantized.calibration_text
     if threshold is None:
         return ""
-    stock = "as in stock" if threshold == STOCK else f"instead of {STOCK:g} as in stock"
+    stock = "as in stock" if threshold == STOCK else f"not {STOCK:g} as in stock"
     sentence = f"Columns of inputs that reach {threshold:g}, {stock}, are multiplied in half precision"
     if text is None:
         return f"{sentence}."
+    given = bool(Int8Options.of(recipe).outlier_threshold)
+    chosen = "What stays" if given else "This threshold, and what stays"
     return (
-        f"{sentence}: this threshold, and which layers stay in {quantized.dtype}, was chosen for a mean KL divergence "
-        f"of {TARGET} nats on {text.windows} windows of {text.length} tokens that the original wrote itself (seed "
-        f"{text.seed}, sha256 {text.sha256[:12]}); the corpus above was kept out of it."
+        f"{sentence}. {chosen} in {quantized.dtype} throughout {'was' if given else 'were'} chosen for a mean KL "
+        f"divergence of {TARGET} nats on {text.windows} windows of {text.length} tokens that the original wrote itself "
+        f"(seed {text.seed}, sha256 {text.sha256[:12]}); the corpus above was kept out of it."
     )
 
 

@@ -20,6 +20,9 @@ LIBRARIES = {"torchvision": "torchvision", "PIL": "pillow"}
 
 COUNTS = re.compile(r"height|width|edge|seq_len|num_|tiles|crops|min_pixels")
 """In the names of settings by which a processor makes a picture, or what stands for it in a prompt, larger."""
+MOST_TOKENS, MOST_NUMBERS = 1 << 15, 1 << 27
+"""That a processor may make of one picture and its question, whatever its settings are called; the drawn pictures are
+small, and no known processor comes near."""
 MOST, LARGEST_AREA = 4096, 1 << 22
 """Of such a setting; some processors state what a picture has at least in pixels altogether."""
 AREAS = {"merge_size", "min_pixels", "max_pixels"}
@@ -62,9 +65,11 @@ class Prompter:
 
         image = Image.fromarray(picture.pixels)
         try:
-            return self._in_template(image, picture.question) if self.chat else self._plain(image, picture.question)
+            given = self._in_template(image, picture.question) if self.chat else self._plain(image, picture.question)
         except Exception as error:
             raise NoPictures(f"the original's processor takes no picture: {_reason(error)}") from error
+        _require_moderate(given)
+        return given
 
     def _in_template(self, image: Any, question: str) -> Any:
         content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
@@ -108,6 +113,14 @@ def _require_bounded(checkout: Checkout) -> None:
             is_upper_limit = name == "longest_edge" and most == LARGEST_AREA
             if COUNTS.search(name) and value > limit and not is_upper_limit:
                 raise NoPictures(f"{name} = {value:g} in the original's {file} asks for more than can be")
+
+
+def _require_moderate(given: Any) -> None:
+    """Raise NoPictures where a processor has made more of a picture than a model can be given."""
+    tokens = given["input_ids"].numel()
+    numbers = sum(value.numel() for value in given.values() if hasattr(value, "numel"))
+    if tokens > MOST_TOKENS or numbers > MOST_NUMBERS:
+        raise NoPictures(f"the original's processor makes {tokens:,} tokens and {numbers:,} numbers of one picture")
 
 
 def _settings(content: Any) -> Iterator[tuple[str, float]]:

@@ -24,7 +24,7 @@ from quantize.package import card as cards
 from quantize.parity import answers, judged, picture_problem, pictures
 from quantize.parity.consistency import contradictions
 from quantize.parity.models import Pair, load_tokenizer
-from quantize.parity.picture_prompts import Prompter
+from quantize.parity.picture_prompts import NoPictures, Prompter
 from quantize.progress import Silent
 from quantize.publishing import audit
 from quantize.records import Checkout, EvaluationSettings, Recipe
@@ -141,6 +141,7 @@ def test_what_a_processor_says_of_each_position_goes_on_along_the_answer() -> No
     assert torch.allclose(logits, steps.float(), atol=1e-5) and given["input_ids"] is ids and ids.shape[1] == 12
 
 
+@pytest.mark.slow
 def test_one_model_at_a_time_gives_the_same_figures(model: Path, measured: package.Package) -> None:
     with pair_of(model, measured.folder, alone=True) as pair:
         pair.upcast()
@@ -150,6 +151,7 @@ def test_one_model_at_a_time_gives_the_same_figures(model: Path, measured: packa
     assert again.figures.kld == pytest.approx(record.figures.kld, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_tower_that_was_harmed_is_seen(model: Path, measured: package.Package, tmp_path: Path) -> None:
     """Its text is as good as ever: only pictures show it."""
     from safetensors.torch import load_file, save_file
@@ -241,6 +243,26 @@ def test_without_a_chat_template_a_picture_stands_before_the_question(model: Pat
     text = prompter.processor.tokenizer.decode(prompter.inputs(picture)["input_ids"][0])
     assert not prompter.chat and text.replace(vision.IMAGE_TOKEN, "") == picture.question
     assert text.startswith(vision.IMAGE_TOKEN)
+
+
+class Endless:
+    """A processor whose settings no list names."""
+
+    image_token = "<image>"
+
+    def __init__(self, **shapes: tuple[int, ...]) -> None:
+        self.shapes = shapes
+
+    def __call__(self, **_: Any) -> dict[str, torch.Tensor]:
+        return {name: torch.zeros(1).expand(shape) for name, shape in self.shapes.items()}
+
+
+@pytest.mark.parametrize("shape", [{"input_ids": (1, 40_000)}, {"input_ids": (1, 8), "pixel_values": (3, 8192, 8192)}])
+def test_what_a_processor_makes_of_a_picture_is_bounded(shape: dict[str, tuple[int, ...]]) -> None:
+    (picture,) = pictures.draw(1, 0)
+    with pytest.raises(NoPictures, match=r"makes [\d,]+ tokens and [\d,]+ numbers of one picture"):
+        Prompter(Endless(**shape), chat=False).inputs(picture)
+    assert Prompter(Endless(input_ids=(1, 8)), chat=False).inputs(picture)["input_ids"].shape == (1, 8)
 
 
 def without_processor(folder: Path) -> str:

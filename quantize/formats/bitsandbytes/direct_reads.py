@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,25 +16,41 @@ from torch.overrides import TorchFunctionMode
 TOKENS = 3
 
 
+@dataclass(frozen=True)
+class _Described:
+    """A class of models and what its config says; the config itself is there to build one."""
+
+    kind: Any
+    content: str
+    config: Any = field(compare=False)
+
+
 def names(model: Any, linear: Iterable[str]) -> tuple[str, ...]:
     """Those of the modules `linear` of the source's `model`, as far as that runs without weights.
 
     Mamba multiplies by the weight of `dt_proj`, to add the bias elsewhere; RWKV divides weights, and would round codes
     again, to FP4. Shapes show it: nothing is computed.
     """
+    read = _read(_Described(type(model), str(model.config.to_dict()), model.config))
+    return tuple(name for name in linear if name in read)
+
+
+@functools.lru_cache(maxsize=4)
+def _read(described: _Described) -> frozenset[str]:
+    """The modules whose weights a model reads by itself; a run asks for the same model several times."""
     try:
         with torch.device("meta"):  # a model like it: running changes some
-            shapes = type(model)(copy.deepcopy(model.config)).eval()
+            shapes = described.kind(copy.deepcopy(described.config)).eval()
     except Exception:  # noqa: BLE001 - code of a model's own may want its weights at once
-        return ()
-    known = dict(shapes.named_modules())
-    reads = _Reads({id(known[name].weight): name for name in linear if name in known})
+        return frozenset()
+    known = {name: module for name, module in shapes.named_modules() if hasattr(module, "weight")}
+    reads = _Reads({id(module.weight): name for name, module in known.items()})
     for name in reads.owners.values():
         known[name].register_forward_pre_hook(lambda *_, name=name: reads.running.add(name))
         known[name].register_forward_hook(lambda *_, name=name: reads.running.discard(name))
     with _foreign_code(), _said_to_be_quantized(shapes), torch.no_grad(), reads:
         shapes(torch.zeros(1, TOKENS, dtype=torch.int64, device="meta"), use_cache=False)
-    return tuple(name for name in reads.owners.values() if name in reads.read)
+    return frozenset(reads.read)
 
 
 @contextlib.contextmanager
