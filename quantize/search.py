@@ -140,7 +140,9 @@ def _resized(
     """
     for _ in range(RESIZED):
         latest = tried[-1]
-        if isinstance(latest, Failure) or (latest.predicted is None and _ends_search(latest, target)):
+        if isinstance(latest, Failure) or methods.get(latest.recipe.name).resized is None:
+            return None
+        if latest.predicted is None and _ends_search(latest, target):
             return None
         passes = any(_judged(one.evidence, require).verdict.passed for one in _candidates(tried))
         for goal in (target,) if passes else dict.fromkeys((target, require)):
@@ -169,7 +171,7 @@ def _predicted(job: Job, latest: Candidate, goal: str, tried: list[Candidate | F
     started = time.monotonic()
     job.progress.stage(f"look for the smallest file of the grade {goal}")
     try:
-        larger = methods.resized(_attempt_job(job, len(tried), latest.recipe), room * MARGIN, job.recipe.max_size)
+        larger = methods.resized(_attempt_job(job, len(tried), latest.recipe), room * MARGIN, job.recipe)
     except Exception as error:  # noqa: BLE001 - a finished package is never lost for want of a better one
         tried.append(_failure(job, latest.recipe, started, error))
         return None

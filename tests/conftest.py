@@ -20,11 +20,12 @@ import pytest
 from quantize import pipeline
 from quantize.progress import Silent
 from quantize.records import EvaluationSettings, Recipe
+from tests.models import shallow as shallow_model
 from tests.publishing.workspace import QUICK_OPTIONS, Place, prepared
 
 POCKET = Path(__file__).parent / "models" / "pocket-gpt2"
 STOCK = Recipe(name="rtn")
-QUICK = EvaluationSettings(max_windows=16, new_tokens=4, require="degraded")
+QUICK = EvaluationSettings(max_windows=16, window=64, new_tokens=4, require="degraded")
 __all__ = ["POCKET", "QUICK", "QUICK_OPTIONS", "Outcome"]
 
 
@@ -46,6 +47,18 @@ def pocket() -> Path:
 def pocket_copy(tmp_path: Path) -> Path:
     """A copy of the pocket model that a test may damage."""
     return Path(shutil.copytree(POCKET, tmp_path / "pocket-copy"))
+
+
+@pytest.fixture(scope="session")
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first block of the pocket model, for runs that are not about accuracy."""
+    return shallow_model.save(tmp_path_factory.mktemp("shallow") / POCKET.name)
+
+
+@pytest.fixture
+def shallow_copy(shallow: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may damage."""
+    return Path(shutil.copytree(shallow, tmp_path / "shallow-copy"))
 
 
 @pytest.fixture
@@ -79,6 +92,6 @@ def package_copy(finished: Path, tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    with prepared(tmp_path_factory.mktemp("place"), POCKET) as ready:
+def place(shallow: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with prepared(tmp_path_factory.mktemp("place"), shallow) as ready:
         yield ready

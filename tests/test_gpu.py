@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,12 +25,18 @@ from tests.formats.test_writer import RECIPES, by_stock, fetched, require_equal,
 from tests.hub import LoopbackHub
 from tests.hub.distilgpt2 import seed_distilgpt2
 from tests.methods.test_calibrated import LITTLE, require_pipeline_and_lora
-from tests.package.test_card import run_snippets
-from tests.publishing.test_hub_run import as_a_person
+from tests.package.test_card import snippets
 from tests.publishing.workspace import MODEL, TARGET
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 SETTINGS = EvaluationSettings(new_tokens=16, require="degraded")
+
+
+def as_a_person(hub: LoopbackHub, folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with `command` in a process of its own, whose Hub is the loopback one and whose cache is empty."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    env = own | hub.env(home=folder / "hf-home")
+    return subprocess.run([sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +64,11 @@ def test_a_separate_process_loads_and_generates(on_gpu: package.Package) -> None
 
 
 def test_the_snippets_of_the_card_run(on_gpu: package.Package) -> None:
-    used, checked = run_snippets(on_gpu.folder)
+    folders = (on_gpu.folder.parent, on_gpu.folder)
+    used, checked = (
+        subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True).stdout
+        for code, folder in zip(snippets(on_gpu.folder), folders, strict=True)
+    )
     assert used.count("Hello, I'm a language model,") == 4 and "torch.Size([1, " in used
     assert checked == "all checksums match\n"
 

@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 
 import quantize
-from tests.conftest import POCKET
-from tests.hub import LoopbackHub
-from tests.hub.distilgpt2 import seed_distilgpt2
+from tests.publishing.workspace import Place
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "python.md"
@@ -71,22 +69,12 @@ def test_the_examples_are_typed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_examples_run(tmp_path: Path) -> None:
+def test_the_examples_run(place: Place, tmp_path: Path) -> None:
     (tmp_path / "tests" / "models").mkdir(parents=True)
-    (tmp_path / "tests" / "models" / "pocket-gpt2").symlink_to(POCKET)
-    (tmp_path / "example.py").write_text(examples())
-    with LoopbackHub() as hub:
-        hub.add_user("your-name", TOKEN)
-        seed_distilgpt2(hub, POCKET)
-        outcome = subprocess.run(
-            [sys.executable, "example.py"],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env={**os.environ, **hub.env(TOKEN, home=tmp_path / "home"), "PYTHONPATH": str(ROOT)},
-        )
-        assert outcome.returncode == 0, outcome.stderr
-        commits = [commit.title for commit in hub.log("your-name/pocket-gpt2-bnb-4bit")]
-    assert commits[0] == "pocket-gpt2 in 4 bits"
-    assert "your-name/distilgpt2-bnb-4bit would publish" in outcome.stdout
-    assert "SourceNotFound: " in outcome.stdout and "==> verify on cpu" in outcome.stdout
+    (tmp_path / "tests" / "models" / "pocket-gpt2").symlink_to(place.source)
+    place.hub.add_user("your-name", TOKEN)
+    ended = place.warm.script(examples(), cwd=tmp_path, env={"HF_TOKEN": TOKEN})
+    assert ended.code == 0, ended.err
+    assert place.hub.log("your-name/pocket-gpt2-bnb-4bit")[0].title == "pocket-gpt2 in 4 bits"
+    assert "your-name/distilgpt2-bnb-4bit would publish" in ended.out
+    assert "SourceNotFound: " in ended.out and "==> verify on cpu" in ended.out

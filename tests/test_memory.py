@@ -83,6 +83,7 @@ with memory.freed_blocks_returned():
 """
 
 
+@pytest.mark.slow
 def test_freed_blocks_do_not_stay_in_the_heap() -> None:
     """Three blocks of 2.4 MB live at a time, with something small between them; glibc would hold on to sixty."""
     command = [sys.executable, "-c", GROWTH]

@@ -25,6 +25,7 @@ from quantize.progress import Silent
 from quantize.records import Checkout, EvaluationSettings, Quantized, Recipe
 from quantize.search import Candidate
 from tests.conftest import POCKET, QUICK, Outcome
+from tests.publishing.workspace import MEASURING
 
 AUTO = methods.recipe_of({"name": "auto", "passes": 0, "calibration_windows": 8, "calibration_length": 32})
 HARD = dataclasses.replace(AUTO, target_grade="lossless")
@@ -265,6 +266,13 @@ def test_a_refusal_says_what_would_help(base: package.Package, tmp_path: Path, m
     assert tries.recipes[-1].bits == 8 and best.recipe.bits == 4
 
 
+def test_a_size_that_was_asked_for_is_not_changed(
+    base: package.Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best = Resized(base, 0.050).search(methods.replace(AUTO, size_budget=1.2), "good", tmp_path, monkeypatch)
+    assert budgets(best) == [1, 1.2] and best.evidence.verdict.grade == "good"
+
+
 def test_a_prediction_that_fails_loses_nothing(
     base: package.Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,7 +288,7 @@ STAGES = {"gradients": (quantizer, "output_gradients"), "loading": (models, "_lo
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_memory_that_runs_out_in_a_later_attempt(
-    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Outcome]
+    stage: str, tmp_path: Path, shallow: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Outcome]
 ) -> None:
     """The first package, which passed, is delivered; terminal and card say why there is no second."""
     module, name = STAGES[stage]
@@ -296,8 +304,8 @@ def test_memory_that_runs_out_in_a_later_attempt(
     monkeypatch.setattr(calibrated, "REFINED_EPOCHS", 0)
     monkeypatch.setattr(calibrated, "REFINED_SHARE", 0.0)
     shape = ("--passes", "0", "--calibration-windows", "8", "--calibration-length", "32", "--target", "lossless")
-    quick = ("--max-windows", "16", "--new-tokens", "4", "--require", "degraded", "--device", "cpu")
-    ended = command("run", POCKET, "-o", tmp_path / "out", *shape, *quick)
+    quick = (*MEASURING, "--device", "cpu")
+    ended = command("run", shallow, "-o", tmp_path / "out", *shape, *quick)
     assert ended.code == 0 and "Traceback" not in ended.err, ended.err
     assert "not made: calibrated: out of memory while " in ended.err
     opened = package.open_package(tmp_path / "out")
@@ -320,13 +328,13 @@ def test_memory_that_runs_out_in_the_first_attempt_is_a_known_failure(
 
 @pytest.mark.slow
 def test_a_bug_in_a_later_attempt_keeps_its_traceback_after_the_package_is_in_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shallow: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(*_: object, **__: object) -> object:
         raise ZeroDivisionError
 
     monkeypatch.setattr(quantizer, "output_gradients", failing)
-    request = pipeline.RunRequest(str(POCKET), output=tmp_path / "out", recipe=HARD, settings=QUICK, device="cpu")
+    request = pipeline.RunRequest(str(shallow), output=tmp_path / "out", recipe=HARD, settings=QUICK, device="cpu")
     with pytest.raises(ZeroDivisionError):
         pipeline.run(request, Silent())
     opened = package.open_package(tmp_path / "out")

@@ -175,12 +175,12 @@ def quantize(job: Job) -> Quantized:
     return quantized
 
 
-def resized(job: Job, share: float, most: float) -> Larger | None:
-    """The smallest file that is predicted to diverge by `share` of what the recipe of `job` does, or the one of `most`
-    times the plain bytes; None where the method makes files of one size only. Raises what `quantize` raises."""
+def resized(job: Job, share: float, asked: Recipe) -> Larger | None:
+    """The smallest file that is predicted to diverge by `share` of what the recipe of `job` does, or the largest
+    that the recipe `asked` for allows; None where only one size can be had. Raises what `quantize` raises."""
     method = get(job.recipe.name)
     if method.resized is None:
         return None
     with memory_errors(f"predicting sizes for {job.checkout.source.name} on {job.device}", ADVICE):
-        larger = method.resized(job, share, most)
-    return dataclasses.replace(larger, recipe=normalized(larger.recipe))
+        larger = method.resized(job, share, asked)
+    return dataclasses.replace(larger, recipe=normalized(larger.recipe)) if larger else None

@@ -69,27 +69,31 @@ def least_left(before: Recipe, then: Recipe) -> float:
     return REFINED_SHARE
 
 
-def resized(job: Job, share: float, most: float) -> Larger:
+def resized(job: Job, share: float, asked: Recipe) -> Larger | None:
     """The smallest file predicted to diverge by `share` of what the recipe of `job` does, on as much text as refining
     takes, but without learned rounding.
 
-    Learning takes longer than all the rest, and gains less than a hundredth more of bytes.
+    Learning takes longer than all the rest, and gains less than a hundredth more of bytes. None where a size was asked
+    for.
     """
     from quantize.methods.calibration import quantizer
+
+    if CalibratedOptions.of(asked).size_budget > 1:
+        return None
 
     options = CalibratedOptions.of(job.recipe)
     as_plain = options.epochs == 0 and options.size_budget == 1
     windows = options.calibration_windows * (REFINED_TEXT if as_plain else 1)
-    asked = dataclasses.asdict(
+    values = dataclasses.asdict(
         dataclasses.replace(options, size_budget=1.0, epochs=0, calibration_windows=windows),
     )
-    recipe = dataclasses.replace(job.recipe, options=asked)
+    recipe = dataclasses.replace(job.recipe, options=values)
     with memory.freed_blocks_returned():
         offers = quantizer.offers(dataclasses.replace(job, recipe=recipe), CalibratedOptions.of(recipe))
     now = offers.divergence(options.size_budget)
     needed = offers.smallest(share * now)
-    times = min(needed, most)
-    larger = dataclasses.replace(recipe, options={**asked, "size_budget": times})
+    times = min(needed, asked.max_size)
+    larger = dataclasses.replace(recipe, options={**values, "size_budget": times})
     return Larger(larger, times, options.size_budget, offers.divergence(times) / now, share, needed)
 
 

@@ -89,10 +89,10 @@ class Method:
 
     `options` are its rows, whose fields are those of its options record. `attempts` says what `auto` tries of it for a
     recipe, and methods are asked in their `order`; `least_left` is the share of one attempt's divergence that another
-    one leaves at the least, as far as anybody saw. `resized` gives the smallest file, up to a multiple of the plain
-    bytes, that is predicted to diverge by a share of what the job's recipe does. `check` raises what stands against a
-    recipe before any work. `describe` says on a card how codes were chosen. `improves_on` names the method whose result
-    is measured on the same windows, so that the card shows the gain. `former_names` still work.
+    one leaves at the least, as far as anybody saw. `resized` gives the smallest file that the recipe which was asked
+    for allows, and that is predicted to diverge by a share of what the job's recipe does. `check` raises what stands
+    against a recipe before any work. `describe` says on a card how codes were chosen. `improves_on` names the method
+    whose result is measured on the same windows, so that the card shows the gain. `former_names` still work.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Method:
     check: Callable[[Checkout, Recipe, str], None] = accept
     attempts: Callable[[Recipe], tuple[Recipe, ...]] = no_attempts
     least_left: Callable[[Recipe, Recipe], float] = any_share
-    resized: Callable[[Job, float, float], Larger] | None = None
+    resized: Callable[[Job, float, Recipe], Larger | None] | None = None
     describe: Callable[[Recipe, Quantized], str] = nothing
     improves_on: str | None = None
     former_names: tuple[str, ...] = ()

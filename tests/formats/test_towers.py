@@ -58,9 +58,8 @@ def linear4bit(folder: Path) -> list[str]:
     return [name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"]
 
 
-@pytest.mark.parametrize(
-    "kind", [*list(KINDS)[:1], *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(KINDS)[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_language_model_is_quantized_and_the_tower_is_not(kind: str, tmp_path: Path) -> None:
     save(kind, tmp_path / "model")
     settings = EvaluationSettings(max_windows=16, window=64, new_tokens=4, require=GRADES[-2])

@@ -32,7 +32,7 @@ from tests.conftest import POCKET
 from tests.hub import Fault, LoopbackHub
 
 LITTLE = methods.recipe_of({"name": "calibrated", "passes": 0, "calibration_windows": 16, "calibration_length": 128})
-SETTINGS = EvaluationSettings(max_windows=16, new_tokens=4, require="degraded")
+SETTINGS = EvaluationSettings(max_windows=16, window=64, new_tokens=4, require="degraded")
 TINY: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2, "tie_word_embeddings": False},
     "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
@@ -52,9 +52,9 @@ def made(output: Path, recipe: Recipe, model: Path = POCKET) -> tuple[Checkout, 
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
+def package(shallow: Path, tmp_path_factory: pytest.TempPathFactory) -> Package:
     output = tmp_path_factory.mktemp("calibrated") / "package"
-    request = pipeline.RunRequest(str(POCKET), output=output, recipe=LITTLE, settings=SETTINGS, device="cpu")
+    request = pipeline.RunRequest(str(shallow), output=output, recipe=LITTLE, settings=SETTINGS, device="cpu")
     return pipeline.run(request, Silent()).package
 
 
@@ -84,9 +84,10 @@ def test_it_diverges_much_less_than_stock_and_says_so(package: Package) -> None:
 
 
 @pytest.mark.slow
-def test_as_many_bytes_as_stock(package: Package, finished: Path) -> None:
+def test_as_many_bytes_as_stock(package: Package, shallow: Path, tmp_path: Path) -> None:
     """Names, types and shapes are stock's; only an offset in a header takes fewer digits."""
-    plain, tensors = (load_file(folder / "model.safetensors") for folder in (finished, package.folder))
+    _, plain = made(tmp_path / "rtn", Recipe("rtn"), shallow)
+    tensors = load_file(package.folder / "model.safetensors")
     assert {name: (one.dtype, one.shape) for name, one in tensors.items() if "bitsandbytes" not in name} == {
         name: (one.dtype, one.shape) for name, one in plain.items() if "bitsandbytes" not in name
     }
@@ -201,11 +202,13 @@ def test_another_content_of_the_calibration_text_is_another_work(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_with_a_size_budget_it_is_better_within_its_bytes_and_says_how(package: Package, tmp_path: Path) -> None:
+def test_with_a_size_budget_it_is_better_within_its_bytes_and_says_how(
+    package: Package, shallow: Path, tmp_path: Path
+) -> None:
     """Stock transformers loads matrices of both block sizes and of half precision; the same budget gives the same."""
     recipe = methods.replace(LITTLE, size_budget=1.3)
     request = pipeline.RunRequest(
-        str(POCKET), output=tmp_path / "package", recipe=recipe, settings=SETTINGS, device="cpu"
+        str(shallow), output=tmp_path / "package", recipe=recipe, settings=SETTINGS, device="cpu"
     )
     larger = pipeline.run(request, Silent()).package
     require_sound(larger)
@@ -222,7 +225,7 @@ def test_with_a_size_budget_it_is_better_within_its_bytes_and_says_how(package: 
     assert f"or 32 in the {len(quantized.block_32_modules)} of {len(quantized.modules)} layers" in card
     assert f"{len(quantized.half_precision_modules)} sensitive layers stay in float16" in card
     assert "--size-budget 1.3" in card
-    verified = pipeline.verify(pipeline.VerifyRequest(str(larger.folder), str(POCKET), SETTINGS, "cpu"), Silent())
+    verified = pipeline.verify(pipeline.VerifyRequest(str(larger.folder), str(shallow), SETTINGS, "cpu"), Silent())
     assert verified.verdict.passed and verified.checks == larger.evidence.checks
 
 
@@ -289,6 +292,7 @@ def test_a_cache_with_room_holds_what_a_growing_one_does(
     assert len(held) == (2 if kind == "gemma2" else 1)
 
 
+@pytest.mark.slow
 def test_inputs_that_64_does_not_divide_are_rounded_to_nearest(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -304,9 +308,9 @@ def test_inputs_that_64_does_not_divide_are_rounded_to_nearest(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_auto_stops_at_the_first_attempt_that_is_good_enough(tmp_path: Path) -> None:
+def test_auto_stops_at_the_first_attempt_that_is_good_enough(tmp_path: Path, shallow: Path) -> None:
     recipe = dataclasses.replace(LITTLE, name="auto", target_grade="good")
-    easy = pipeline.RunRequest(str(POCKET), output=tmp_path / "easy", recipe=recipe, settings=SETTINGS, device="cpu")
+    easy = pipeline.RunRequest(str(shallow), output=tmp_path / "easy", recipe=recipe, settings=SETTINGS, device="cpu")
     made = pipeline.run(easy, Silent()).package
     assert [(one.recipe.name, one.chosen) for one in made.evidence.attempts] == [("rtn", True)]
     assert made.provenance.recipe.name == "rtn" and made.provenance.requested == recipe
@@ -325,7 +329,7 @@ def test_auto_climbs_to_the_smallest_file_that_is_good_enough(tmp_path: Path, mo
     hard = pipeline.RunRequest(
         *(str(POCKET), None, tmp_path / "hard"),
         recipe=dataclasses.replace(recipe, max_size=2.5),
-        settings=dataclasses.replace(SETTINGS, max_windows=32),
+        settings=dataclasses.replace(SETTINGS, max_windows=32, window=256),
         device="cpu",
     )
     made = pipeline.run(hard, Silent()).package
@@ -357,6 +361,7 @@ def prepared(recipe: Recipe, corpus: str) -> tuple[torch.Tensor, CalibrationText
     return calibration_text.prepare(asked(recipe), model.float(), tokenizer, corpus, "cpu", False, Silent(), (1.0,))
 
 
+@pytest.mark.slow
 def test_calibration_never_sees_the_corpus(tmp_path: Path) -> None:
     corpus = corpus_text(EvaluationSettings())
     (tmp_path / "copied.txt").write_text(corpus)
@@ -369,6 +374,7 @@ def test_calibration_never_sees_the_corpus(tmp_path: Path) -> None:
     assert not torch.equal(tokens, again)
 
 
+@pytest.mark.slow
 def test_what_the_model_repeats_of_the_corpus_is_left_out() -> None:
     """The corpus holds one of the windows that the model will write."""
     from transformers import AutoTokenizer
@@ -392,17 +398,17 @@ def test_calibration_text_that_cannot_be_used(tmp_path: Path, text: str | None, 
         prepared(methods.replace(LITTLE, calibration=str(file)), "")
 
 
-def test_auto_refuses_a_calibration_text_before_anything_is_made(tmp_path: Path) -> None:
+def test_auto_refuses_a_calibration_text_before_anything_is_made(tmp_path: Path, shallow: Path) -> None:
     class Stages(Silent):
         def stage(self, title: str) -> None:
             begun.append(title)
 
     begun: list[str] = []
     recipe = methods.replace(LITTLE, name="auto", calibration="nowhere.txt")
-    request = pipeline.RunRequest(str(POCKET), output=tmp_path / "out", recipe=recipe, settings=SETTINGS, device="cpu")
+    request = pipeline.RunRequest(str(shallow), output=tmp_path / "out", recipe=recipe, settings=SETTINGS, device="cpu")
     with pytest.raises(CorpusError, match="no calibration text"):
         pipeline.run(request, Stages())
-    assert begun == [f"source {POCKET}"] and list(tmp_path.iterdir()) == []
+    assert begun == [f"source {shallow}"] and list(tmp_path.iterdir()) == []
 
 
 def test_calibration_text_of_a_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

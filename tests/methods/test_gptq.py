@@ -88,6 +88,7 @@ def test_an_output_hessian_saves_much_of_the_loss() -> None:
     assert loss_of(weight, two_sided, hessian, gradient) < 0.9 * loss_of(weight, one_sided, hessian, gradient)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 999), SHAPES)
 def test_passes_only_help(seed: int, shape: tuple[int, int]) -> None:

@@ -40,6 +40,7 @@ def test_a_method_is_the_module_that_has_one() -> None:
     assert mentions == {Path(hqq.__file__)}
 
 
+@pytest.mark.slow
 def test_its_file_is_that_of_rtn_and_stock_transformers_loads_it(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

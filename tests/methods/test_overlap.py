@@ -67,15 +67,19 @@ def test_copies_in_any_script(script: str) -> None:
     assert known.repeated_by(space.join(changed))
 
 
+@pytest.fixture(scope="module")
+def known() -> Passages:
+    return Passages.of(builtin_text())
+
+
 @pytest.mark.parametrize("change", CHANGES)
-def test_copies_in_another_spelling(change: str) -> None:
-    text = builtin_text()
-    copy = [CHANGES[change](window) for window in windows(text)[:10]]
-    assert all(map(Passages.of(text).repeated_by, copy)) and Passages.of(text).share_in(copy) == 1
+def test_copies_in_another_spelling(known: Passages, change: str) -> None:
+    copy = [CHANGES[change](window) for window in windows(builtin_text())[:10]]
+    assert all(map(known.repeated_by, copy)) and known.share_in(copy) == 1
 
 
-def test_prose_of_the_same_kind_is_no_copy() -> None:
-    known, others = Passages.of(builtin_text()), windows(other_half())
+def test_prose_of_the_same_kind_is_no_copy(known: Passages) -> None:
+    others = windows(other_half())
     assert len(others) > 50 and known.share_in(others) < MAX_OVERLAP
     assert known.share_in([*others, *windows(builtin_text())[:3]]) > MAX_OVERLAP
 

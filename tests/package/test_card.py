@@ -6,8 +6,6 @@ import dataclasses
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from quantize.package.card import command as reproduction
 from quantize.records import EvaluationSettings, Provenance, Publisher, Recipe, Source
 from quantize.serialization import read_record
 from tests.conftest import POCKET, Outcome
+from tests.publishing.workspace import Place
 
 DATA = Path(__file__).parents[1] / "data"
 EVIDENCE, GOLDEN = DATA / "evidence", DATA / "golden"
@@ -236,22 +235,20 @@ def test_copies_of_the_originals_files_are_those_with_its_hashes(finished: Path)
     assert "Byte-for-byte" not in model_card.render(facts)
 
 
-def run_snippets(folder: Path) -> tuple[str, str]:
-    """What the card's uses print, and its check of the hashes, each run as a reader would."""
+def snippets(folder: Path) -> tuple[str, str]:
+    """The code of a card: its uses, as one script for the folder above, and its check of the hashes for the package."""
     card = (folder / "README.md").read_text().split("## Original model")[0]
     *uses, check = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert len(uses) == 3
-    used = subprocess.run([sys.executable, "-c", "\n".join(uses)], cwd=folder.parent, capture_output=True, text=True)
-    assert used.returncode == 0, used.stderr
-    checked = subprocess.run([sys.executable, "-c", check], cwd=folder, capture_output=True, text=True)
-    return used.stdout, checked.stdout
+    return "\n".join(uses), check
 
 
 @pytest.mark.slow
-def test_every_snippet_runs(finished: Path) -> None:
-    used, checked = run_snippets(finished)
-    assert used.count("Hello, I'm a language model,") == 4 and "torch.Size([1, " in used
-    assert checked == "all checksums match\n"
+def test_every_snippet_runs(finished: Path, place: Place) -> None:
+    uses, check = snippets(finished)
+    used = place.warm.script(uses, cwd=finished.parent)
+    assert used.out.count("Hello, I'm a language model,") == 4 and "torch.Size([1, " in used.out, used.err
+    assert place.warm.script(check, cwd=finished).out == "all checksums match\n"
 
 
 def test_the_original_text_is_quoted_whole(finished: Path) -> None:

@@ -81,15 +81,15 @@ def test_a_file_does_not_pass_for_a_corpus_of_ours(tmp_path: Path, command: Call
 
 
 @pytest.mark.slow
-def test_no_file_of_a_package_names_a_folder(tmp_path: Path, command: Callable[..., Outcome]) -> None:
+def test_no_file_of_a_package_names_a_folder(tmp_path: Path, shallow: Path, command: Callable[..., Outcome]) -> None:
     words = " ".join(path.read_text("utf-8") for path in sorted(Path(package.__file__).parents[2].glob("docs/*.md")))
     corpus = text_file(tmp_path / "customer-acme", "contracts.txt", words)
     output = tmp_path / "out"
-    options = ("--corpus", corpus, "--window", "128", "--device", "cpu", *QUICK_OPTIONS, "-q", "-o", output)
-    assert command("run", POCKET, *options).code in (0, 3)
+    options = ("--corpus", corpus, "--device", "cpu", *QUICK_OPTIONS, "-q", "-o", output)
+    assert command("run", shallow, *options).code in (0, 3)
     (made,) = (folder for folder in (output, package.refused_folder(output)) if folder.exists())
     texts = {path.name: path.read_bytes() for path in made.rglob("*") if path.is_file()}
     assert not [name for name, data in texts.items() if b"customer-acme" in data or str(tmp_path).encode() in data]
     assert b"--corpus ./contracts.txt" in texts["README.md"]
-    again = command("run", POCKET, *options)
+    again = command("run", shallow, *options)
     assert "scoring" not in again.err and (again.code == 0 or made.name.endswith("-refused"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import pytest
 from quantize import package
 from quantize.errors import PackageError, StorageError, described, storage_errors
 from tests.conftest import Outcome
+from tests.publishing.workspace import Place
 
 
 def test_the_staging_folder_is_gone_after_success_failure_and_interruption(tmp_path: Path) -> None:
@@ -123,31 +123,15 @@ def test_only_packages_are_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_line(tmp_path: Path, pocket: Path) -> None:
+def test_a_full_disk_is_one_line(place: Place, tmp_path: Path) -> None:
     """The operating system refuses to write more than 1 MB a file, as a full disk would."""
-    outcome = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "quantize",
-            "run",
-            str(pocket),
-            "--recipe",
-            "rtn",
-            "--output",
-            str(tmp_path / "out"),
-            "--device",
-            "cpu",
-        ],
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)),
-    )
-    assert outcome.returncode == 1, outcome.stderr
-    assert outcome.stderr.splitlines()[-1].startswith("error: no space left while writing")
+    run = ("run", str(place.source), "--recipe", "rtn", "--output", str(tmp_path / "out"), "--device", "cpu")
+    ended = place.warm.run(*run, cwd=tmp_path, largest_file=1_000_000)
+    assert ended.code == 1, ended.err
+    assert ended.err.splitlines()[-1].startswith("error: no space left while writing")
     assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("*.part"))
     assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
-    assert f"kept in {tmp_path}/out.unfinished" in outcome.stderr.splitlines()[-1]
+    assert f"kept in {tmp_path}/out.unfinished" in ended.err.splitlines()[-1]
 
 
 def test_no_write_permission_is_one_line(tmp_path: Path, command: Callable[..., Outcome], pocket: Path) -> None:

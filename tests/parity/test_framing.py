@@ -17,9 +17,10 @@ from quantize.parity.windows import draw
 from quantize.publishing.audit import require_sound
 from quantize.serialization import read_record
 from tests.conftest import POCKET
-from tests.package.test_card import EVIDENCE, run_snippets
+from tests.package.test_card import EVIDENCE, snippets
 from tests.parity.test_generation import TEMPLATE
-from tests.pipeline.test_run import small_run
+from tests.pipeline.test_run import SMALL, small_run
+from tests.publishing.workspace import Place
 
 REQUIRED = "degraded"
 
@@ -66,10 +67,10 @@ def test_windows_stand_behind_the_template() -> None:
 
 
 @pytest.mark.slow
-def test_a_chat_model_is_scored_in_both_framings_and_its_card_asks_it(tmp_path: Path) -> None:
+def test_a_chat_model_is_scored_in_both_framings_and_its_card_asks_it(place: Place, tmp_path: Path) -> None:
     source = Path(shutil.copytree(POCKET, tmp_path / "chat"))
     (source / "chat_template.jinja").write_text(TEMPLATE)
-    made = small_run(tmp_path / "out", source)
+    made = small_run(tmp_path / "out", source, dataclasses.replace(SMALL, window=256))
     require_sound(made)
     evidence = made.evidence
     assert evidence.chat and evidence.chat_framing is not None and evidence.corpus is not None
@@ -79,5 +80,6 @@ def test_a_chat_model_is_scored_in_both_framings_and_its_card_asks_it(tmp_path: 
     assert judged(evidence, evidence.verdict.required) == evidence
     card = (made.folder / "README.md").read_text()
     assert "mean KL divergence (nats), in the chat template" in card and "apply_chat_template" in card
-    used, _ = run_snippets(made.folder)
-    assert "torch.Size([1, " in used
+    uses, _ = snippets(made.folder)
+    used = place.warm.script(uses, cwd=made.folder.parent)
+    assert used.code == 0 and "torch.Size([1, " in used.out, used.err

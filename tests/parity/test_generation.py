@@ -79,6 +79,7 @@ def test_a_kernel_that_errs_on_single_tokens_is_found(pair: Pair) -> None:
     assert "cached decoding" in failed(pair)
 
 
+@pytest.mark.slow
 def test_the_originals_own_cache_is_not_held_against_a_package(pair: Pair) -> None:
     for model in (pair.reference, pair.candidate):
         change(model, lambda ids, logits: logits.roll(1, -1) if logits.shape[1] == 1 else logits)
@@ -86,6 +87,7 @@ def test_the_originals_own_cache_is_not_held_against_a_package(pair: Pair) -> No
     assert check.passed and "too noisy for a limit" in check.detail
 
 
+@pytest.mark.slow
 def test_a_model_that_loops_is_found(pair: Pair) -> None:
     def the_same_again(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         return logits.scatter_add(-1, ids[..., None], torch.full_like(logits[..., :1], 60.0))
@@ -105,6 +107,7 @@ def an_end_after(shift: float) -> Change:
     return add
 
 
+@pytest.mark.slow
 def test_an_answer_that_runs_on_is_found(pair: Pair) -> None:
     change(pair.reference, an_end_after(3.0))
     change(pair.candidate, an_end_after(2.5))
@@ -114,6 +117,7 @@ def test_an_answer_that_runs_on_is_found(pair: Pair) -> None:
     assert failed(pair, 32) == {"end of text"}
 
 
+@pytest.mark.slow
 def test_a_text_that_ends_too_early_is_found(pair: Pair) -> None:
     change(pair.candidate, an_end_after(9.0))
     assert "end of text" in failed(pair, 32)

@@ -90,6 +90,7 @@ def test_parts_that_hold_no_number_are_left_out_and_fail(evidence: Evidence) -> 
     to_json(told)
 
 
+@pytest.mark.slow
 def test_figures_of_a_model_without_any_difference_are_drawn(evidence: Evidence, tmp_path: Path) -> None:
     assert evidence.scores is not None
     scores = dataclasses.replace(evidence.scores, kld_by_position=(0.0, 0.0))

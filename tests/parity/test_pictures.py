@@ -141,6 +141,7 @@ def test_what_a_processor_says_of_each_position_goes_on_along_the_answer() -> No
     assert torch.allclose(logits, steps.float(), atol=1e-5) and given["input_ids"] is ids and ids.shape[1] == 12
 
 
+@pytest.mark.slow
 def test_one_model_at_a_time_gives_the_same_figures(model: Path, measured: package.Package) -> None:
     with pair_of(model, measured.folder, alone=True) as pair:
         pair.upcast()
@@ -150,6 +151,7 @@ def test_one_model_at_a_time_gives_the_same_figures(model: Path, measured: packa
     assert again.figures.kld == pytest.approx(record.figures.kld, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_tower_that_was_harmed_is_seen(model: Path, measured: package.Package, tmp_path: Path) -> None:
     """Its text is as good as ever: only pictures show it."""
     from safetensors.torch import load_file, save_file

@@ -82,8 +82,8 @@ def test_wikitext_is_cut_into_pages_and_spelled_out() -> None:
 def test_both_models_are_stated_on_request(finished: Path, tmp_path: Path) -> None:
     """On a part of the built-in text, since these figures read every token that there is."""
     corpus = tmp_path / "part.txt"
-    corpus.write_text(builtin_text()[:24_000], "utf-8")
-    settings = EvaluationSettings(str(corpus), max_windows=8, new_tokens=2, require="degraded")
+    corpus.write_text(builtin_text()[:8_000], "utf-8")
+    settings = EvaluationSettings(str(corpus), max_windows=8, window=64, new_tokens=2, require="degraded")
     settings = dataclasses.replace(settings, standard_perplexities=True)
     evidence = pipeline.verify(pipeline.VerifyRequest(str(finished), str(POCKET), settings, "cpu"), Silent())
     stated = {figure.name: figure for figure in evidence.standard_perplexities}

@@ -21,7 +21,7 @@ from quantize.records import EvaluationSettings, Recipe
 from quantize.serialization import to_json
 from tests.conftest import POCKET
 
-SETTINGS = EvaluationSettings(max_windows=16, new_tokens=2, require="degraded")
+SETTINGS = EvaluationSettings(max_windows=16, window=64, new_tokens=2, require="degraded")
 EXPECTED = ExpectedConfig.of(Recipe())
 Tensors = dict[str, torch.Tensor]
 

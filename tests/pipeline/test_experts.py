@@ -20,9 +20,8 @@ from quantize.progress import Silent
 from quantize.publishing.audit import require_sound
 from quantize.records import Recipe
 from tests.conftest import QUICK, Outcome
-from tests.hub import LoopbackHub
 from tests.mixtures import saved
-from tests.publishing.test_hub_run import as_a_person
+from tests.publishing.workspace import MEASURING, Place
 
 pytestmark = pytest.mark.slow
 
@@ -60,8 +59,8 @@ def test_the_cards_first_snippet_runs(mixture_package: Path, capsys: pytest.Capt
 
 
 def test_it_is_verified_without_a_flag(mixture_package: Path, tmp_path: Path, command: Callable[..., Outcome]) -> None:
-    options = ("--against", mixture_package.with_name("qwen3-moe"), "--device", "cpu", "--max-windows", "16")
-    verified = command("verify", mixture_package, *options, "--require", "degraded", "--new-tokens", "4")
+    options = ("--against", mixture_package.with_name("qwen3-moe"), "--device", "cpu", *MEASURING)
+    verified = command("verify", mixture_package, *options)
     assert verified.code == 0, verified.err
 
 
@@ -78,17 +77,16 @@ def test_other_code_is_neither_run_nor_published(
     package.seal(forged, sealed)
     with pytest.raises(PackageError, match=r"modeling_experts\.py is code neither of the original nor of this version"):
         require_sound(package.open_package(forged))
-    options = ("--against", mixture_package.with_name("qwen3-moe"), "--device", "cpu", "--max-windows", "16")
-    verified = command("verify", forged, *options, "--new-tokens", "4")
+    options = ("--against", mixture_package.with_name("qwen3-moe"), "--device", "cpu", *MEASURING)
+    verified = command("verify", forged, *options)
     assert verified.code == 3 and "cannot load it" in verified.out + verified.err
     assert not (tmp_path / "ran").exists()
 
 
-def test_it_is_published_and_proved_by_download(mixture_package: Path, tmp_path: Path) -> None:
+def test_it_is_published_and_proved_by_download(mixture_package: Path, place: Place, tmp_path: Path) -> None:
     original = str(mixture_package.with_name("qwen3-moe"))
-    with LoopbackHub() as hub:
-        place = (str(mixture_package), "--to", "tester/mixture", "--against", original)
-        pushed = as_a_person(hub, tmp_path, "-m", "quantize", "push", *place, "--verify-download", "--json")
-        assert pushed.returncode == 0, pushed.stderr
-        assert hub.files("tester/mixture")[experts.MODELING] == experts.OWN_CODE.read_bytes()
-        assert json.loads(pushed.stdout)["downloaded"]["windows"] > 0
+    asked = ("--to", "tester/mixture", "--against", original, "--verify-download", "--json")
+    pushed = place.quantize("push", str(mixture_package), *asked, folder=tmp_path)
+    assert pushed.code == 0, pushed.err
+    assert place.hub.files("tester/mixture")[experts.MODELING] == experts.OWN_CODE.read_bytes()
+    assert json.loads(pushed.out)["downloaded"]["windows"] > 0

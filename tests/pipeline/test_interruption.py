@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from quantize import package
-from tests.conftest import POCKET, QUICK_OPTIONS
+from tests.conftest import QUICK_OPTIONS
 from tests.publishing.warm_process import Child, Ended
 from tests.publishing.workspace import Place
 
@@ -17,7 +17,7 @@ STAGES = ("==> source", "==> quantize", "==> verify", "    scoring", "    genera
 
 
 def start(place: Place, folder: Path) -> Child:
-    arguments = ("run", str(POCKET), "-o", str(folder / "out"), "--device", "cpu", *QUICK_OPTIONS)
+    arguments = ("run", str(place.source), "-o", str(folder / "out"), "--device", "cpu", *QUICK_OPTIONS)
     return place.warm.start(*arguments, cwd=folder)
 
 

@@ -58,6 +58,7 @@ def request(folder: Path, output: Path) -> pipeline.RunRequest:
     )
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_is_code_is_used_carried_and_recorded(folder: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

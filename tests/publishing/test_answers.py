@@ -142,6 +142,7 @@ def silent(place: Place) -> Iterator[Place]:
     place.hub.tells_content = True
 
 
+@pytest.mark.slow
 def test_what_a_hub_does_not_tell_is_named_and_no_reason_to_stop(silent: Place, tmp_path: Path) -> None:
     folder = silent.fresh(tmp_path)
     silent.hub.inject(Fault("GET", r"/auth-check", status=404, times=None, message="no such route"))

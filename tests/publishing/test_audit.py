@@ -239,11 +239,11 @@ def unknown_grade(forged: Forged) -> None:
     forged.parity["verdict"]["required"] = forged.provenance["settings"]["require"] = "splendid"
 
 
-def weights_of(recipe: Recipe, forged: Forged) -> None:
+def weights_of(recipe: Recipe, forged: Forged, model: Path = POCKET) -> None:
     """Put weights by another recipe into a package, and their size into its evidence."""
     made = forged.folder.with_name("weights")
     made.mkdir()
-    checkout = source.fetch(str(POCKET), revision=None, trust_remote_code=False, progress=Silent())
+    checkout = source.fetch(str(model), revision=None, trust_remote_code=False, progress=Silent())
     methods.quantize(methods.Job(checkout, made, recipe, "cpu", Silent()))
     shutil.copy(made / "model.safetensors", forged.folder)
     size = (forged.folder / "model.safetensors").stat().st_size

@@ -4,33 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import POCKET, QUICK_OPTIONS
-from tests.hub import READ_TOKEN, WRITE_TOKEN, Fault, LoopbackHub
-from tests.hub.distilgpt2 import seed_distilgpt2
+from tests.hub import READ_TOKEN, WRITE_TOKEN, Fault
 from tests.publishing.warm_process import Ended
 from tests.publishing.workspace import MEASURING, MODEL, NAME, TARGET, Place
 
 RUN = ("run", MODEL, "--device", "cpu", *QUICK_OPTIONS, "-q")
-NEEDED = {
-    *("LICENSE", "README.md", "config.json", "generation_config.json", "merges.txt", "model.safetensors"),
-    *("tokenizer.json", "tokenizer_config.json", "vocab.json"),
-}
-
-
-def as_a_person(hub: LoopbackHub, folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run Python with `command` in a process of its own, whose Hub is the loopback one and whose cache is empty."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    env = own | hub.env(home=folder / "hf-home")
-    return subprocess.run([sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True)
 
 
 def error_line(ended: Ended) -> str:
@@ -47,44 +32,6 @@ def folder(place: Place, tmp_path: Path) -> Path:
     place.fresh(tmp_path, fetched=False, made=False)
     (tmp_path / "catalogue.toml").unlink()
     return tmp_path
-
-
-@pytest.mark.slow
-def test_run_and_push_over_http(tmp_path: Path) -> None:
-    with LoopbackHub() as hub:
-        commit = seed_distilgpt2(hub, POCKET)
-        arguments = ("run", "--bits", "4", "--device", "cpu", *QUICK_OPTIONS, "--json")
-        made = as_a_person(hub, tmp_path, "-m", "quantize", *arguments)
-        assert made.returncode == 0, made.stderr
-        assert hub.downloaded(MODEL) == NEEDED
-        folder = tmp_path / NAME
-        assert json.loads(made.stdout)["package"] == NAME
-        provenance = json.loads((folder / "provenance.json").read_text())
-        assert provenance["source"]["repo_id"] == MODEL
-        assert provenance["source"]["commit"] == commit
-        card = (folder / "README.md").read_text()
-        assert f"base_model: {MODEL}\nbase_model_relation: quantized" in card and commit in card
-
-        pushed = as_a_person(hub, tmp_path, "-m", "quantize", "push", NAME, "--to", TARGET, "--json")
-        assert pushed.returncode == 0, pushed.stderr
-        receipt = json.loads(pushed.stdout)
-        assert receipt["commit"] == hub.head(TARGET)
-        sent = hub.files(TARGET)
-        here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-        assert {name for name in sent if name != ".gitattributes"} == set(here) - {"receipt.json"}
-        assert all(sent[name] == here[name].read_bytes() for name in sent if name in here)
-        assert WRITE_TOKEN not in made.stderr + pushed.stderr + pushed.stdout
-        assert not any(WRITE_TOKEN.encode() in path.read_bytes() for path in here.values())
-
-        script = (
-            "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-            "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-            "tokens = AutoTokenizer.from_pretrained(sys.argv[1])\n"
-            "print(model.is_loaded_in_4bit, model(**tokens('The function', return_tensors='pt')).logits.shape[-1])"
-        )
-        (tmp_path / "fresh").mkdir()
-        loaded = as_a_person(hub, tmp_path / "fresh", "-c", script, TARGET)
-        assert loaded.stdout.split() == ["True", "4096"], loaded.stderr
 
 
 @pytest.mark.slow

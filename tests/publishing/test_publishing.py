@@ -5,13 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -62,6 +59,7 @@ def test_what_an_earlier_package_left_goes_and_what_others_put_there_stays(place
     assert {"NOTES.md", "NOTICE"} <= there.keys() and not (files.keys() - {"NOTICE"}) & there.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model-00001-of-00002.safetensors"])
 def test_weights_of_another_origin_are_never_touched(place: Place, tmp_path: Path, name: str) -> None:
     folder = place.fresh(tmp_path)
@@ -169,6 +167,7 @@ def test_one_pull_request_is_opened_and_then_updated(place: Place, tmp_path: Pat
     assert place.hub.pull_requests(TARGET) == [1] and place.hub.refs(TARGET)["refs/pr/1"] == second["commit"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["drop-reply", "hang"])
 def test_a_lost_reply_never_opens_a_second_pull_request(place: Place, tmp_path: Path, kind: str) -> None:
     folder = place.fresh(tmp_path)
@@ -191,6 +190,7 @@ def test_a_pull_request_is_not_tried_twice_when_nobody_can_tell(place: Place, tm
     assert again["pull_request"].endswith("/discussions/1") and place.hub.pull_requests(TARGET) == [1]
 
 
+@pytest.mark.slow
 def test_what_was_published_is_fetched_loaded_and_scored(place: Place, tmp_path: Path) -> None:
     folder = place.fresh(tmp_path)
     done = place.quantize(*PUSH, "--verify-download", "--json", folder=folder)
@@ -209,7 +209,7 @@ def test_what_was_published_is_fetched_loaded_and_scored(place: Place, tmp_path:
 def test_weights_of_another_recipe_are_found_by_measuring_again(place: Place, tmp_path: Path) -> None:
     folder = place.fresh(tmp_path)
     forged = Forged(folder / NAME)
-    weights_of(Recipe("hqq"), forged)
+    weights_of(Recipe("hqq"), forged, place.source)
     forged.seal()
     ended = place.quantize(*PUSH, "--verify-download", "--device", "cpu", folder=folder)
     assert ended.code == 1 and "is not the one that was measured" in ended.err, ended.err
@@ -250,6 +250,7 @@ def test_a_card_of_a_template_keeps_its_text_where_the_template_is_not_at_hand(p
     assert b"# tester/of-a-template, in other words" in place.hub.files("tester/of-a-template")["README.md"]
 
 
+@pytest.mark.slow
 def test_an_up_to_date_repo_is_left_alone_without_downloading(place: Place, tmp_path: Path) -> None:
     folder = place.fresh(tmp_path)
     assert place.quantize(*RUN, folder=folder).code == 0
@@ -278,6 +279,7 @@ def test_an_up_to_date_repo_is_left_alone_without_downloading(place: Place, tmp_
     assert json.loads(tampered.out)["state"] == "would publish"
 
 
+@pytest.mark.slow
 def test_small_files_of_a_record_without_git_names_are_fetched_and_hashed(place: Place, tmp_path: Path) -> None:
     folder = place.fresh(tmp_path)
     assert place.quantize(*RUN, folder=folder).code == 0
@@ -342,6 +344,7 @@ def test_a_corrupt_record_is_fetched_again(place: Place, tmp_path: Path) -> None
     assert json.loads(again.out)["state"] == "up to date", again.err
 
 
+@pytest.mark.slow
 def test_cards_that_others_touched(place: Place, tmp_path: Path) -> None:
     """An edited card is left alone by a refresh; a deleted one is not up to date."""
     folder = place.fresh(tmp_path)
@@ -376,6 +379,7 @@ def test_a_new_commit_of_the_source_makes_a_new_package(place: Place, tmp_path: 
         place.restore_source()  # with another commit every later test would have to make its package anew
 
 
+@pytest.mark.slow
 def test_a_card_alone_is_refreshed(place: Place, tmp_path: Path) -> None:
     folder = place.fresh(tmp_path)
     assert place.quantize(*RUN, folder=folder).code == 0
@@ -457,7 +461,13 @@ KILLED_AT = {
 """Every kind of request of a run, whose weights are made; of large files there are five."""
 
 
-@pytest.mark.parametrize("request_name", KILLED_AT)
+QUICK_KILLS = ("send a large file", "commit", "what is there after the commit")
+
+
+@pytest.mark.parametrize(
+    "request_name",
+    [pytest.param(name, marks=[] if name in QUICK_KILLS else pytest.mark.slow) for name in KILLED_AT],
+)
 def test_sigkill_at_a_request(place: Place, tmp_path: Path, request_name: str) -> None:
     """The Hub still gets the request that was on its way; the rerun ends with one commit."""
     folder = place.fresh(tmp_path)
@@ -530,12 +540,13 @@ def test_no_option_takes_a_token() -> None:
 def test_a_hub_without_xet_is_said_in_one_line(place: Place, tmp_path: Path) -> None:
     """With Xet on, the client asks for an address that this Hub does not have: its own error type becomes a line."""
     folder = place.fresh(tmp_path)
-    own = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    env = own | place.hub.env(home=tmp_path / "home") | {"HF_HUB_DISABLE_XET": "0", "QUANTIZE_HUB_TIMEOUT": "5"}
-    command = [sys.executable, "-m", "quantize", *PUSH, "-q"]
-    ended = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    assert ended.returncode == 1 and "Traceback" not in ended.stderr, ended.stderr
-    assert "HF_HUB_DISABLE_XET=1" in ended.stderr and place.commits() == []
+    with_xet = (
+        "import sys; from huggingface_hub import constants; from quantize.cli import main\n"
+        "constants.HF_HUB_DISABLE_XET = False; main(sys.argv[1:])"
+    )
+    ended = place.warm.script(with_xet, *PUSH, "-q", cwd=folder, env={"HF_TOKEN": WRITE_TOKEN})
+    assert ended.code == 1 and "Traceback" not in ended.err, ended.err
+    assert "HF_HUB_DISABLE_XET=1" in ended.err and place.commits() == []
 
 
 @pytest.mark.parametrize(

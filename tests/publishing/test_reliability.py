@@ -124,9 +124,12 @@ def somebody_deletes(hub: LoopbackHub) -> None:
 
 
 def marks(case: Case, name: str) -> list[pytest.MarkDecorator]:
-    """Publishing is the same code in every command: the inner loop takes each case of it once, with `push`."""
+    """Publishing is the same code in every command, and so are answers to its steps: the inner loop takes each kind of
+    fault once, with `push` and mostly in the commit."""
     lasting = any(fault.times is None and fault.kind != "status" for fault in case.faults)
-    return [] if name == case.commands[0] and case.made and not lasting else [pytest.mark.slow]
+    step = case.name.partition(": ")[2]
+    quick = name == "push" and not lasting and not case.options and (step not in STEPS or step == "commit")
+    return [] if quick else [pytest.mark.slow]
 
 
 CELLS = [

@@ -81,6 +81,7 @@ def test_a_refused_model_is_not_made_again(place: Place, folder: Path) -> None:
     assert "scoring" in first.err and "scoring" not in again.err and "was refused before" in again.out
 
 
+@pytest.mark.slow
 def test_what_is_up_to_date_is_made_again_by_force_only(place: Place, folder: Path) -> None:
     assert states(place.quantize(*SYNC, folder=folder).out) == {TARGET: "published"}
     assert states(place.quantize(*SYNC, folder=folder).out) == {TARGET: "up to date"}
@@ -105,6 +106,7 @@ def test_quiet_still_tells_what_failed(place: Place, folder: Path) -> None:
     assert ended.code == 1 and ended.err.startswith(f"failed: {TARGET}: the Hub refused")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_kept_fails_its_entry_only(place: Place, folder: Path) -> None:
     """The evidence has no place to go, and the summary neither; the package is on the Hub all the same."""
     (folder / "sync" / "evidence").write_text("a file")
@@ -143,7 +145,7 @@ def test_former_names_in_a_catalogue_are_told(place: Place, folder: Path) -> Non
     notes = [line.strip() for line in ended.err.splitlines() if line.strip().startswith("note: ")]
     assert notes == [
         "note: catalogue.toml:3: stock is called rtn now",
-        "note: catalogue.toml:10: target is called repo now",
+        "note: catalogue.toml:11: target is called repo now",
     ]
 
 
@@ -198,7 +200,7 @@ def test_a_second_job_on_the_same_catalogue_is_refused(place: Place, folder: Pat
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        (CATALOGUE.replace("require", "requires"), (), "catalogue.toml:6: unknown key 'requires': is require meant?"),
+        (CATALOGUE.replace("require", "requires"), (), "catalogue.toml:7: unknown key 'requires': is require meant?"),
         (CATALOGUE, ("--only", "tester/other"), "catalogue.toml has no repo tester/other"),
     ],
 )

@@ -67,7 +67,7 @@ def test_run_and_sync_find_out_before_any_work(place: Place, tmp_path: Path) -> 
         assert place.quantize(*SYNC, "--dry-run", folder=folder).code == 0
     (folder / "catalogue.toml").write_text(f"{CATALOGUE}private = true\npublic = true\n")
     both = place.quantize(*SYNC, "--dry-run", folder=folder)
-    assert both.code == 1 and "catalogue.toml:8: private and public exclude each other" in both.err
+    assert both.code == 1 and "catalogue.toml:9: private and public exclude each other" in both.err
 
 
 def test_private_is_not_granted_by_a_public_repo(place: Place, tmp_path: Path) -> None:

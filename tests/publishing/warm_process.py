@@ -1,4 +1,4 @@
-"""The command line in children of one warm process: real processes to kill, without importing torch every time.
+"""The command line, and scripts, in children of one warm process: real processes, without importing torch every time.
 
 Run as a program it is that warm process: it reads one JSON order a line and answers with one line.
 """
@@ -62,16 +62,25 @@ class Warm:
         self._process, self._folder, self._count = process, folder, 0
 
     def start(
-        self, *arguments: str, cwd: Path, env: Mapping[str, str] | None = None, largest_file: int | None = None
+        self,
+        *arguments: str,
+        cwd: Path,
+        env: Mapping[str, str] | None = None,
+        largest_file: int | None = None,
+        script: str | None = None,
     ) -> Child:
         self._count += 1
         name = f"child-{self._count}"
-        order = {"argv": arguments, "cwd": str(cwd), "env": dict(env or {}), "limit": largest_file}
+        order = {"argv": arguments, "cwd": str(cwd), "env": dict(env or {}), "limit": largest_file, "script": script}
         pid = int(self.ask({**order, "out": f"{self._folder / name}.out", "err": f"{self._folder / name}.err"}))
         return Child(self, pid, self._folder, name)
 
     def run(self, *arguments: str, cwd: Path, **options: Any) -> Ended:
         return self.start(*arguments, cwd=cwd, **options).wait()
+
+    def script(self, text: str, *arguments: str, cwd: Path, **options: Any) -> Ended:
+        """Run Python code as `python -c TEXT ARGUMENTS` would."""
+        return self.start(*arguments, cwd=cwd, script=text, **options).wait()
 
     def rehearse(self, *arguments: str, cwd: Path, env: Mapping[str, str]) -> None:
         """Let the warm process itself run a command: what it imports and builds, every child then has from birth.
@@ -106,15 +115,20 @@ def warm_process(env: Mapping[str, str], folder: Path) -> Iterator[Warm]:
 def _serve() -> None:
     import accelerate
     import matplotlib.pyplot
+    import peft
     import scipy.stats
     import torch
     import transformers.models.gpt2.modeling_gpt2
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import quantize.cli.console
+    from quantize import serialization
     from quantize.formats.bitsandbytes import checkpoint
+    from quantize.records import Recipe
 
-    del accelerate, matplotlib, scipy, torch, transformers, AutoModelForCausalLM, AutoTokenizer, quantize, checkpoint
+    serialization.to_json(Recipe())  # makes its converter
+    del accelerate, matplotlib, peft, scipy, torch, transformers, AutoModelForCausalLM, AutoTokenizer, quantize
+    del serialization, checkpoint
     ssl.create_default_context = functools.cache(ssl.create_default_context)  # type: ignore[assignment]
     orders, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", buffering=1)
     for line in orders:
@@ -144,7 +158,7 @@ def _rehearsed(order: dict[str, Any]) -> int:
 
 
 def _ended(order: dict[str, Any]) -> int:
-    """The exit code of the command line, run as `quantize ARGV` in `cwd`."""
+    """The exit code of the command line, run as `quantize ARGV` in `cwd`, or of a script."""
     for number, path in ((1, order["out"]), (2, order["err"])):
         opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(opened, number)
@@ -152,18 +166,25 @@ def _ended(order: dict[str, Any]) -> int:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.chdir(order["cwd"])
     os.environ.update(order["env"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     if order.get("limit") is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["limit"], order["limit"]))
     asleep = time.sleep
     time.sleep = lambda seconds: asleep(float(seconds) * FASTER)
     from quantize.cli import main
 
+    code = 0
     try:
-        main(order["argv"])
+        if order.get("script") is None:
+            main(order["argv"])
+        else:
+            sys.argv = ["-c", *order["argv"]]
+            exec(compile(order["script"], "<script>", "exec"), {"__name__": "__main__"})
     except SystemExit as ended:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        return int(ended.code or 0)
+        code = int(ended.code or 0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from tests.hub import WRITE_TOKEN, LoopbackHub
 from tests.hub.distilgpt2 import seed_distilgpt2
 from tests.publishing.warm_process import Child, Ended, Warm, warm_process
 
-MEASURING = ("--max-windows", "16", "--new-tokens", "4", "--require", "degraded")
+MEASURING = ("--max-windows", "16", "--window", "64", "--new-tokens", "4", "--require", "degraded")
 QUICK_OPTIONS = ("--recipe", "rtn", *MEASURING)
 EXPIRED_TOKEN = "hf_loopback_expired"
 MODEL, TARGET = "distilbert/distilgpt2", "tester/distilgpt2-bnb-4bit"
@@ -24,6 +24,7 @@ CATALOGUE = f"""
 [defaults]
 recipe = "rtn"
 max_windows = 16
+window = 64
 new_tokens = 4
 require = "degraded"
 
@@ -112,10 +113,10 @@ class Place:
 
 
 @contextmanager
-def prepared(root: Path, pocket: Path) -> Iterator[Place]:
+def prepared(root: Path, source: Path) -> Iterator[Place]:
     """A place in the empty folder `root`."""
     with LoopbackHub() as hub, warm_process(hub.env(home=root / "home"), root) as warm:
-        seed_distilgpt2(hub, pocket)
+        seed_distilgpt2(hub, source)
         hub.add_user("tester", EXPIRED_TOKEN, role="expired")
         assert warm.run("--version", cwd=root).code == 0
         started = time.monotonic()
@@ -124,4 +125,4 @@ def prepared(root: Path, pocket: Path) -> Iterator[Place]:
         (root / NAME / "receipt.json").unlink()
         for name in ("run --push-to", "push"):
             warm.rehearse(*COMMANDS[name], "--dry-run", cwd=root, env={"HF_TOKEN": WRITE_TOKEN})
-        yield Place(hub, warm, root / "home" / "hub", root / NAME, time.monotonic() - started, pocket)
+        yield Place(hub, warm, root / "home" / "hub", root / NAME, time.monotonic() - started, source)
