@@ -200,7 +200,7 @@ def forward_seconds(model: Any, tokens: torch.Tensor, device: str) -> dict[int, 
             with torch.inference_mode():
                 float(model(window).logits.flatten()[0])  # waits for the device
             runs.append(time.perf_counter() - started)
-        seconds[length] = float(np.median(runs[1:]))
+        seconds[window.shape[1]] = float(np.median(runs[1:]))
     return seconds
 
 
