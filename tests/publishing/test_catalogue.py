@@ -28,9 +28,11 @@ lines_of_text = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "recipe": st.sampled_from(methods.names()),
     "target_grade": st.sampled_from(GRADES[:-1]),
+    "max_size": st.integers(1, 9) | st.floats(1, 9),
     "size_budget": st.integers(1, 9) | st.floats(1, 9),
     "passes": st.integers(0, 9),
     "epochs": st.integers(0, 9),
+    "outlier_threshold": st.integers(0, 9) | st.floats(0, 9),
     "hqq_iterations": st.integers(1, 2**40),
     "calibration": lines_of_text,
     "calibration_windows": st.integers(8, 2**40),
