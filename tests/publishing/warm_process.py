@@ -103,7 +103,8 @@ def warm_process(env: Mapping[str, str], folder: Path) -> Iterator[Warm]:
     """A warm process under the environment `env`, whose HF_ variables hold for all its children."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     command = [sys.executable, "-m", "tests.publishing.warm_process"]
-    everything = own | dict(env) | {"QUANTIZE_HUB_TIMEOUT": DEADLINE, "OMP_WAIT_POLICY": "passive"}
+    alone = {"OMP_NUM_THREADS": "1"}  # threads that it started would be missing in its children
+    everything = own | dict(env) | alone | {"QUANTIZE_HUB_TIMEOUT": DEADLINE}
     with subprocess.Popen(
         command, env=everything, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
     ) as process:
