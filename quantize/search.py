@@ -78,7 +78,7 @@ def attempts(recipe: Recipe) -> tuple[Recipe, ...]:
 def most_attempts(recipe: Recipe) -> int:
     """How many candidates may be judged on the same windows at the most."""
     planned = attempts(recipe)
-    resizable = recipe.name == methods.AUTO and any(methods.get(one.name).resized for one in planned)
+    resizable = recipe.name == methods.AUTO and any(methods.get(attempt.name).resized for attempt in planned)
     return len(planned) + (RESIZED if resizable else 0)
 
 
@@ -144,7 +144,7 @@ def _resized(
             return None
         if latest.predicted is None and _ends_search(latest, target):
             return None
-        passes = any(_judged(one.evidence, require).verdict.passed for one in _candidates(tried))
+        passes = any(_judged(candidate.evidence, require).verdict.passed for candidate in _candidates(tried))
         for goal in (target,) if passes else dict.fromkeys((target, require)):
             larger = _predicted(job, latest, goal, tried)
             if larger is None:
@@ -334,12 +334,17 @@ def _advice(
 
 def _eight_bits(job: Job, required: str, measured: Measured) -> Iterator[str]:
     """What 8 bits would give, measured; they are never chosen for somebody who asked for 4."""
+    from quantize.formats.bitsandbytes import checkpoint
+
     (recipe,) = attempts(dataclasses.replace(job.recipe, name=methods.AUTO, bits=8, options={}))
     outcome = _tried(job, EIGHT_BITS, recipe, required, measured)
     if isinstance(outcome, Candidate):
         verdict, megabytes = outcome.evidence.verdict, outcome.evidence.sizes.package_bytes / 1e6
         why = "" if verdict.passed else f": {verdict.reasons[0]}"
         yield f"--bits 8 was measured as {verdict.grade}, in {megabytes:.0f} MB{why}"
+    else:
+        megabytes = checkpoint.plain_bytes(job.checkout, recipe) / 1e6
+        yield f"--bits 8 would take at least {megabytes:.0f} MB, and could not be measured: {outcome.reason}"
 
 
 def _stricter(*grades: str) -> str:

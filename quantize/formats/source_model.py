@@ -154,6 +154,12 @@ def require_complete(absent: Iterable[str], name: str) -> None:
         )
 
 
+def context(config: Any) -> int:
+    """The tokens that a model reads at most, by the config of its language model; 1,024 where that names no number."""
+    named = getattr(config, "max_position_embeddings", None)
+    return int(named) if isinstance(named, int | float) and named > 0 else 1024
+
+
 def require_known_tokens(ids: torch.Tensor, vocabulary: int, name: str) -> None:
     """Raise CorruptModel where token `ids` go beyond the `vocabulary` of the model called `name`."""
     if ids.numel() and int(ids.max()) >= vocabulary:

@@ -73,14 +73,13 @@ def resized(job: Job, share: float, asked: Recipe) -> Larger | None:
     """The smallest file predicted to diverge by `share` of what the recipe of `job` does, on as much text as refining
     takes, but without learned rounding.
 
-    Learning takes longer than all the rest, and gains less than a hundredth more of bytes. None where a size was asked
+    Learning takes longer than all the rest, and gains less than a hundredth more bytes do. None where a size was asked
     for.
     """
     from quantize.methods.calibration import quantizer
 
     if CalibratedOptions.of(asked).size_budget > 1:
         return None
-
     options = CalibratedOptions.of(job.recipe)
     as_plain = options.epochs == 0 and options.size_budget == 1
     windows = options.calibration_windows * (REFINED_TEXT if as_plain else 1)

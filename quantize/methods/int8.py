@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from quantize.errors import ConfigError, CorruptModel, QuantizeError, memory_errors
+from quantize.formats.bitsandbytes.config import STOCK_THRESHOLD
 from quantize.methods.method import Job, Method
 from quantize.options import Number, Option
 from quantize.records import CalibrationText, Checkout, Quantized, Recipe
@@ -22,7 +23,6 @@ WINDOWS, LENGTH, SEED = 8, 256, 0
 """Of that text."""
 ROUNDS = 3
 """In which what was predicted is corrected by what was measured."""
-STOCK = 6.0
 CHOICE = "choice.json"
 
 
@@ -81,7 +81,7 @@ def _chosen(job: Job) -> dict[str, Any]:
         raise
     except QuantizeError as reason:
         job.progress.note(f"8-bit products were not measured, and stay as in stock: {reason}")
-        return {"threshold": fixed or STOCK, "half_precision": [], "text": None}
+        return {"threshold": fixed or STOCK_THRESHOLD, "half_precision": [], "text": None}
     return {
         "threshold": choice.threshold,
         "half_precision": choice.half_precision,
@@ -92,14 +92,17 @@ def _chosen(job: Job) -> dict[str, Any]:
 def _measured(job: Job, fixed: float) -> tuple[Choice, CalibrationText]:
     """What reaches TARGET on text that the source writes: predicted, measured, and corrected where that was off."""
     from quantize import devices
-    from quantize.methods.outliers import choice, sensitivity, text
+    from quantize.methods.calibration import calibration_text
+    from quantize.methods.calibration.options import CalibratedOptions
+    from quantize.methods.outliers import choice, loading, sensitivity
 
     thresholds = (fixed,) if fixed else choice.THRESHOLDS
-    model, names = text.load(job)
-    tokens, record = text.written(job, model, WINDOWS, LENGTH, SEED)
+    model, names = loading.load(job)
+    options = CalibratedOptions(calibration_windows=WINDOWS, calibration_length=LENGTH, calibration_seed=SEED)
+    tokens, record = calibration_text.of_job(job, options, model, bfloat16=False)
     comparison = sensitivity.Comparison(model, names, tokens)
-    plain = comparison.divergence(choice.Choice(STOCK, (), 0.0, 0, 0.0))
-    best, aim = choice.Choice(fixed or STOCK, (), 0.0, 0, 0.0), TARGET
+    plain = comparison.divergence(choice.Choice(STOCK_THRESHOLD, (), 0.0, 0, 0.0))
+    best, aim = choice.Choice(fixed or STOCK_THRESHOLD, (), 0.0, 0, 0.0), TARGET
     measured = comparison.divergence(best) if fixed else plain
     if measured > TARGET:
         matrices = sensitivity.sensitivities(model, names, tokens, thresholds, SEED, job.progress)
@@ -113,9 +116,9 @@ def _measured(job: Job, fixed: float) -> tuple[Choice, CalibrationText]:
             aim *= TARGET / reached
     devices.release(job.device)
     job.progress.note(
-        f"outliers begin at {best.threshold:g} ({STOCK:g} in stock), and {len(best.half_precision)} of {len(names)} "
-        f"matrices stay in half precision: a KL divergence of {measured:.5f} instead of {plain:.5f} nats on text that "
-        f"the original wrote"
+        f"outliers begin at {best.threshold:g} ({STOCK_THRESHOLD:g} in stock), and {len(best.half_precision)} of "
+        f"{len(names)} matrices stay in half precision: a KL divergence of {measured:.5f} instead of {plain:.5f} nats "
+        f"on text that the original wrote"
     )
     return best, record
 
@@ -138,7 +141,7 @@ def describe(recipe: Recipe, quantized: Quantized) -> str:
     threshold, text = quantized.outlier_threshold, quantized.calibration_text
     if threshold is None:
         return ""
-    stock = "as in stock" if threshold == STOCK else f"not {STOCK:g} as in stock"
+    stock = "as in stock" if threshold == STOCK_THRESHOLD else f"not {STOCK_THRESHOLD:g} as in stock"
     sentence = f"Columns of inputs that reach {threshold:g}, {stock}, are multiplied in half precision"
     if text is None:
         return f"{sentence}."

@@ -54,7 +54,7 @@ def any_share(before: Recipe, then: Recipe) -> float:
 
 
 PREDICTION_ERROR = 1.15
-"""By how much the divergence of trained models was smaller than predicted at the most (docs/accuracy.md)."""
+"""How far off a prediction of one size from another may be: on the pocket model it was 12 % (docs/accuracy.md)."""
 
 
 @dataclass(frozen=True)

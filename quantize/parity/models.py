@@ -82,7 +82,7 @@ class Pair:
     @property
     def context(self) -> int:
         """The longest window that the model reads, in tokens."""
-        return int(getattr(self._config, "max_position_embeddings", None) or 1024)
+        return source_model.context(self._config)
 
     @property
     def vocabulary(self) -> int:

@@ -165,7 +165,7 @@ def test_work_of_another_recipe_is_not_taken_up(tmp_path: Path) -> None:
 def test_damaged_parts_are_made_again_with_all_that_came_of_them(tmp_path: Path) -> None:
     prepared = torch.arange(8).view(2, 4), CalibrationText("self", 0, 2, 4, 0, "5eed")
     calls: list[str] = []
-    wanted = Offers({"h.0": (StorageOption(64, 100, 0.5),)}, 10)
+    expected = Offers({"h.0": (StorageOption(64, 100, 0.5),)}, 10)
 
     def prepare() -> tuple[torch.Tensor, CalibrationText]:
         calls.append("text")
@@ -173,14 +173,14 @@ def test_damaged_parts_are_made_again_with_all_that_came_of_them(tmp_path: Path)
 
     def compare() -> Offers:
         calls.append("offers")
-        return wanted
+        return expected
 
     def parts() -> PreparedParts:
         """As a run would go through them."""
         finished = PreparedParts.begin(tmp_path / "work", {"recipe": LITTLE})
         tokens, record = finished.text(prepare)
         assert torch.equal(tokens, prepared[0]) and record == prepared[1]
-        assert finished.offers(compare) == wanted
+        assert finished.offers(compare) == expected
         return finished
 
     parts()

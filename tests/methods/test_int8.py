@@ -51,28 +51,28 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def made(output: Path, recipe: Recipe, model: Path) -> tuple[Checkout, Quantized]:
+def written(output: Path, recipe: Recipe, model: Path) -> tuple[Checkout, Quantized]:
     output.mkdir(parents=True)
     checkout = source.fetch(str(model), revision=None, trust_remote_code=False, progress=Silent())
     job = methods.Job(checkout, output, methods.normalized(recipe), "cpu", Silent(), "", output.with_name("work"))
     return checkout, methods.quantize(job)
 
 
-def divergence(model: Path, folder: Path) -> float:
+def divergence(source_folder: Path, folder: Path) -> float:
     """Of the checkpoint in `folder`, as stock transformers loads it, on seeded tokens."""
     from transformers import AutoModelForCausalLM
 
     tokens = torch.randint(0, 4000, (2, 32), generator=torch.Generator().manual_seed(1))
-    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    reference = AutoModelForCausalLM.from_pretrained(source_folder, dtype=torch.float32).eval()
     candidate = AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cpu"}).eval()
     with torch.inference_mode():
-        p, q = (torch.log_softmax(one(tokens).logits.float(), -1) for one in (reference, candidate))
+        p, q = (torch.log_softmax(model(tokens).logits.float(), -1) for model in (reference, candidate))
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 def settings(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))["quantization_config"]
-    return found
+    configured: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))["quantization_config"]
+    return configured
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def chosen(uneven: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[t
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("quantize.methods.int8.LENGTH", 48)
         folder = tmp_path_factory.mktemp("chosen") / "package"
-        yield folder, *made(folder, INT8, uneven)
+        yield folder, *written(folder, INT8, uneven)
 
 
 @pytest.mark.slow
@@ -91,7 +91,7 @@ def test_uneven_channels_get_a_lower_threshold_that_stock_reads(
     assert quantized.outlier_threshold is not None and quantized.outlier_threshold < 6
     assert settings(folder)["llm_int8_threshold"] == quantized.outlier_threshold
     assert quantized.calibration_text is not None and quantized.calibration_text.windows == 8
-    made(tmp_path / "stock", RTN, uneven)
+    written(tmp_path / "stock", RTN, uneven)
     assert settings(tmp_path / "stock")["llm_int8_threshold"] == 6.0
     assert divergence(uneven, folder) < 0.5 * divergence(uneven, tmp_path / "stock")
 
@@ -101,9 +101,9 @@ def test_the_same_is_chosen_again_and_taken_up_from_a_killed_run(
     chosen: tuple[Path, Checkout, Quantized], uneven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _, quantized = chosen
-    made(tmp_path / "first", INT8, uneven)
+    written(tmp_path / "first", INT8, uneven)
     monkeypatch.setattr("quantize.methods.int8._measured", None)
-    made(tmp_path / "second", INT8, uneven)
+    written(tmp_path / "second", INT8, uneven)
     for other in (tmp_path / "first", tmp_path / "second"):
         for name in ("config.json", "model.safetensors"):
             assert (other / name).read_bytes() == (folder / name).read_bytes()
@@ -130,19 +130,19 @@ def test_a_config_with_another_threshold_contradicts_the_record(
 
 @pytest.mark.slow
 def test_where_nothing_is_gained_all_is_as_in_stock(tmp_path: Path) -> None:
-    checkout, quantized = made(tmp_path / "chosen", INT8, POCKET)
-    made(tmp_path / "stock" / "package", RTN, POCKET)
+    checkout, quantized = written(tmp_path / "chosen", INT8, POCKET)
+    written(tmp_path / "stock" / "package", RTN, POCKET)
     assert (quantized.outlier_threshold, quantized.half_precision_modules) == (6.0, ())
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "chosen" / name).read_bytes() == (tmp_path / "stock" / "package" / name).read_bytes()
-    held, predicted = weight_bytes(tmp_path / "chosen"), checkpoint.predicted_bytes(checkout, Recipe(bits=8))
+    held, predicted = weight_bytes(tmp_path / "chosen"), checkpoint.plain_bytes(checkout, Recipe(bits=8))
     assert predicted < held < 1.01 * predicted
 
 
 @pytest.mark.slow
 def test_a_threshold_that_is_given_stays(uneven: Path, tmp_path: Path) -> None:
     recipe = methods.replace(INT8, outlier_threshold=2.5)
-    _, quantized = made(tmp_path / "package", recipe, uneven)
+    _, quantized = written(tmp_path / "package", recipe, uneven)
     assert quantized.outlier_threshold == settings(tmp_path / "package")["llm_int8_threshold"] == 2.5
 
 
@@ -151,7 +151,7 @@ def test_what_cannot_be_measured_is_made_as_in_stock(tmp_path: Path, monkeypatch
         raise DeviceError("no memory")
 
     monkeypatch.setattr("quantize.methods.int8._measured", without_memory)
-    _, quantized = made(tmp_path / "package", INT8, POCKET)
+    _, quantized = written(tmp_path / "package", INT8, POCKET)
     assert (quantized.outlier_threshold, quantized.calibration_text) == (6.0, None)
 
 

@@ -199,7 +199,7 @@ def quantized_names(checkout: Checkout, recipe: Recipe) -> tuple[str, ...]:
     return modules.to_quantize(model, recipe, checkout.source.name)
 
 
-def predicted_bytes(checkout: Checkout, recipe: Recipe) -> int:
+def plain_bytes(checkout: Checkout, recipe: Recipe) -> int:
     """Bytes of the tensors that nearest codes would make of a source; nothing is loaded for it.
 
     What stays in half precision counts two bytes a parameter, and the headers of files are left out.

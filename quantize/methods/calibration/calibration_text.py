@@ -18,6 +18,7 @@ from quantize.methods.calibration.options import CALIBRATION_TEXT, SELF, Calibra
 from quantize.methods.calibration.overlap import Passages
 from quantize.methods.calibration.own_generate import Draws, Way, kept_bytes
 from quantize.methods.calibration.static_cache import make_static
+from quantize.methods.method import Job
 from quantize.progress import Advance, Progress
 from quantize.records import CalibrationText
 
@@ -38,6 +39,21 @@ class GivenText:
     text: str
     repo_id: str | None = None
     commit: str | None = None
+
+
+def of_job(
+    job: Job,
+    options: CalibratedOptions,
+    model: Any,
+    bfloat16: bool,
+    temperatures: tuple[float, ...] = TEMPERATURES,
+) -> tuple[torch.Tensor, CalibrationText]:
+    """Tokens [windows, length] for a job, whose source is `model`, and their record; see `prepare`."""
+    from transformers import AutoTokenizer
+
+    trust = job.checkout.source.remote_code
+    tokenizer = AutoTokenizer.from_pretrained(job.checkout.folder, local_files_only=True, trust_remote_code=trust)
+    return prepare(options, model, tokenizer, job.corpus, job.device, bfloat16, job.progress, temperatures)
 
 
 def prepare(
@@ -92,8 +108,7 @@ def from_text(given: GivenText, options: CalibratedOptions, config: Any, tokeniz
 
 
 def _length(options: CalibratedOptions, config: Any) -> int:
-    context = getattr(config.get_text_config(), "max_position_embeddings", None) or 1024
-    return min(options.calibration_length, int(context))
+    return min(options.calibration_length, source_model.context(config.get_text_config()))
 
 
 def generated(

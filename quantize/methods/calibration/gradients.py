@@ -62,17 +62,17 @@ def output_gradients(
     with (
         _recomputed(layers),
         uncached(),
-        _embeddings_with_gradients(model),
+        embeddings_with_gradients(model),
         progress.task("reading gradients", len(tokens), "windows") as advance,
     ):
         for part, share in zip(torch.split(tokens, batch), torch.split(shares, batch), strict=True):
-            _go_back(sliced, part.to(device), share.to(device), bfloat16)
+            go_back(sliced, part.to(device), share.to(device), bfloat16)
             hooks.start += part.numel()
             advance(len(part))
     return hooks.results()
 
 
-def _go_back(sliced: SlicedLogits, tokens: torch.Tensor, share: torch.Tensor, bfloat16: bool) -> None:
+def go_back(sliced: SlicedLogits, tokens: torch.Tensor, share: torch.Tensor, bfloat16: bool) -> None:
     """Run one micro-batch forwards, draw a token at each position, and take the gradients of their loss."""
     device = str(tokens.device)
     with torch.enable_grad():
@@ -101,7 +101,7 @@ def _recomputed(layers: Iterable[torch.nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def _embeddings_with_gradients(model: Any) -> Iterator[None]:
+def embeddings_with_gradients(model: Any) -> Iterator[None]:
     """Let gradients reach as far as the embeddings of tokens, whose weights themselves need none."""
     hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_(True).clone())
     try:

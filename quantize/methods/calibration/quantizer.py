@@ -243,7 +243,7 @@ def _prepared(
     bfloat16 = next(model.parameters()).dtype == torch.float32 and _computes_bfloat16(device)
     sizes = _sizes(model, names)
     model.to(device)
-    tokens, record = common.text(lambda: _calibration_text(job, options, model, bfloat16, ablation))
+    tokens, record = common.text(lambda: calibration_text.of_job(job, options, model, bfloat16, ablation.temperatures))
     batch = math.gcd(len(tokens), max(1, tokens_at_once // tokens.shape[1]))
     check_walk(model, decoder, tokens, device, bfloat16)
     _require_unchanged(sizes, _sizes(model, names))
@@ -490,25 +490,6 @@ def _require_unchanged(before: list[float], after: list[float]) -> None:
         raise UnsupportedModel(
             "the model changes its weights when it runs: the calibrated recipe does not support it; use --recipe rtn"
         )
-
-
-def _calibration_text(
-    job: Job, options: CalibratedOptions, model: Any, bfloat16: bool, ablation: Ablation
-) -> tuple[torch.Tensor, CalibrationText]:
-    from transformers import AutoTokenizer
-
-    trust = job.checkout.source.remote_code
-    tokenizer = AutoTokenizer.from_pretrained(job.checkout.folder, local_files_only=True, trust_remote_code=trust)
-    return calibration_text.prepare(
-        options,
-        model,
-        tokenizer,
-        job.corpus,
-        job.device,
-        bfloat16,
-        job.progress,
-        ablation.temperatures,
-    )
 
 
 def _replace(module: Any, layer: QuantizedLayer) -> None:

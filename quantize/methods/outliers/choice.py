@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-THRESHOLDS = (6.0, 5.0, 4.0, 3.0, 2.5, 2.0, 1.5, 1.25, 1.0)
+from quantize.formats.bitsandbytes.config import STOCK_THRESHOLD
+
+THRESHOLDS = (STOCK_THRESHOLD, 5.0, 4.0, 3.0, 2.5, 2.0, 1.5, 1.25, 1.0)
 """The first is that of stock transformers."""
 MAX_SHARE = 0.125
 """Of the products of a window, that may be in half precision: they take longer than those in 8 bits."""

@@ -14,6 +14,7 @@ from quantize.formats.bitsandbytes.modules import matrix
 from quantize.formats.bitsandbytes.sizes import MatrixFormat
 from quantize.logits import SlicedLogits
 from quantize.methods.calibration import sampling
+from quantize.methods.calibration.gradients import embeddings_with_gradients, go_back
 from quantize.methods.outliers.choice import Choice, Sensitivity
 from quantize.progress import Progress
 
@@ -31,15 +32,14 @@ def sensitivities(
     """
     device = next(model.parameters()).device
     meter, shares = _Meter(thresholds), sampling.shares(len(tokens), tokens.shape[1], seed)
+    sliced = SlicedLogits.of(model, tokens[:1].to(device))
     with (
         meter.attached(model, names),
+        embeddings_with_gradients(model),
         progress.task("measuring 8-bit products", len(tokens), "windows") as advance,
-        torch.enable_grad(),
     ):
         for window, share in zip(torch.split(tokens, 1), torch.split(shares, 1), strict=True):
-            logits = model(window.to(device), use_cache=False).logits[0].float()
-            drawn = sampling.draw(torch.softmax(logits.detach(), -1), share[0])
-            torch.autograd.backward(torch.nn.functional.cross_entropy(logits, drawn, reduction="sum"))
+            go_back(sliced, window.to(device), share.to(device), False)
             advance(1)
     return {name: meter.result(name, matrix(model.get_submodule(name)).shape, tokens.numel()) for name in names}
 
@@ -54,10 +54,8 @@ class _Meter:
 
     @contextmanager
     def attached(self, model: Any, names: Sequence[str]) -> Iterator[None]:
-        """Watch the named modules; gradients reach as far as the embeddings of tokens, whose weights need none."""
-        embeddings = model.get_input_embeddings()
-        hooks = [embeddings.register_forward_hook(lambda _, __, output: output.requires_grad_(True).clone())]
-        hooks += [model.get_submodule(name).register_forward_hook(self._watch(name)) for name in names]
+        """Watch the named modules."""
+        hooks = [model.get_submodule(name).register_forward_hook(self._watch(name)) for name in names]
         try:
             yield
         finally:

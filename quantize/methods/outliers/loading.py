@@ -1,4 +1,4 @@
-"""The source on a device, and the text that it writes there."""
+"""The source on a device, to be compared with itself in 8 bits."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from quantize import devices
 from quantize.errors import DeviceError
 from quantize.formats import experts, source_model
 from quantize.formats.bitsandbytes import checkpoint
-from quantize.methods.calibration import calibration_text
-from quantize.methods.calibration.options import CalibratedOptions
 from quantize.methods.method import Job
-from quantize.records import CalibrationText
 
 FLOAT32, BFLOAT16 = 4, 2
 
@@ -31,15 +28,3 @@ def load(job: Job) -> tuple[Any, tuple[str, ...]]:
         job.checkout.folder, source.name, dtype=dtype, trust_remote_code=source.remote_code, device_map={"": job.device}
     )
     return experts.unstacked(model.eval().requires_grad_(False)), checkpoint.quantized_names(job.checkout, job.recipe)
-
-
-def written(job: Job, model: Any, windows: int, length: int, seed: int) -> tuple[torch.Tensor, CalibrationText]:
-    """Tokens [windows, length] that the model writes, none of them a passage of the corpus, and their record."""
-    from transformers import AutoTokenizer
-
-    trust = job.checkout.source.remote_code
-    tokenizer = AutoTokenizer.from_pretrained(job.checkout.folder, local_files_only=True, trust_remote_code=trust)
-    options = CalibratedOptions(calibration_windows=windows, calibration_length=length, calibration_seed=seed)
-    return calibration_text.prepare(
-        options, model, tokenizer, job.corpus, job.device, False, job.progress, calibration_text.TEMPERATURES
-    )
